@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -215,11 +214,36 @@ NETWORKS: dict[str, dict] = {
     "s3net_tiny_k96": {"growth_rate": 96, "block_config": (6, 6, 6), "num_init_features": 32, "bn_size": 2},
     "s3net_tiny_k108": {"growth_rate": 108, "block_config": (6, 6, 6), "num_init_features": 64, "bn_size": 4},
     # ImageNet
-    "s3net_imagenet_small": {"growth_rate": 96, "block_config": (5, 5, 5, 5), "num_init_features": 64, "bn_size": 4},
-    "s3net_imagenet_k110": {"growth_rate": 110, "block_config": (5, 5, 5), "num_init_features": 32, "bn_size": 4},
-    "s3net_imagenet_k48": {"growth_rate": 48, "block_config": (16, 16, 16), "num_init_features": 64, "bn_size": 4},
-    "s3net_imagenet_large": {"growth_rate": 160, "block_config": (6, 6, 6), "num_init_features": 32, "bn_size": 4},
-    "s3net_imagenet_k180": {"growth_rate": 180, "block_config": (6, 6, 6), "num_init_features": 32, "bn_size": 4},
+    "s3net_imagenet_small": {
+        "growth_rate": 96,
+        "block_config": (5, 5, 5, 5),
+        "num_init_features": 64,
+        "bn_size": 4,
+    },
+    "s3net_imagenet_k110": {
+        "growth_rate": 110,
+        "block_config": (5, 5, 5),
+        "num_init_features": 32,
+        "bn_size": 4,
+    },
+    "s3net_imagenet_k48": {
+        "growth_rate": 48,
+        "block_config": (16, 16, 16),
+        "num_init_features": 64,
+        "bn_size": 4,
+    },
+    "s3net_imagenet_large": {
+        "growth_rate": 160,
+        "block_config": (6, 6, 6),
+        "num_init_features": 32,
+        "bn_size": 4,
+    },
+    "s3net_imagenet_k180": {
+        "growth_rate": 180,
+        "block_config": (6, 6, 6),
+        "num_init_features": 32,
+        "bn_size": 4,
+    },
 }
 
 
@@ -402,7 +426,9 @@ def _reorder_blocks(state: dict[str, Tensor], growth_rate: int) -> dict[str, Ten
     It concerns what reads a block's output: the BatchNorm and 1x1 convolution of a transition, the last BatchNorm
     and the classifier. Moving layer L from the front to the end is a roll by -k of their input channels.
     """
-    reader = re.compile(r"transitions\.\d+\.norm\.|norm\.|(?P<matrix>transitions\.\d+\.conv\.weight|classifier\.weight)")
+    reader = re.compile(
+        r"transitions\.\d+\.norm\.|norm\.|(?P<matrix>transitions\.\d+\.conv\.weight|classifier\.weight)"
+    )
     reordered = dict(state)
     for key, tensor in state.items():
         if (match := reader.match(key)) and tensor.dim() > 0:

@@ -1,0 +1,319 @@
+"""An epoch of training and an evaluation, in one process or in many."""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import EvaluationBatches, TrainingBatches
+from models import InputError
+from runs import Progress
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among those that train together: which it is, how many there are, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def reduce(self, values: list[float], op: dist.ReduceOp = dist.ReduceOp.SUM) -> list[float]:
+        """Reduce numbers over all processes, in float64; every process gets the result."""
+        if self.world_size == 1:
+            return values
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        tensor = torch.tensor(values, dtype=dtype, device=self.device)
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
+    def gather(self, value: object) -> list:
+        """One value of each process, by rank, in every process."""
+        if self.world_size == 1:
+            return [value]
+        gathered = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start_workers(device: str | None) -> Workers:
+    """Join the processes that torchrun started, or be the only one, and choose this process's device.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", "mps"...; None for the fastest there is.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"there is no device {device!r}: give cpu, cuda, cuda:1 or mps") from error
+    if chosen.type == "cuda":
+        chosen = _cuda_device(chosen)
+    elif chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: this machine has no Apple GPU that PyTorch can use; pass --device cpu")
+    elif chosen.type not in ("cpu", "mps"):
+        raise InputError(f"--device {device} is not supported: give cpu, cuda, cuda:1 or mps")
+    if "RANK" not in os.environ:
+        return Workers(0, 1, chosen)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Workers(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def _cuda_device(device: torch.device) -> torch.device:
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no CUDA GPU here; pass --device cpu, or leave it out")
+    index = device.index
+    if index is None:
+        index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    if index >= torch.cuda.device_count():
+        raise InputError(
+            f"process {index} of this node has no GPU of its own, there are {torch.cuda.device_count()}: "
+            "give torchrun a smaller --nproc_per_node, or --device a smaller number"
+        )
+    return torch.device("cuda", index)
+
+
+class Precision:
+    """The number format of a network's arithmetic: float32, or mixed with bfloat16 or float16.
+
+    float16, for CUDA devices without bfloat16, comes with a gradient scaler.
+    """
+
+    def __init__(self, device: torch.device, mixed: bool) -> None:
+        self.device, self.dtype = device, torch.float32
+        if mixed:
+            no_bfloat16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+            self.dtype = torch.float16 if no_bfloat16 else torch.bfloat16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+    def autocast(self) -> AbstractContextManager:
+        """The context to run a forward pass in."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @staticmethod
+    def pays(device: torch.device) -> bool:
+        """Whether mixed precision is faster there: CUDA, and CPUs with bfloat16 arithmetic."""
+        if device.type != "cpu":
+            return device.type == "cuda"
+        return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+class StopSignal:
+    """Remembers that Ctrl-C or SIGTERM asked the run to end; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __call__(self) -> bool:
+        """Whether a signal came."""
+        return self.number is not None
+
+
+class NonFiniteLossError(Exception):
+    """The loss of a step is infinite or not a number."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss at step {step} is not finite")
+        self.step = step
+
+
+@dataclass
+class Trainer:
+    """Everything that takes a training step.
+
+    Attributes:
+        model: the network as it runs: compiled, distributed, or plain.
+        optimizer, scheduler: stepped once a batch.
+        precision: number format of the forward pass.
+        workers: this process among the others.
+        stop_requested: asked now and then; training then ends after the current step.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    precision: Precision
+    workers: Workers
+    stop_requested: Callable[[], bool] = lambda: False
+
+    def train_epoch(self, batches: TrainingBatches, progress: Progress) -> bool:
+        """Train on from where the progress stands, and add to it, until the epoch ends or a stop is asked for.
+
+        Returns whether the epoch was finished.
+
+        Raises:
+            NonFiniteLossError: with the step, from 1, since the beginning of the run.
+        """
+        self.model.train()
+        # Looking at a loss makes the host wait for a GPU, and processes for each other: not at every step.
+        interval = 1 if self.workers.world_size == 1 and self.workers.device.type == "cpu" else 20
+        if progress.step == 0:
+            progress.lr = self.optimizer.param_groups[0]["lr"]
+        bar = progress_bar(self.workers, f"epoch {progress.epoch + 1}", len(batches), progress.step)
+        pending: list[tuple[Tensor, Tensor, int]] = []
+        started = time.perf_counter()
+        with bar:
+            for images, labels, weights, whole_batch in batches.epoch(progress.epoch, progress.step):
+                pending.append((*self._step(images, labels, weights, whole_batch), whole_batch))
+                if len(pending) < interval and progress.step + len(pending) < len(batches):
+                    continue
+                self._settle(pending, progress, progress.epoch * len(batches))
+                progress.seconds, started = (
+                    progress.seconds + time.perf_counter() - started,
+                    time.perf_counter(),
+                )
+                bar.update(len(pending))
+                bar.set_postfix_str(progress.describe_epoch(self.workers.world_size), refresh=False)
+                pending = []
+                if progress.step < len(batches) and self.should_stop():
+                    return False
+        return True
+
+    def should_stop(self) -> bool:
+        """Whether any of the processes was asked to stop."""
+        return bool(self.workers.reduce([float(self.stop_requested())], dist.ReduceOp.MAX)[0])
+
+    def _step(self, images: Tensor, labels: Tensor, weights: Tensor, batch_images: int) -> tuple[Tensor, Tensor]:
+        """One update; returns this process's summed loss and number of errors, still on the device."""
+        with self.precision.autocast():
+            logits = self.model(images)
+        losses = F.cross_entropy(logits.float(), labels, reduction="none") * weights
+        total = losses.sum()
+        # DDP averages over processes; their parts of a batch may differ in size, so scale to the mean over its images.
+        scaler, loss = self.precision.scaler, total * (self.workers.world_size / batch_images)
+        self.optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.scheduler.step()
+        errors = ((logits.detach().argmax(dim=1) != labels) * weights).sum()
+        return total.detach(), errors
+
+    def _settle(self, pending: list[tuple[Tensor, Tensor, int]], progress: Progress, steps_before: int) -> None:
+        """Check the pending steps and add them to the progress."""
+        losses = torch.stack([loss for loss, _, _ in pending]).tolist()
+        first = steps_before + progress.step + 1
+        bad = next((first + i for i, loss in enumerate(losses) if not math.isfinite(loss)), math.inf)
+        (bad,) = self.workers.reduce([bad], dist.ReduceOp.MIN)
+        if math.isfinite(bad):
+            raise NonFiniteLossError(int(bad))
+        progress.losses += losses
+        progress.errors += int(torch.stack([errors for _, errors, _ in pending]).sum().item())
+        progress.images += sum(images for _, _, images in pending)
+        progress.step += len(pending)
+
+    def training_metrics(self, progress: Progress) -> dict[str, float]:
+        """Mean loss, error in percent and images/s of an epoch, over all processes."""
+        loss, errors = self.workers.reduce([math.fsum(progress.losses), float(progress.errors)])
+        return {
+            "train_loss": loss / progress.images,
+            "train_error": 100 * errors / progress.images,
+            "images_per_second": progress.images / progress.seconds,
+        }
+
+    def state(self) -> dict:
+        """What resuming needs of the optimizer, the schedule and the gradient scaler."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Put back what `state` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.precision.scaler.load_state_dict(state["scaler"])
+
+
+def progress_bar(workers: Workers, what: str, total: int, initial: int = 0) -> tqdm:
+    """A bar on the main process's terminal; nothing where the output goes elsewhere."""
+    hidden = None if workers.is_main else True
+    return tqdm(total=total, initial=initial, desc=what, unit="batch", disable=hidden, leave=False)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: EvaluationBatches, trainer: Trainer) -> dict[str, float]:
+    """Mean cross-entropy, top-1 and top-5 error in percent, every image counted once over all processes.
+
+    With fewer than 6 classes the top-5 error is that of as many guesses as there are classes, 0.
+    """
+    model.eval()
+    workers, loss, errors, errors_top5 = trainer.workers, 0.0, 0.0, 0.0
+    with progress_bar(workers, "evaluating", len(range(workers.rank, len(batches), workers.world_size))) as bar:
+        for images, labels in batches.part(workers.rank, workers.world_size):
+            with trainer.precision.autocast():
+                logits = model(images)
+            logits = logits.float()
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            errors += len(labels) - hits[:, 0].sum().item()
+            errors_top5 += len(labels) - hits.sum().item()
+            bar.update()
+    loss, errors, errors_top5 = workers.reduce([loss, errors, errors_top5])
+    count = len(batches.labels)
+    return {
+        "val_loss": loss / count,
+        "val_error": 100 * errors / count,
+        "val_top5_error": 100 * errors_top5 / count,
+    }
+
+
+def average_buffers(model: nn.Module, workers: Workers) -> None:
+    """Replace BatchNorm's running statistics by their mean over the processes, each of which saw its own images."""
+    if workers.world_size == 1:
+        return
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= workers.world_size
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of every random generator that a network on this device draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `random_state` gave, as far as this device has such generators."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])

@@ -1,0 +1,484 @@
+"""Train S3-Net, or a network to compare it with, on images.
+
+One process (a GPU if there is one, else the CPU):
+    python train_s3net.py                                     # S3-Net k=12, depth=40 on CIFAR-100, as in the paper
+    python train_s3net.py --dataset digits                    # two minutes on a laptop, nothing to download
+    python train_s3net.py --dataset folder --data-dir my/images --image-size 64
+    python train_s3net.py --resume                            # go on where a run was ended
+
+Several GPUs of one node, the batch divided between them:
+    torchrun --nproc_per_node=4 train_s3net.py
+
+Several nodes (on each of them, with its own node_rank):
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=4 --rdzv_endpoint=HOST:29500 train_s3net.py
+
+The error of saved weights:
+    python train_s3net.py --eval-only --checkpoint runs/cifar100-s3net_cifar-s0/best.safetensors
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import tyro
+from baselines import create_network, list_networks
+from engine import (
+    NonFiniteLossError,
+    Precision,
+    StopSignal,
+    Trainer,
+    Workers,
+    average_buffers,
+    evaluate,
+    random_state,
+    set_random_state,
+    start_workers,
+)
+from recipes import RECIPES
+from reporting import TensorBoardLog, describe, diverged, epoch_line, network_facts, relative, summarize
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cpu_kernels import keep_freed_memory
+from data import DATASETS, EvaluationBatches, ImageSet, TrainingBatches, load_dataset
+from models import InputError, load_weights, nearest_names
+from runs import Progress, Run, RunConfig, read_metadata
+
+ROOT = Path(__file__).resolve().parents[1]
+EVAL_BATCH = 500
+
+_recipe = "default: the data set's recipe"
+_network = "default: the network's own"
+RecipeFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_recipe)]
+RecipeInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_recipe)]
+NetworkInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_network)]
+NetworkFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_network)]
+Limit = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="default: all")]
+
+
+@dataclass
+class Args:
+    """Train S3-Net, or a network to compare it with, on images."""
+
+    dataset: Annotated[str | None, tyro.conf.arg(metavar=f"{{{','.join(DATASETS)}}}", help_behavior_hint="default: cifar100")] = None  # fmt: skip  # noqa: E501
+    """Images to train on: scikit-learn's digits (embedded), CIFAR-100, or your own in class folders."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="default: data/<dataset>")] = None
+    """Where the images are: cifar-100-python/, or train/<class>/* and val/<class>/* (or test/<class>/*)."""
+    model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_recipe)] = None
+    """Network to train; --list-models names them."""
+    growth_rate: NetworkInt = None
+    """Channels that each layer gives (k)."""
+    depth: NetworkInt = None
+    """Layers of a CIFAR network in all; depth - 4 is divisible by 3."""
+    drop_rate: NetworkFloat = None
+    """Dropout after each layer, 0 to below 1."""
+    num_classes: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="default: the data's")] = None
+    """Outputs of the network."""
+
+    epochs: RecipeInt = None
+    """Passes over the training images."""
+    batch_size: RecipeInt = None
+    """Images a step, over all processes together."""
+    lr: RecipeFloat = None
+    """Learning rate of SGD: the peak one for onecycle, else the first."""
+    momentum: RecipeFloat = None
+    """Momentum of SGD."""
+    weight_decay: RecipeFloat = None
+    """L2 penalty."""
+    schedule: Annotated[str | None, tyro.conf.arg(metavar="{step,onecycle,cosine}", help_behavior_hint=_recipe)] = None
+    """Course of the learning rate: a tenth after each milestone, up and down, or down a half cosine."""
+    image_size: RecipeInt = None
+    """Height and width in pixels that the images of --dataset folder are brought to."""
+    seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="default: 0")] = None
+    """Decides the initial weights, the order of the images and their augmentation."""
+    limit_train: Limit = None
+    """Train on so many of the training images only."""
+    limit_val: Limit = None
+    """Evaluate on so many of the validation images only."""
+
+    device: Annotated[str | None, tyro.conf.arg(metavar="{cpu,cuda,cuda:N,mps}", help_behavior_hint="default: a GPU if there is one")] = None  # fmt: skip  # noqa: E501
+    """Where to compute. Under torchrun, cuda gives each process the GPU of its LOCAL_RANK."""
+    amp: Annotated[bool, tyro.conf.arg(help_behavior_hint="default: where it is faster")] = True
+    """Mixed precision: bfloat16, or float16 with a gradient scaler on CUDA devices that lack it."""
+    compile: bool = False
+    """Compile the network with torch.compile (on a CPU it needs a C++ compiler)."""
+    workers: int = 0
+    """Threads that decode image files; 0 for as many as there are processors."""
+    skip_unreadable: bool = False
+    """Leave out image files that cannot be read, and count them, instead of stopping."""
+
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="default: runs/<dataset>-<model>-s<seed>")] = None  # fmt: skip  # noqa: E501
+    """Folder of the run."""
+    resume: bool = False
+    """Go on with the run in --out (start it if there is none yet)."""
+    overwrite: bool = False
+    """Replace a run that is already in --out."""
+    tensorboard: bool = False
+    """Also write the metrics as TensorBoard events, into <out>/tensorboard."""
+
+    eval_only: bool = False
+    """Measure the error of --checkpoint and stop."""
+    checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Weights for --eval-only: ours (.safetensors, .pt) or the ones that the paper's authors published."""
+    list_models: bool = False
+    """Print the networks' names and stop."""
+
+
+def parse_args() -> tuple[Args, bool]:
+    """The command line, and whether it says --amp or --no-amp.
+
+    Its booleans cannot be None; so two parses with opposite defaults tell whether one was given.
+    """
+    args = tyro.cli(Args, description=__doc__)
+    return args, tyro.cli(Args, default=Args(amp=False)).amp == args.amp
+
+
+def main(args: Args, amp_given: bool) -> int:
+    """Do what the command line says; returns the exit code.
+
+    Raises:
+        InputError: something that the user gave cannot be used.
+    """
+    if args.list_models:
+        print("\n".join(list_networks()))
+        return 0
+    check_names(args)
+    keep_freed_memory()
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    workers = start_workers(args.device)
+    if args.compile and workers.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
+        raise InputError("--compile on a CPU needs a C++ compiler, and there is none: leave it out")
+    if args.eval_only:
+        return evaluate_checkpoint(args, amp_given, workers)
+    args.dataset = args.dataset or "cifar100"
+    run = Run(args.out or default_folder(args))
+    if run.exists() and not (args.resume or args.overwrite):
+        raise InputError(
+            f"{relative(run.folder)} already holds a run: pass --resume to go on with it, --overwrite to replace it, "
+            "or another --out"
+        )
+    started = run.read_config() if run.exists() and args.resume else None
+    if started:
+        check_same_recipe(args, amp_given, started)
+        args.image_size, args.limit_train, args.limit_val = (
+            started.image_size,
+            started.limit_train,
+            started.limit_val,
+        )
+    data = read_data(args, workers)
+    if started:
+        check_same_data(data, started, run.folder)
+        return train(args, run, started, data, workers)
+    config = resolve_config(args, amp_given, data, workers.device)
+    create_network(config.model, config.num_classes, **config.model_options)  # raises before anything is written
+    workers.barrier()  # all have looked before one writes
+    if workers.is_main:
+        run.create(config)
+    return train(args, run, config, data, workers)
+
+
+# ---- From flags to a run ------------------------------------------------------------------------------------------
+
+NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate")
+
+
+def check_names(args: Args) -> None:
+    """Raises InputError, with the nearest names, for a data set, network or schedule that there is not."""
+    for what, name, known in (
+        ("data set", args.dataset, DATASETS),
+        ("network", args.model, list_networks()),
+        ("schedule", args.schedule, SCHEDULES),
+    ):
+        if name is not None and name not in known:
+            raise InputError(f"there is no {what} {name!r}: {nearest_names(name, known)}")
+
+
+def default_folder(args: Args) -> Path:
+    """`runs/<dataset>-<model>-s<seed>` beside this experiment's folder."""
+    return ROOT / "runs" / f"{args.dataset}-{args.model or RECIPES[args.dataset].model}-s{args.seed or 0}"
+
+
+def resume_command(args: Args, folder: Path) -> str:
+    """The command that goes on with this run, from the same working directory."""
+    flags = [flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite")]
+    if args.out is None:
+        flags += ["--out", str(relative(folder))]
+    program = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    return shlex.join([*program, sys.argv[0], *flags, "--resume"])
+
+
+def read_data(args: Args, workers: Workers) -> tuple[ImageSet, ImageSet]:
+    """The images that the flags name. One process of each node reads first: it may have to download."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    for turn in ("first", "others"):
+        if (turn == "first") == (local_rank == 0):
+            halves = load_dataset(
+                args.dataset,
+                args.data_dir or ROOT / "data" / args.dataset,
+                args.image_size or RECIPES[args.dataset].image_size,
+                args.workers,
+                args.skip_unreadable,
+            )
+        workers.barrier()
+    if workers.is_main and (skipped := sum(half.skipped for half in halves)):
+        print(f"left out {skipped} unreadable images", flush=True)
+    return tuple(half.subset(limit) for half, limit in zip(halves, (args.limit_train, args.limit_val), strict=True))
+
+
+def resolve_config(args: Args, amp_given: bool, data: tuple[ImageSet, ImageSet], device: torch.device) -> RunConfig:
+    """Fill in what the flags leave open from the data set's recipe.
+
+    Raises:
+        InputError: a value is out of its range, or does not fit the data.
+    """
+    train, val = data
+    recipe = asdict(RECIPES[args.dataset])
+    given = {key: getattr(args, key) for key in recipe if getattr(args, key, None) is not None}
+    config = RunConfig(
+        dataset=args.dataset,
+        **recipe | given,
+        model_options={key: getattr(args, key) for key in NETWORK_FLAGS if getattr(args, key) is not None},
+        num_classes=len(train.classes) if args.num_classes is None else args.num_classes,
+        seed=args.seed or 0,
+        amp=args.amp if amp_given else Precision.pays(device),
+        limit_train=args.limit_train,
+        limit_val=args.limit_val,
+        train_images=len(train),
+        val_images=len(val),
+        classes=train.classes,
+    )
+    config.check()
+    return RunConfig(**json.loads(json.dumps(asdict(config))))  # tuples become lists, as in config.json
+
+
+def check_same_recipe(args: Args, amp_given: bool, started: RunConfig) -> None:
+    """Raises InputError where a given flag differs from what the run was started with; the message names it."""
+    before = asdict(started) | {key: started.model_options.get(key) for key in NETWORK_FLAGS}
+    for key, value in before.items():
+        asked = getattr(args, key, None) if key != "amp" or amp_given else None
+        if asked is not None and asked != value:
+            flag = "--" + key.replace("_", "-")
+            default = "its default" if value is None else value
+            raise InputError(
+                f"{flag} {asked} changes the recipe of the run, which was started with {default}: "
+                f"leave {flag} out to resume, or start a new run with another --out"
+            )
+
+
+def check_same_data(data: tuple[ImageSet, ImageSet], started: RunConfig, folder: Path) -> None:
+    """Raises InputError where the data are not those that the run was started on."""
+    now = (len(data[0]), len(data[1]), data[0].classes)
+    if now != (started.train_images, started.val_images, started.classes):
+        raise InputError(
+            f"the data are not those that {relative(folder)} was started on ({started.train_images} + "
+            f"{started.val_images} images of {len(started.classes)} classes then, {now[0]} + {now[1]} of {len(now[2])} "
+            "now): pass the same --data-dir, or start a new run with another --out"
+        )
+
+
+# ---- Training -----------------------------------------------------------------------------------------------------
+
+SCHEDULES = {
+    "step": lambda optimizer, config, steps: torch.optim.lr_scheduler.MultiStepLR(
+        optimizer, [max(1, round(share * steps)) for share in config.milestones]
+    ),
+    "onecycle": lambda optimizer, config, steps: torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, total_steps=max(steps, 4), cycle_momentum=False
+    ),
+    "cosine": lambda optimizer, config, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
+}
+
+
+def train(args: Args, run: Run, config: RunConfig, data: tuple[ImageSet, ImageSet], workers: Workers) -> int:
+    """Train from the run's checkpoint, or from the start, to the last epoch; returns the exit code."""
+    torch.manual_seed(config.seed)
+    model = create_network(config.model, config.num_classes, **config.model_options)
+    model.to(workers.device, memory_format=torch.channels_last)
+    facts = network_facts(model, data[0].images.shape[-2:], workers.device)
+    batches, val_batches = make_batches(config, data, workers)
+    trainer = make_trainer(model, config, len(batches), args.compile, workers)
+    trainer.stop_requested = stop = StopSignal()
+    progress = load_progress(run, model, trainer)
+    log = TensorBoardLog(run.folder, progress) if args.tensorboard and workers.is_main else None
+    if workers.is_main:
+        print(describe(run, config, facts, trainer, progress), flush=True)
+
+    while progress.epoch < config.epochs:
+        try:
+            finished = trainer.train_epoch(batches, progress)
+        except NonFiniteLossError as error:
+            if workers.is_main:
+                print(diverged(error, run, config), file=sys.stderr)
+            return 1
+        if finished:
+            average_buffers(model, workers)
+            started = time.perf_counter()
+            validation = evaluate(model, val_batches, trainer)
+            progress.end_epoch(trainer.training_metrics(progress), validation, time.perf_counter() - started)
+        save_progress(run, config, model, trainer, progress)
+        if finished and workers.is_main:
+            print(epoch_line(progress.history[-1], config.epochs), flush=True)
+            if log:
+                log.write(progress.history[-1])
+        if progress.epoch < config.epochs and trainer.should_stop():
+            if workers.is_main:
+                print(f"stopped; go on with\n  {resume_command(args, run.folder)}", flush=True)
+            return 128 + (stop.number or signal.SIGTERM)
+    if workers.is_main:
+        run.finish(summarize(config, facts, progress, trainer))
+        best, last = progress.best(), progress.history[-1]
+        print(
+            f"best error {best['val_error']:.2f}% at epoch {best['epoch']}, last {last['val_error']:.2f}%: "
+            f"weights, curves and metrics are in {relative(run.folder)}",
+            flush=True,
+        )
+    return 0
+
+
+def make_batches(
+    config: RunConfig, data: tuple[ImageSet, ImageSet], workers: Workers
+) -> tuple[TrainingBatches, EvaluationBatches]:
+    """The run's training and evaluation batches on this process's device."""
+    train, val = data
+    common = {"device": workers.device, "mean": config.mean, "std": config.std}
+    training = TrainingBatches(
+        train,
+        config.batch_size,
+        flip=config.flip,
+        crop_padding=config.crop_padding,
+        seed=config.seed,
+        rank=workers.rank,
+        world_size=workers.world_size,
+        **common,
+    )
+    return training, EvaluationBatches(val, EVAL_BATCH, **common)
+
+
+def make_trainer(model: nn.Module, config: RunConfig, steps: int, compile_it: bool, workers: Workers) -> Trainer:
+    """The network as it is trained (distributed, compiled), with its optimizer and schedule; `steps` an epoch."""
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        config.lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        fused=workers.device.type in ("cpu", "cuda"),
+    )
+    if workers.world_size > 1:
+        devices = [workers.device] if workers.device.type == "cuda" else None
+        # Running statistics are averaged before each evaluation instead of broadcast at each step.
+        model = DistributedDataParallel(
+            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    torch.manual_seed(config.seed + 1_000_003 * (workers.rank + 1))  # dropout differs between processes
+    return Trainer(
+        model=torch.compile(model) if compile_it else model,
+        optimizer=optimizer,
+        scheduler=SCHEDULES[config.schedule](optimizer, config, config.epochs * steps),
+        precision=Precision(workers.device, config.amp),
+        workers=workers,
+    )
+
+
+def load_progress(run: Run, model: nn.Module, trainer: Trainer) -> Progress:
+    """Put everything back as the run's checkpoint has it; a fresh start where there is none."""
+    state, workers = run.read_checkpoint(), trainer.workers
+    if state is None:
+        return Progress()
+    try:
+        model.load_state_dict(state["model"])
+        trainer.load_state(state)
+        mine = state["processes"][workers.rank] if len(state["processes"]) == workers.world_size else None
+        if mine is not None:
+            set_random_state(mine["random"], workers.device)
+            model.load_state_dict(mine["buffers"], strict=False)
+        progress = Progress(**state["progress"])
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{run.folder / 'last.pt'} does not fit this run: start a new one with another --out"
+        ) from error
+    if workers.is_main:
+        if mine is None:
+            print(f"the run had {len(state['processes'])} processes, not {workers.world_size}: not exactly the same")
+        run.publish(state)
+    return progress
+
+
+def save_progress(run: Run, config: RunConfig, model: nn.Module, trainer: Trainer, progress: Progress) -> None:
+    """Write the checkpoint, and what follows from it, from the main process."""
+    workers = trainer.workers
+    in_mid_epoch = workers.world_size > 1 and progress.step > 0  # else the buffers are the same in all processes
+    buffers = {name: b.cpu() for name, b in model.named_buffers()} if in_mid_epoch else {}
+    processes = workers.gather({"random": random_state(workers.device), "buffers": buffers})
+    if workers.is_main:
+        run.save(
+            {
+                "config": asdict(config),
+                "progress": asdict(progress),
+                "model": model.state_dict(),
+                "processes": processes,
+                **trainer.state(),
+            }
+        )
+    workers.barrier()
+
+
+# ---- Evaluation only ----------------------------------------------------------------------------------------------
+
+
+def evaluate_checkpoint(args: Args, amp_given: bool, workers: Workers) -> int:
+    """Measure the error of a file of weights. What it says of itself holds where no flag says otherwise."""
+    if args.checkpoint is None:
+        raise InputError("--eval-only needs the weights: pass --checkpoint FILE")
+    said = read_metadata(args.checkpoint)
+    args.dataset = args.dataset or said.get("dataset", "cifar100")
+    recipe = RECIPES[args.dataset]
+    args.image_size = args.image_size or said.get("image_size")
+    _, val = read_data(args, None, workers)
+    num_classes = args.num_classes or said.get("num_classes", len(val.classes))
+    if num_classes < len(val.classes):
+        raise InputError(f"the weights are for {num_classes} classes and the data have {len(val.classes)}")
+    flags = {key: getattr(args, key) for key in NETWORK_FLAGS if getattr(args, key) is not None}
+    network = args.model or said.get("model", recipe.model)
+    model = create_network(network, num_classes, **(said.get("model_options", {}) | flags))
+    load_weights(model, args.checkpoint)
+    model.to(workers.device, memory_format=torch.channels_last)
+    mean, std = said.get("mean", recipe.mean), said.get("std", recipe.std)
+    precision = Precision(workers.device, args.amp if amp_given else Precision.pays(workers.device))
+    metrics = evaluate(
+        model,
+        EvaluationBatches(val, EVAL_BATCH, workers.device, mean, std),
+        Trainer(model, None, None, precision, workers),
+    )
+    if workers.is_main:
+        print(
+            f"{network} on {args.dataset}: error {metrics['val_error']:.2f}%, top-5 error "
+            f"{metrics['val_top5_error']:.2f}%, loss {metrics['val_loss']:.4f} over {len(val):,} images"
+        )
+        print(json.dumps(metrics | {"images": len(val)}))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        code = main(*parse_args())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
