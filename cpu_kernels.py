@@ -18,7 +18,6 @@ import platform
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
 CHANNELS_LAST = torch.channels_last
@@ -120,8 +119,11 @@ class _NormReluConv(torch.autograd.Function):
         return F.conv2d(y, conv_weight, padding=conv_weight.shape[-1] // 2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the CPU kernels have no second derivative: train under torch.compile, or on another device"
+            )
         x, weight, bias, mean, invstd, *conv = ctx.saved_tensors
         grad = grad.contiguous(memory_format=CHANNELS_LAST)
         y = _from_rows(_affine(_rows(x), weight * invstd, bias - weight * invstd * mean), x)

@@ -212,7 +212,7 @@ def decode_image(path: Path, size: int) -> np.ndarray:
             image = to_rgb(ImageOps.exif_transpose(image))
             if image.size != (size, size):
                 image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-            return np.asarray(image)
+            return np.array(image)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(
             f"{path} cannot be read as an image: remove or repair it, or pass --skip-unreadable"

@@ -7,10 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from engine import NonFiniteLossError, Trainer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine import NonFiniteLossError, Trainer
 from models import InputError
 from runs import Progress, Run, RunConfig
 

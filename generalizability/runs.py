@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-from curves import draw_curves
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from curves import draw_curves
 from models import InputError, read_pickle
 
 CHECKPOINT_FORMAT = 1

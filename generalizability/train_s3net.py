@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +31,12 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 import tyro
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
 from baselines import create_network, list_networks
+from cpu_kernels import keep_freed_memory
+from data import DATASETS, EvaluationBatches, ImageSet, TrainingBatches, load_dataset
 from engine import (
     NonFiniteLossError,
     Precision,
@@ -43,14 +49,9 @@ from engine import (
     set_random_state,
     start_workers,
 )
+from models import InputError, load_weights, nearest_names
 from recipes import RECIPES
 from reporting import TensorBoardLog, describe, diverged, epoch_line, network_facts, relative, summarize
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
-from cpu_kernels import keep_freed_memory
-from data import DATASETS, EvaluationBatches, ImageSet, TrainingBatches, load_dataset
-from models import InputError, load_weights, nearest_names
 from runs import Progress, Run, RunConfig, read_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -377,10 +378,13 @@ def make_trainer(model: nn.Module, config: RunConfig, steps: int, compile_it: bo
     )
     if workers.world_size > 1:
         devices = [workers.device] if workers.device.type == "cuda" else None
-        # Running statistics are averaged before each evaluation instead of broadcast at each step.
-        model = DistributedDataParallel(
-            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        with warnings.catch_warnings():
+            # Running statistics are averaged before each evaluation instead of broadcast at each step. Newer PyTorch
+            # has another name for that, which older ones do not know.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            model = DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
     torch.manual_seed(config.seed + 1_000_003 * (workers.rank + 1))  # dropout differs between processes
     return Trainer(
         model=torch.compile(model) if compile_it else model,
@@ -445,7 +449,7 @@ def evaluate_checkpoint(args: Args, amp_given: bool, workers: Workers) -> int:
     args.dataset = args.dataset or said.get("dataset", "cifar100")
     recipe = RECIPES[args.dataset]
     args.image_size = args.image_size or said.get("image_size")
-    _, val = read_data(args, None, workers)
+    _, val = read_data(args, workers)
     num_classes = args.num_classes or said.get("num_classes", len(val.classes))
     if num_classes < len(val.classes):
         raise InputError(f"the weights are for {num_classes} classes and the data have {len(val.classes)}")

@@ -1,0 +1,47 @@
+"""What the benchmark compares is the same function, and it writes what it says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import create_model
+
+FOLDER = Path(__file__).parents[2] / "generalizability"
+
+
+def published_formulation(**options):
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("generalizability_benchmark", FOLDER / "benchmark.py")
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.PublishedFormulation(**options)
+
+
+def test_the_published_formulation_is_the_same_function():
+    torch.manual_seed(0)
+    theirs = published_formulation(growth_rate=4, layers=3, num_classes=10)
+    ours = create_model("s3net_cifar", growth_rate=4, depth=13, num_classes=10)
+
+    def in_order(model):  # theirs registers all transitions after all blocks, as ours does
+        return [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
+
+    for mine, other in zip(in_order(ours), in_order(theirs), strict=True):
+        mine.load_state_dict(other.state_dict())
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs(images), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), atol=1e-4, rtol=1e-4)
+
+
+def test_the_data_benchmark_writes_its_rates(tmp_path):
+    command = [sys.executable, FOLDER / "benchmark.py", "--only", "data", "--rounds", "1", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rates = json.loads((tmp_path / "benchmark.json").read_text())["data"]["images_per_second"]
+    assert len(rates) == 3 and all(rate > 0 for rate in rates.values())
+    assert f"{rates['ours']:,.0f} images/s" in done.stdout

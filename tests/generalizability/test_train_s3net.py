@@ -1,0 +1,383 @@
+"""The trainer, as its users run it: a command in a shell."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import runs
+import train_s3net
+from models import InputError
+from train_s3net import Args
+
+SCRIPT = Path(__file__).parents[2] / "generalizability" / "train_s3net.py"
+TINY = ["--dataset", "digits", "--growth-rate", "4", "--depth", "7", "--device", "cpu", "--drop-rate", "0.1"]
+SMALL = [*TINY, "--limit-train", "300", "--limit-val", "90"]
+WRITTEN = {"best.safetensors", "config.json", "curves.png", "last.pt", "metrics.jsonl"}
+
+
+def command(*flags):
+    return [sys.executable, str(SCRIPT), *map(str, flags)]
+
+
+def torchrun(processes, *flags):
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    return [*launcher, str(SCRIPT), *map(str, flags)]
+
+
+def run(arguments, **options):
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, **options)
+
+
+def completed(arguments, **options):
+    done = run(arguments, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def assert_same_run(folder, other):
+    assert metrics(folder) == metrics(other)
+    for name in ("model", "optimizer"):
+        first, second = (torch.load(f / "last.pt", weights_only=True)[name] for f in (folder, other))
+        if name == "optimizer":
+            first, second = ({i: s["momentum_buffer"] for i, s in d["state"].items()} for d in (first, second))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    first, second = (load_file(f / "best.safetensors") for f in (folder, other))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """An uninterrupted run of 4 epochs."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    done = completed(command(*SMALL, "--epochs", 4, "--out", folder, "--tensorboard"))
+    return folder, done.stdout
+
+
+def test_a_run_writes_everything_it_should(reference):
+    folder, printed = reference
+    assert {path.name for path in folder.iterdir()} == WRITTEN | {"summary.json", "tensorboard"}
+    assert printed.splitlines()[0].startswith("s3net_cifar growth_rate=4 depth=7 drop_rate=0.1: ")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert set(rows[0]) == set(runs.METRICS)
+    assert all(0 <= row["val_top5_error"] <= row["val_error"] <= 100 for row in rows)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert Image.open(folder / "curves.png").size[0] > 800
+    assert any((folder / "tensorboard").iterdir())
+
+
+def test_the_summary_and_the_weights_describe_the_run(reference):
+    folder, _ = reference
+    summary, rows = json.loads((folder / "summary.json").read_text()), metrics(folder)
+    best = min(rows, key=lambda row: row["val_error"])
+    assert (summary["best_epoch"], summary["best_val_error"]) == (best["epoch"], best["val_error"])
+    assert summary["last_val_error"] == rows[-1]["val_error"]
+    assert summary["total_seconds"] > 0 and set(summary["versions"]) == {"python", "torch", "torchvision"}
+    with safe_open(folder / "best.safetensors", "pt") as file:
+        said = file.metadata()
+    assert said["model"] == "s3net_cifar" and said["num_classes"] == "10" and said["epoch"] == str(best["epoch"])
+    assert json.loads(said["options"]) == {"growth_rate": 4, "depth": 7, "drop_rate": 0.1}
+    assert json.loads(said["mean"]) == [0.305] * 3
+    model = train_s3net.create_network(said["model"], 10, **json.loads(said["options"]))
+    assert summary["parameters"] == sum(p.numel() for p in model.parameters())
+    # Stem, 3 layers, 2 transitions and the classifier, counted by hand; no bias counts.
+    expected = 1024 * 27 * 24 + 1024 * 24 * 9 * 4 + 256 * 28 * 28 + 256 * 28 * 9 * 4 + 64 * 32 * 32
+    expected += 64 * 32 * 9 * 4 + 36 * 10
+    assert summary["multiply_adds"] == expected
+
+
+def test_killed_at_random_moments_and_resumed_it_is_the_same_run(reference, tmp_path):
+    folder, kills, moments = tmp_path / "run", 0, random.Random(time.time())
+    arguments = command(*SMALL, "--epochs", 4, "--out", folder, "--resume")
+    while kills < 3:
+        before = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:  # three lines describe the run, then training begins
+            if "resuming" in line or "starting" in line:
+                break
+        time.sleep(moments.uniform(0, 0.8))
+        process.kill()
+        process.wait()
+        kills += 1
+        if (folder / "metrics.jsonl").exists():
+            assert (folder / "metrics.jsonl").read_text().startswith(before)
+    completed(arguments)
+    assert_same_run(folder, reference[0])
+    assert {path.name for path in folder.iterdir()} == WRITTEN | {"summary.json"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_the_command_that_resumes_it(tmp_path, number):
+    flags = [*TINY, "--epochs", "2", "--out", str(tmp_path / "run"), "--batch-size", "4"]
+    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "starting" in line:
+            break
+    time.sleep(0.5)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and errors == ""
+    assert printed.splitlines()[-2] == "stopped; go on with"
+    progress = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]
+    assert progress["epoch"] == 0 and 0 < progress["step"] < 360
+    if number == signal.SIGINT:
+        resume = printed.splitlines()[-1].split()
+        assert resume[0] == "python"
+        completed([sys.executable, *resume[1:]])
+        completed(command(*flags[:-3], tmp_path / "whole", *flags[-2:]))
+        assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_kill_between_checkpoint_and_metrics_is_repaired(reference, tmp_path):
+    folder = tmp_path / "run"
+    run_folder = runs.Run(folder)
+    folder.mkdir()
+    for path in reference[0].iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    state = run_folder.read_checkpoint()
+    state["progress"]["history"] = state["progress"]["history"][:2]
+    state["progress"]["epoch"] = 2
+    (folder / "metrics.jsonl").write_text("")
+    (folder / "best.safetensors").unlink()
+    state["progress"]["history"][1]["val_error"] = 0.0
+    run_folder.publish(state)
+    assert [row["epoch"] for row in metrics(folder)] == [1, 2]
+    with safe_open(folder / "best.safetensors", "pt") as file:
+        assert file.metadata()["epoch"] == "2"
+
+
+def test_two_processes_count_every_image_once_and_agree_with_one(tmp_path):
+    flags = [*TINY, "--limit-train", "310", "--limit-val", "101", "--epochs", "2"]
+    done = completed(torchrun(2, *flags, "--out", tmp_path / "two"))
+    assert "2 processes on cpu" in done.stdout and done.stdout.count("epoch   1/2") == 1
+    said = completed(command("--eval-only", "--checkpoint", tmp_path / "two" / "best.safetensors", "--limit-val", 101))
+    measured, row = (
+        json.loads(said.stdout.splitlines()[-1]),
+        min(metrics(tmp_path / "two"), key=lambda r: r["val_error"]),
+    )
+    assert measured["val_error"] == row["val_error"] and measured["images"] == 101
+    assert measured["val_loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+
+
+def test_two_processes_resume_exactly(tmp_path):
+    flags = [*TINY, "--limit-train", "310", "--limit-val", "60", "--epochs", "2"]
+    completed(torchrun(2, *flags, "--out", tmp_path / "whole"))
+    run_folder = runs.Run(tmp_path / "parts")
+    arguments = torchrun(2, *flags, "--out", run_folder.folder)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if "epoch   1/2" in line:
+            break
+    subprocess.run(["pkill", "-KILL", "-f", str(run_folder.folder)], check=True)  # torchrun and its two processes
+    process.wait()
+    completed(torchrun(2, *flags, "--out", run_folder.folder, "--resume"))
+    assert_same_run(run_folder.folder, tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    flags = [*SMALL, "--epochs", 6, "--lr", 1e20, "--schedule", "onecycle", "--out", folder]
+    done = run(command(*flags))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the loss at step ") and "Try a lower --lr" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    if (folder / "last.pt").exists():
+        weights = torch.load(folder / "last.pt", weights_only=True)["model"]
+        assert "last good checkpoint is" in done.stderr and len(weights) > 10
+
+
+def test_it_runs_from_any_directory_on_own_images(tmp_path):
+    for half in ("train", "val"):
+        for label, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+            (tmp_path / "mine" / half / label).mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (30 + i, 24), colour).save(tmp_path / "mine" / half / label / f"{i}.jpg")
+    (tmp_path / "mine" / "train" / "red" / "broken.jpg").write_bytes(b"?")
+    flags = ["--dataset", "folder", "--data-dir", "mine", "--image-size", 16, "--epochs", 1, "--out", "run"]
+    flags += ["--batch-size", 4, "--growth-rate", 4, "--depth", 7, "--device", "cpu"]
+    refused = run(command(*flags), cwd=tmp_path)
+    assert refused.returncode == 2 and "broken.jpg cannot be read" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+    done = completed(command(*flags, "--skip-unreadable"), cwd=tmp_path)
+    assert "left out 1 unreadable image" in done.stdout
+    assert "16 training and 16 validation images, 2 classes" in done.stdout
+    assert (tmp_path / "run" / "best.safetensors").exists()
+
+
+# -- Bad input: one line, exit code 2 --
+
+
+def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+    done = run(command("--dataset", "digts"), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: there is no data set 'digts': did you mean digits?\n"
+
+
+def refusal(tmp_path, **flags):
+    flags = {"dataset": "digits", "device": "cpu", "out": tmp_path / "new"} | flags
+    with pytest.raises(InputError) as error:
+        train_s3net.main(Args(**flags), amp_given=False)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"model": "s3net_cifer"}, "there is no network 's3net_cifer': did you mean s3net_cifar"),
+        ({"schedule": "stop"}, "there is no schedule 'stop': did you mean step"),
+        ({"depth": 39}, "depth 39 is not possible, since depth - 4 must be a positive multiple of 3"),
+        ({"model": "resnet20_cifar", "growth_rate": 12}, "resnet20_cifar has no option 'growth_rate'"),
+        ({"epochs": 0}, "--epochs 0 is too small: give 1 or more"),
+        ({"batch_size": 0}, "--batch-size 0 is too small"),
+        ({"lr": float("nan")}, "--lr nan is not possible"),
+        ({"limit_train": 0}, "a limit of 0 images leaves none"),
+        ({"num_classes": 4}, "--num-classes 4 is too small: the data have 10 classes"),
+        ({"dataset": "folder", "data_dir": Path("/nowhere")}, "/nowhere has no images"),
+        ({"device": "gpu"}, "there is no device 'gpu'"),
+        ({"eval_only": True}, "--eval-only needs the weights: pass --checkpoint FILE"),
+        ({"eval_only": True, "checkpoint": Path("absent.pt")}, "there is no checkpoint absent.pt"),
+    ],
+)
+def test_bad_flags(tmp_path, flags, message):
+    assert message in refusal(tmp_path, **flags)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_without_a_gpu(tmp_path):
+    assert refusal(tmp_path, device="cuda") == (
+        "--device cuda: PyTorch finds no CUDA GPU here; pass --device cpu, or leave it out"
+    )
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refusal(tmp_path, out=tmp_path / "file" / "run")
+    assert "cannot be written (Not a directory): pass another --out" in message
+
+
+def test_a_run_is_never_overwritten_unasked(reference, tmp_path):
+    folder, _ = reference
+    before = (folder / "last.pt").read_bytes()
+    assert "already holds a run: pass --resume" in refusal(tmp_path, out=folder)
+    assert (folder / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "flag"),
+    [
+        ({"lr": 0.3}, "--lr 0.3 "),
+        ({"epochs": 9}, "--epochs 9 "),
+        ({"growth_rate": 12}, "--growth-rate 12 "),
+        ({"limit_train": 200}, "--limit-train 200 "),
+        ({"seed": 1}, "--seed 1 "),
+        ({"model": "resnet20_cifar"}, "--model resnet20_cifar "),
+    ],
+)
+def test_resuming_with_another_recipe_names_the_flag(reference, tmp_path, flags, flag):
+    message = refusal(tmp_path, out=reference[0], resume=True, **flags)
+    assert message.startswith(flag + "changes the recipe of the run, which was started with")
+
+
+def test_resuming_on_other_data_is_refused(reference, tmp_path):
+    config = json.loads((reference[0] / "config.json").read_text())
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"train_images": 299}))
+    assert "the data are not those that" in refusal(tmp_path, out=folder, resume=True)
+
+
+def test_a_damaged_run_is_refused(reference, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((reference[0] / "config.json").read_bytes())
+    (folder / "last.pt").write_bytes((reference[0] / "last.pt").read_bytes()[:5000])
+    assert "damaged" in refusal(tmp_path, out=folder, resume=True)
+    (folder / "config.json").write_text("{")
+    assert "config.json is missing or damaged" in refusal(tmp_path, out=folder, resume=True)
+
+
+def test_weights_of_another_network_are_refused(reference, tmp_path):
+    message = refusal(tmp_path, eval_only=True, checkpoint=reference[0] / "best.safetensors", growth_rate=6)
+    assert "does not fit this network: " in message and "(4, 24, 3, 3)" in message and "(6, 24, 3, 3)" in message
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="TensorBoard is not installed: pip install tensorboard"):
+        train_s3net.main(
+            Args(dataset="digits", device="cpu", out=tmp_path / "run", tensorboard=True, epochs=1, limit_train=64),
+            amp_given=False,
+        )
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    target = tmp_path / "last.pt"
+    target.write_bytes(b"good")
+
+    def fill_the_disk(path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match=r"last.pt cannot be written \(No space left on device\)"):
+        runs.write_atomically(target, fill_the_disk)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"] and target.read_bytes() == b"good"
+
+
+def test_the_paper_recipe_is_the_default():
+    recipe = train_s3net.RECIPES["cifar100"]
+    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.momentum, recipe.weight_decay) == (
+        200,
+        64,
+        0.2,
+        0.9,
+        1e-4,
+    )
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), recipe.lr)
+    steps = 782
+    schedule = train_s3net.SCHEDULES[recipe.schedule](optimizer, recipe, recipe.epochs * steps)
+    rates = []
+    for _ in range(recipe.epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+    assert rates[:50] == [0.2] * 50
+    for epoch, rate in ((50, 0.02), (99, 0.02), (100, 0.002), (149, 0.002), (150, 0.0002), (199, 0.0002)):
+        assert rates[epoch] == pytest.approx(rate)
+
+
+def test_list_models_prints_every_name(capsys):
+    assert train_s3net.main(Args(list_models=True), amp_given=False) == 0
+    assert capsys.readouterr().out.split() == train_s3net.list_networks()
+
+
+def test_help_explains_every_flag():
+    printed = completed(command("--help")).stdout
+    for flag in (
+        "--dataset",
+        "--amp, --no-amp",
+        "--compile, --no-compile",
+        "--limit-val N",
+        "--eval-only",
+        "--checkpoint",
+    ):
+        assert flag in printed
