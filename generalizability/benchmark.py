@@ -24,7 +24,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -32,12 +31,13 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from baselines import create_network
+from command_line import run_script
 from cpu_kernels import keep_freed_memory
 from data import ImageSet, TrainingBatches
 from engine import Precision, Trainer, start_workers
 from models import InputError
 from recipes import RECIPES
-from runs import write_atomically
+from runs import make_folder, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 64
@@ -305,6 +305,7 @@ def main(args: Args) -> None:
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds} is too small: give 1 or more")
     start_workers(args.device)  # raises for a device that is not there
+    make_folder(args.out)
     results = {
         "command": " ".join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -318,14 +319,9 @@ def main(args: Args) -> None:
     if args.only in ("all", "training"):
         results["training"] = benchmark_training(args)
         print_training(results["training"])
-    args.out.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out / "benchmark.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
     print(f"\nwritten to {args.out / 'benchmark.json'}")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, Args, __doc__)

@@ -14,7 +14,7 @@ def draw_curves(history: list[dict], path: Path, title: str) -> None:
     for axes, quantity, unit in ((loss, "loss", "cross-entropy"), (error, "error", "top-1 error (%)")):
         axes.plot(epochs, [row[f"train_{quantity}"] for row in history], label="training", **style)
         axes.plot(epochs, [row[f"val_{quantity}"] for row in history], label="validation", **style)
-        axes.set(xlabel="epoch", ylabel=unit)
+        axes.set(xlabel="epoch", ylabel=unit, yscale="log" if quantity == "loss" else "linear")
         axes.legend()
     best = min(history, key=lambda row: row["val_error"])
     error.axhline(best["val_error"], color="gray", linewidth=0.8, linestyle=":")

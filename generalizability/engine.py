@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import EvaluationBatches, TrainingBatches
 from models import InputError
-from runs import Progress
+from runs import Progress, RunConfig
 
 
 @dataclass(frozen=True)
@@ -255,6 +257,46 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.precision.scaler.load_state_dict(state["scaler"])
+
+
+# Each makes the learning rate's course over a run of so many steps.
+SCHEDULES = {
+    "step": lambda optimizer, config, steps: torch.optim.lr_scheduler.MultiStepLR(
+        optimizer, [max(1, round(share * steps)) for share in config.milestones]
+    ),
+    "onecycle": lambda optimizer, config, steps: torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, total_steps=max(steps, 4), cycle_momentum=False
+    ),
+    "cosine": lambda optimizer, config, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
+}
+
+
+def make_trainer(model: nn.Module, config: RunConfig, steps: int, compile_it: bool, workers: Workers) -> Trainer:
+    """The network as it is trained (distributed, compiled), with its optimizer and schedule; `steps` an epoch."""
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        config.lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        fused=workers.device.type in ("cpu", "cuda"),
+    )
+    if workers.world_size > 1:
+        devices = [workers.device] if workers.device.type == "cuda" else None
+        with warnings.catch_warnings():
+            # Running statistics are averaged before each evaluation instead of broadcast at each step. Newer PyTorch
+            # has another name for that, which older ones do not know.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            model = DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+    torch.manual_seed(config.seed + 1_000_003 * (workers.rank + 1))  # dropout differs between processes
+    return Trainer(
+        model=torch.compile(model) if compile_it else model,
+        optimizer=optimizer,
+        scheduler=SCHEDULES[config.schedule](optimizer, config, config.epochs * steps),
+        precision=Precision(workers.device, config.amp),
+        workers=workers,
+    )
 
 
 def progress_bar(workers: Workers, what: str, total: int, initial: int = 0) -> tqdm:

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine import NonFiniteLossError, Trainer
-from models import InputError
 from runs import Progress, Run, RunConfig
 
 
@@ -53,12 +52,8 @@ class TensorBoardLog:
     """The metrics as TensorBoard events, in `<run>/tensorboard`."""
 
     def __init__(self, folder: Path, progress: Progress) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError(
-                "TensorBoard is not installed: pip install tensorboard, or leave out --tensorboard"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter  # an optional package
+
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=progress.epoch + 1)
 
     def write(self, row: dict) -> None:

@@ -7,13 +7,14 @@ any moment; opening it again brings the other files in line with `last.pt`.
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from curves import draw_curves
@@ -132,8 +133,8 @@ class Run:
         Raises:
             InputError: the folder cannot be written.
         """
+        make_folder(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for name in (
                 "last.pt",
                 "best.safetensors",
@@ -216,7 +217,7 @@ class Run:
             "epoch": str(metrics["epoch"]),
             "val_error": str(metrics["val_error"]),
         }
-        self._write("best.safetensors", lambda path: save_file(tensors, path, metadata))
+        self._write("best.safetensors", lambda path: path.write_bytes(save(tensors, metadata)))
 
     def _read(self, name: str) -> str | None:
         path = self.folder / name
@@ -227,6 +228,20 @@ class Run:
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         write_atomically(self.folder / name, write)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder, and its parents, and make sure that files can be written there.
+
+    Raises:
+        InputError: it cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}): pass another --out") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -9,8 +9,8 @@ One process (a GPU if there is one, else the CPU):
 Several GPUs of one node, the batch divided between them:
     torchrun --nproc_per_node=4 train_s3net.py
 
-Several nodes (on each of them, with its own node_rank):
-    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=4 --rdzv_endpoint=HOST:29500 train_s3net.py
+Several nodes (the same on each of them):
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_s3net.py
 
 The error of saved weights:
     python train_s3net.py --eval-only --checkpoint runs/cifar100-s3net_cifar-s0/best.safetensors
@@ -23,21 +23,21 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.distributed as dist
 import tyro
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from baselines import create_network, list_networks
+from command_line import run_script
 from cpu_kernels import keep_freed_memory
 from data import DATASETS, EvaluationBatches, ImageSet, TrainingBatches, load_dataset
 from engine import (
+    SCHEDULES,
     NonFiniteLossError,
     Precision,
     StopSignal,
@@ -45,6 +45,7 @@ from engine import (
     Workers,
     average_buffers,
     evaluate,
+    make_trainer,
     random_state,
     set_random_state,
     start_workers,
@@ -57,22 +58,22 @@ from runs import Progress, Run, RunConfig, read_metadata
 ROOT = Path(__file__).resolve().parents[1]
 EVAL_BATCH = 500
 
-_recipe = "default: the data set's recipe"
-_network = "default: the network's own"
+_recipe = "(default: the data set's recipe)"
+_network = "(default: the network's own)"
 RecipeFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_recipe)]
 RecipeInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_recipe)]
 NetworkInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_network)]
 NetworkFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_network)]
-Limit = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="default: all")]
+Limit = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")]
 
 
 @dataclass
 class Args:
     """Train S3-Net, or a network to compare it with, on images."""
 
-    dataset: Annotated[str | None, tyro.conf.arg(metavar=f"{{{','.join(DATASETS)}}}", help_behavior_hint="default: cifar100")] = None  # fmt: skip  # noqa: E501
+    dataset: Annotated[str | None, tyro.conf.arg(metavar=f"{{{','.join(DATASETS)}}}", help_behavior_hint="(default: cifar100)")] = None  # fmt: skip  # noqa: E501
     """Images to train on: scikit-learn's digits (embedded), CIFAR-100, or your own in class folders."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="default: data/<dataset>")] = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: data/<dataset>)")] = None
     """Where the images are: cifar-100-python/, or train/<class>/* and val/<class>/* (or test/<class>/*)."""
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_recipe)] = None
     """Network to train; --list-models names them."""
@@ -82,7 +83,7 @@ class Args:
     """Layers of a CIFAR network in all; depth - 4 is divisible by 3."""
     drop_rate: NetworkFloat = None
     """Dropout after each layer, 0 to below 1."""
-    num_classes: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="default: the data's")] = None
+    num_classes: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the data's)")] = None
     """Outputs of the network."""
 
     epochs: RecipeInt = None
@@ -99,16 +100,16 @@ class Args:
     """Course of the learning rate: a tenth after each milestone, up and down, or down a half cosine."""
     image_size: RecipeInt = None
     """Height and width in pixels that the images of --dataset folder are brought to."""
-    seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="default: 0")] = None
+    seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 0)")] = None
     """Decides the initial weights, the order of the images and their augmentation."""
     limit_train: Limit = None
     """Train on so many of the training images only."""
     limit_val: Limit = None
     """Evaluate on so many of the validation images only."""
 
-    device: Annotated[str | None, tyro.conf.arg(metavar="{cpu,cuda,cuda:N,mps}", help_behavior_hint="default: a GPU if there is one")] = None  # fmt: skip  # noqa: E501
+    device: Annotated[str | None, tyro.conf.arg(metavar="{cpu,cuda,cuda:N,mps}", help_behavior_hint="(default: a GPU if there is one)")] = None  # fmt: skip  # noqa: E501
     """Where to compute. Under torchrun, cuda gives each process the GPU of its LOCAL_RANK."""
-    amp: Annotated[bool, tyro.conf.arg(help_behavior_hint="default: where it is faster")] = True
+    amp: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: where it is faster)")] = True
     """Mixed precision: bfloat16, or float16 with a gradient scaler on CUDA devices that lack it."""
     compile: bool = False
     """Compile the network with torch.compile (on a CPU it needs a C++ compiler)."""
@@ -117,7 +118,7 @@ class Args:
     skip_unreadable: bool = False
     """Leave out image files that cannot be read, and count them, instead of stopping."""
 
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="default: runs/<dataset>-<model>-s<seed>")] = None  # fmt: skip  # noqa: E501
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/<dataset>-<model>-s<seed>)")] = None  # fmt: skip  # noqa: E501
     """Folder of the run."""
     resume: bool = False
     """Go on with the run in --out (start it if there is none yet)."""
@@ -134,15 +135,6 @@ class Args:
     """Print the networks' names and stop."""
 
 
-def parse_args() -> tuple[Args, bool]:
-    """The command line, and whether it says --amp or --no-amp.
-
-    Its booleans cannot be None; so two parses with opposite defaults tell whether one was given.
-    """
-    args = tyro.cli(Args, description=__doc__)
-    return args, tyro.cli(Args, default=Args(amp=False)).amp == args.amp
-
-
 def main(args: Args, amp_given: bool) -> int:
     """Do what the command line says; returns the exit code.
 
@@ -157,8 +149,7 @@ def main(args: Args, amp_given: bool) -> int:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     workers = start_workers(args.device)
-    if args.compile and workers.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
-        raise InputError("--compile on a CPU needs a C++ compiler, and there is none: leave it out")
+    check_tools(args, workers)
     if args.eval_only:
         return evaluate_checkpoint(args, amp_given, workers)
     args.dataset = args.dataset or "cifar100"
@@ -202,6 +193,14 @@ def check_names(args: Args) -> None:
     ):
         if name is not None and name not in known:
             raise InputError(f"there is no {what} {name!r}: {nearest_names(name, known)}")
+
+
+def check_tools(args: Args, workers: Workers) -> None:
+    """Raises InputError where a flag needs something that is not installed."""
+    if args.tensorboard and find_spec("tensorboard") is None:
+        raise InputError("TensorBoard is not installed: pip install tensorboard, or leave out --tensorboard")
+    if args.compile and workers.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
+        raise InputError("--compile on a CPU needs a C++ compiler, and there is none: leave it out")
 
 
 def default_folder(args: Args) -> Path:
@@ -291,16 +290,6 @@ def check_same_data(data: tuple[ImageSet, ImageSet], started: RunConfig, folder:
 
 # ---- Training -----------------------------------------------------------------------------------------------------
 
-SCHEDULES = {
-    "step": lambda optimizer, config, steps: torch.optim.lr_scheduler.MultiStepLR(
-        optimizer, [max(1, round(share * steps)) for share in config.milestones]
-    ),
-    "onecycle": lambda optimizer, config, steps: torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=max(steps, 4), cycle_momentum=False
-    ),
-    "cosine": lambda optimizer, config, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
-}
-
 
 def train(args: Args, run: Run, config: RunConfig, data: tuple[ImageSet, ImageSet], workers: Workers) -> int:
     """Train from the run's checkpoint, or from the start, to the last epoch; returns the exit code."""
@@ -365,34 +354,6 @@ def make_batches(
         **common,
     )
     return training, EvaluationBatches(val, EVAL_BATCH, **common)
-
-
-def make_trainer(model: nn.Module, config: RunConfig, steps: int, compile_it: bool, workers: Workers) -> Trainer:
-    """The network as it is trained (distributed, compiled), with its optimizer and schedule; `steps` an epoch."""
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        config.lr,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        fused=workers.device.type in ("cpu", "cuda"),
-    )
-    if workers.world_size > 1:
-        devices = [workers.device] if workers.device.type == "cuda" else None
-        with warnings.catch_warnings():
-            # Running statistics are averaged before each evaluation instead of broadcast at each step. Newer PyTorch
-            # has another name for that, which older ones do not know.
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            model = DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-    torch.manual_seed(config.seed + 1_000_003 * (workers.rank + 1))  # dropout differs between processes
-    return Trainer(
-        model=torch.compile(model) if compile_it else model,
-        optimizer=optimizer,
-        scheduler=SCHEDULES[config.schedule](optimizer, config, config.epochs * steps),
-        precision=Precision(workers.device, config.amp),
-        workers=workers,
-    )
 
 
 def load_progress(run: Run, model: nn.Module, trainer: Trainer) -> Progress:
@@ -475,14 +436,4 @@ def evaluate_checkpoint(args: Args, amp_given: bool, workers: Workers) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        code = main(*parse_args())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
+    run_script(lambda args: main(args, amp_given=not {"--amp", "--no-amp"}.isdisjoint(sys.argv)), Args, __doc__)

@@ -319,13 +319,34 @@ def test_weights_of_another_network_are_refused(reference, tmp_path):
     assert "does not fit this network: " in message and "(4, 24, 3, 3)" in message and "(6, 24, 3, 3)" in message
 
 
-def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(InputError, match="TensorBoard is not installed: pip install tensorboard"):
-        train_s3net.main(
-            Args(dataset="digits", device="cpu", out=tmp_path / "run", tensorboard=True, epochs=1, limit_train=64),
-            amp_given=False,
-        )
+@pytest.mark.parametrize(
+    ("flag", "finder", "message"),
+    [
+        (
+            "tensorboard",
+            "find_spec",
+            "TensorBoard is not installed: pip install tensorboard, or leave out --tensorboard",
+        ),
+        ("compile", "shutil.which", "--compile on a CPU needs a C++ compiler, and there is none: leave it out"),
+    ],
+)
+def test_tools_that_are_not_installed(tmp_path, monkeypatch, flag, finder, message):
+    monkeypatch.setattr(f"train_s3net.{finder}", lambda name: None)
+    leave_out = "leave it out" if flag == "compile" else f"leave out --{flag}"
+    assert refusal(tmp_path, **{flag: True}) == message + leave_out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lrr", "3"], "error: Unrecognized options: --lrr, 3"),
+        (["--epochs", "many"], "error: Error parsing --epochs"),
+    ],
+)
+def test_flags_that_cannot_be_parsed(monkeypatch, flags, message):
+    done = run(command(*flags))
+    assert done.returncode == 2 and done.stderr.startswith(message)
+    assert done.stderr.endswith("; see --help\n") and len(done.stderr.splitlines()) == 1
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):

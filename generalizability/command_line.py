@@ -1,0 +1,54 @@
+"""How the scripts here start and end: one line for what is wrong, and an exit code that says so."""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+import tyro
+
+from models import InputError
+
+Args = TypeVar("Args")
+
+
+def run_script(main: Callable[[Args], int | None], arguments: type[Args], description: str) -> None:
+    """Parse the command line into the dataclass `arguments`, call `main` with it, and exit with what it returns.
+
+    Flags that cannot be parsed, and InputError, end the program with one line on stderr and exit code 2; Ctrl-C
+    with exit code 130.
+    """
+    try:
+        code = main(parse(arguments, description))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+def parse(arguments: type[Args], description: str) -> Args:
+    """The command line as `arguments`.
+
+    Raises:
+        InputError: what tyro says of flags that it cannot parse, in one line.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(arguments, description=description)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        frame = re.compile(r"\x1b\[[0-9;]*m|[╭╰╮╯│─]+")
+        lines = [frame.sub(" ", line).strip() for line in said.getvalue().splitlines()]
+        text = " ".join(" ".join(lines[1:]).split())
+        text = re.split(r" (?:Argument helptext|For full helptext)", text)[0].rstrip(".")
+        raise InputError(f"{text}; see --help") from None
