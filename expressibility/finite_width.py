@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-from kernels import TOPOLOGIES, closed_form_kernels, empirical_ntk, stax_network
+from kernels import TOPOLOGIES, Topology, closed_form_kernels, empirical_ntk, stax_network
 from script_io import save_figure, save_json
 from tqdm import tqdm
 
@@ -21,17 +21,19 @@ POINTS = 6
 FEATURES = 8
 
 
-def relative_errors(topology: str, widths: tuple[int, ...], seeds: int, depth: int = DEPTH) -> np.ndarray:
+def relative_errors(
+    topology: Topology, widths: tuple[int, ...], seeds: int, progress: bool = True
+) -> np.ndarray:
     """|empirical NTK - NTK| / |NTK| in the Frobenius norm, for random networks on random points.
 
     Returns:
         (widths, seeds), each network with its own weights.
     """
     x = np.random.default_rng(0).normal(size=(POINTS, FEATURES))
-    limit = closed_form_kernels(x, None, topology, depth)[depth].ntk
+    limit = closed_form_kernels(x, None, topology, DEPTH)[DEPTH].ntk
     errors = np.empty((len(widths), seeds))
-    for i, width in enumerate(tqdm(widths, desc=f"finite {topology}")):
-        init_fn, apply_fn, _ = stax_network(topology, depth, width)
+    for i, width in enumerate(tqdm(widths, desc=f"finite {topology}", disable=not progress)):
+        init_fn, apply_fn, _ = stax_network(topology, DEPTH, width)
         ntk = jax.jit(lambda params, apply_fn=apply_fn: empirical_ntk(apply_fn, params, x))
         for seed in range(seeds):
             _, params = init_fn(jax.random.PRNGKey(seed), (-1, FEATURES))
@@ -44,11 +46,11 @@ def fitted_order(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-def measure(widths: tuple[int, ...] = WIDTHS, seeds: int = 40) -> dict[str, Any]:
+def measure(widths: tuple[int, ...] = WIDTHS, seeds: int = 40, progress: bool = True) -> dict[str, Any]:
     """Mean error, its standard error over the seeds and the fitted order of its fall, by topology."""
     found: dict[str, Any] = {"widths": list(widths), "seeds": seeds, "depth": DEPTH, "points": POINTS}
     for topology in TOPOLOGIES:
-        errors = relative_errors(topology, widths, seeds)
+        errors = relative_errors(topology, widths, seeds, progress)
         found[topology] = {
             "mean": errors.mean(axis=1).tolist(),
             "standard_error": (errors.std(axis=1, ddof=1) / np.sqrt(seeds)).tolist(),

@@ -50,7 +50,7 @@ class Arguments:
     depths: tuple[int, ...] = FIGURE_3_DEPTHS
     """Numbers of blocks, each at least 1. Figure 3's K, which counts Dense layers, is two more."""
     h0_shortcut: bool = False
-    """Add the proposed topology's shortcut from h_0, which Figure 2(a) has and the published notebook lacks."""
+    """Add the proposed topology's shortcut from h_0, which Figure 2(a) has and the paper's notebook lacks."""
     finite_width: bool = False
     """Also measure how finite networks approach the kernel: finite_width.json and .png, about a minute."""
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib
-import tyro
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 Args = TypeVar("Args")
@@ -31,6 +30,8 @@ def run(main: Callable[[Args], None], arguments: type[Args]) -> None:
     What is wrong with the input, the environment or the output folder ends the program with one line on
     stderr and exit code 2.
     """
+    import tyro  # here, so that the notebook can use this file's errors without a command-line library
+
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
