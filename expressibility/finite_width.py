@@ -12,6 +12,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from kernels import TOPOLOGIES, Topology, closed_form_kernels, empirical_ntk, stax_network
+from scaling_fit import fitted_order
 from script_io import save_figure, save_json
 from tqdm import tqdm
 
@@ -39,11 +40,6 @@ def relative_errors(
             _, params = init_fn(jax.random.PRNGKey(seed), (-1, FEATURES))
             errors[i, seed] = np.linalg.norm(ntk(params) - limit) / np.linalg.norm(limit)
     return errors
-
-
-def fitted_order(x: np.ndarray, y: np.ndarray) -> float:
-    """Slope of the least-squares line through log y against log x."""
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def measure(widths: tuple[int, ...] = WIDTHS, seeds: int = 40, progress: bool = True) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _without_frame(complaint: str) -> str:
     """What tyro says inside its box of several lines, without the option's help text."""
     lines = [line for line in complaint.splitlines() if "╭" not in line]
     text = " ".join(re.sub(r"\x1b\[[0-9;]*m|[╰╯│─]", " ", " ".join(lines)).split())
-    return re.split(r" Argument helptext| For full helptext", text)[0]
+    return re.split(r" Argument helptext| For full helptext", text)[0].rstrip(". ")
 
 
 def _fail(message: str) -> int:
