@@ -38,8 +38,8 @@ class Arguments:
     """Options of the construction."""
 
     function: str = "sin(2*x)+abs(x)"
-    """The function of x to approximate: numbers, pi, e, + - * / **, brackets, abs, arctan, cos, cosh, exp, log,
-    sin, sinh, sqrt and tanh. One that starts with a minus is written --function=-x."""
+    """The function of x: numbers, pi, e, + - * / **, brackets, abs, arctan, cos, cosh, exp, log, sin, sinh,
+    sqrt and tanh. One that starts with a minus is written --function=-x."""
     interval: tuple[float, float] = (-3.0, 3.0)
     """Where to approximate it: from, to."""
     depth: int = 32
