@@ -143,7 +143,7 @@ def seconds_and_megabytes(call: Callable[[], None]) -> tuple[float, float]:
 def scaling(points: tuple[int, ...]) -> dict[str, Any]:
     """Time and memory against the number of points, with the fitted orders."""
     found: dict[str, Any] = {"points": list(points), "topology": "proposed", "depth": SCALING_DEPTH}
-    bar = tqdm(total=len(WAYS) * len(points), desc="kernel matrices")
+    bar = tqdm(total=len(WAYS) * len(points), desc="kernel matrices", disable=None)
     for way in WAYS:
         measured = []
         for n in points:

@@ -33,7 +33,7 @@ def relative_errors(
     x = np.random.default_rng(0).normal(size=(POINTS, FEATURES))
     limit = closed_form_kernels(x, None, topology, DEPTH)[DEPTH].ntk
     errors = np.empty((len(widths), seeds))
-    for i, width in enumerate(tqdm(widths, desc=f"finite {topology}", disable=not progress)):
+    for i, width in enumerate(tqdm(widths, desc=f"finite {topology}", disable=None if progress else True)):
         init_fn, apply_fn, _ = stax_network(topology, DEPTH, width)
         ntk = jax.jit(lambda params, apply_fn=apply_fn: empirical_ntk(apply_fn, params, x))
         for seed in range(seeds):

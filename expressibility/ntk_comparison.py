@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import finite_width
 import matplotlib.pyplot as plt
 import numpy as np
 import tabular
@@ -100,7 +101,7 @@ def compare(
     """
     mse: dict[Topology, list[float]] = {topology: [] for topology in TOPOLOGIES}
     disagreement = 0.0 if check else float("nan")
-    bar = tqdm(total=len(depths) * len(TOPOLOGIES), desc="networks", disable=not progress)
+    bar = tqdm(total=len(depths) * len(TOPOLOGIES), desc="networks", disable=None if progress else True)
     for topology in TOPOLOGIES:
         matrices = ntk_matrices(
             data.x_train, data.x_test, topology, depths, h0_shortcut=h0_shortcut and topology == "proposed"
@@ -208,8 +209,6 @@ def main(arguments: Arguments) -> None:
     print(f"Largest relative disagreement of closed form and neural-tangents: {comparison.disagreement:.1e}")
     print(f"Wrote {out / 'ntk_results.json'} and {out / 'ntk_results.png'}")
     if arguments.finite_width:
-        import finite_width
-
         finite_width.measure_and_save(out)
 
 

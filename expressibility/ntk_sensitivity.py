@@ -112,7 +112,7 @@ def records(tables: list[tabular.Table], settings: dict[str, Any], partial: Path
         keys = [
             (t, scaling, seed) for t in tables for scaling in SCALINGS for seed in range(settings["splits"])
         ]
-        for table, scaling, seed in tqdm(keys, desc="splits"):
+        for table, scaling, seed in tqdm(keys, desc="splits", disable=None):
             record = done.get((table.name, scaling, seed))
             if record is None:
                 raw = tabular.split(table, seed)
