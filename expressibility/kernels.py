@@ -228,25 +228,30 @@ def stax_network(
         raise ValueError(f"width is {width}: it must be at least 1")
     dense = partial(stax.Dense, W_std=W_STD, b_std=B_STD)
 
-    def with_shortcut(branch: Any) -> Any:
-        return stax.serial(stax.FanOut(2), stax.parallel(stax.Identity(), branch), stax.FanInSum())
-
-    # Every branch starts with a Dense of its own, which is what FanInSum asks for without being able to check
-    # it.
+    # Every branch has a Dense of its own, which is what FanInSum asks for without being able to check it.
     warnings.filterwarnings("ignore", message="`FanIn` layers assume independent inputs")
-
-    layer = stax.serial(stax.Relu(), dense(width))
+    layer, carry = stax.serial(stax.Relu(), dense(width)), stax.Identity()
     if topology == "residual":
-        body = stax.serial(*[with_shortcut(layer) for _ in range(depth)])
-    else:
-        # Nested from the end, h_i + (h_{i+1} + (... + h_d)): each layer is computed once and its output taken
-        # twice.
-        body = layer
-        for _ in range(depth - 1):
-            body = stax.serial(layer, with_shortcut(body))
-        if h0_shortcut:
-            body = with_shortcut(body)
-    return stax.serial(dense(width), body, stax.Relu(), dense(1))
+        block = stax.serial(stax.FanOut(2), stax.parallel(carry, layer), stax.FanInSum())
+        return stax.serial(dense(width), *[block] * depth, stax.Relu(), dense(1))
+    # Two values go down the chain: the last layer's output h, and the sum of all so far.
+    start = stax.FanOut(2) if h0_shortcut else stax.serial(layer, stax.FanOut(2))
+    step = stax.serial(
+        stax.parallel(stax.serial(layer, stax.FanOut(2)), carry),  # ((h, h), sum)
+        _regroup(lambda pair: [pair[0][0], [pair[0][1], pair[1]]]),  # (h, (h, sum))
+        stax.parallel(carry, stax.FanInSum()),
+    )
+    steps = [step] * (depth if h0_shortcut else depth - 1)
+    return stax.serial(dense(width), start, *steps, _regroup(lambda pair: pair[1]), stax.Relu(), dense(1))
+
+
+def _regroup(order: Callable[[Any], Any]) -> tuple[Callable, Callable, Callable]:
+    """A layer without weights that rearranges its input's branches: shapes, values and kernels alike."""
+    return (
+        lambda rng, shape: (order(shape), ()),
+        lambda params, inputs, **_: order(inputs),
+        lambda kernels, **_: order(kernels),
+    )
 
 
 def empirical_ntk(apply_fn: Callable, params: Any, x1: np.ndarray, x2: np.ndarray | None = None) -> jax.Array:

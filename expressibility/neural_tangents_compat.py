@@ -7,9 +7,9 @@ not edited. While it is being imported, JAX gets back the names that it has drop
 reads (`_DROPPED` below says of each one why); afterwards JAX is as it was. A release after 0.6.5 is imported
 as it is.
 
-The kernels were tried with JAX 0.4.38 and every minor release from 0.5 to 0.12; `predict` and the Jacobian
-contraction of `empirical_ntk_fn` with 0.6, 0.10 and 0.12. Its "structured derivatives" read JAX's internals as
-they were in 2023 and are not restored.
+The kernels were tried with JAX 0.4.38 and every minor release from 0.5 to 0.12, `predict` and the Jacobian
+contraction of `empirical_ntk_fn` with 0.6, 0.10 and 0.12. Its "structured derivatives" read JAX's internals
+as they were in 2023 and are not restored.
 """
 
 import contextlib

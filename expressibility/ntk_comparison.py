@@ -23,6 +23,7 @@ from script_io import InputError, default_out, output_folder, run, save_figure, 
 from tqdm import tqdm
 
 DIAG_REG = 0.1
+MAX_DEPTH = 100
 FIGURE_3_DEPTHS = (2, 3, 4, 5, 6, 7, 8)
 
 PAPER = {  # Figure 3 as printed
@@ -186,12 +187,16 @@ def check_depths(depths: tuple[int, ...]) -> tuple[int, ...]:
     """The depths in rising order, each once.
 
     Raises:
-        InputError: none is given, or one is below 1.
+        InputError: none is given, or one is below 1 or above 100.
     """
     if not depths:
         raise InputError("--depths is empty: give at least one number of blocks, such as --depths 2 3 4")
     if min(depths) < 1:
         raise InputError(f"--depths has {min(depths)}: every depth must be at least 1")
+    if max(depths) > MAX_DEPTH:
+        raise InputError(
+            f"--depths has {max(depths)}: at most {MAX_DEPTH}, kernels grow with 2 to that power"
+        )
     return tuple(sorted(set(depths)))
 
 

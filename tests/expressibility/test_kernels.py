@@ -139,6 +139,11 @@ def _dense_pairs(params):
             yield from _dense_pairs(part)
 
 
+def test_a_deep_network_is_no_deeper_nesting():
+    _, _, kernel_fn = stax_network("proposed", 60)
+    assert relative(closed_form_kernels(X1, None, "proposed", 60)[60].ntk, kernel_fn(X1, None, "ntk")) < 1e-6
+
+
 def test_empirical_ntk_of_a_linear_model_is_the_gram_matrix():
     gram = empirical_ntk(lambda w, x: x @ w, np.ones((4, 1)), X1, X2)
     np.testing.assert_allclose(gram, X1 @ X2.T, rtol=1e-12)

@@ -95,6 +95,7 @@ def test_results_go_to_the_ignored_folder_by_default():
     ("options", "text"),
     [
         (["--depths", 2, 0], "--depths has 0: every depth must be at least 1"),
+        (["--depths", 101], "--depths has 101: at most 100"),
         (["--depths", "two", "--nonsense"], "--nonsense"),
         (["--out", "taken"], "cannot write in taken"),
     ],
