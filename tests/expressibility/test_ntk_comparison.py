@@ -76,6 +76,8 @@ def test_the_shortcut_from_h0_changes_the_proposed_topology_alone():
 
 
 def test_finite_widths_are_measured_on_request(tmp_path, monkeypatch):
+    instant = ntk_comparison.Comparison((1,), {"residual": [2.0], "proposed": [1.0]}, 0.0)
+    monkeypatch.setattr(ntk_comparison, "compare", lambda *_, **__: instant)
     monkeypatch.setattr(ntk_comparison.finite_width.measure, "__defaults__", ((16, 64), 3, False))
     ntk_comparison.main(ntk_comparison.Arguments(out=tmp_path, depths=(1,), finite_width=True))
     found = json.loads((tmp_path / "finite_width.json").read_text())
