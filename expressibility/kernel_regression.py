@@ -1,0 +1,77 @@
+"""Prediction with a neural tangent kernel: the mean of infinitely wide networks, fully trained."""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+from kernels import Backend, Topology, kernel_row_blocks
+from scipy.linalg import lapack
+
+
+class NtkMatrices(NamedTuple):
+    """The two matrices that a prediction needs."""
+
+    train: np.ndarray
+    """(n, n), lower triangle; zeros above the diagonal blocks."""
+    test: np.ndarray
+    """(m, n), test points by training points."""
+
+
+def ntk_matrices(
+    x_train: np.ndarray,
+    x_test: np.ndarray,
+    topology: Topology,
+    depths: Collection[int],
+    *,
+    h0_shortcut: bool = False,
+    backend: Backend | None = None,
+) -> dict[int, NtkMatrices]:
+    """The neural tangent kernels of (n, d) training and (m, d) test points, by depth, in closed form.
+
+    Raises:
+        ValueError: see `kernels.kernel_row_blocks`.
+    """
+    n, m = len(x_train), len(x_test)
+    matrices = {depth: NtkMatrices(np.zeros((n, n)), np.empty((m, n))) for depth in depths}
+    options = {"h0_shortcut": h0_shortcut, "backend": backend}
+    for rows, kernels in kernel_row_blocks(x_train, None, topology, depths, lower_triangle=True, **options):
+        for depth, kernel in kernels.items():
+            matrices[depth].train[rows, : rows.stop] = kernel.ntk
+    for rows, kernels in kernel_row_blocks(x_test, x_train, topology, depths, **options):
+        for depth, kernel in kernels.items():
+            matrices[depth].test[rows] = kernel.ntk
+    return matrices
+
+
+def predict(matrices: NtkMatrices, y_train: np.ndarray, diag_reg: float) -> np.ndarray:
+    """Mean prediction after gradient descent on the squared error has converged (section 6.2).
+
+    K_test (K_train + diag_reg * mean(diag K_train) * I)^-1 y, as neural-tangents'
+    `gradient_descent_mse_ensemble(..., diag_reg=diag_reg)` has it for infinite time.
+
+    Args:
+        matrices: kernels of n training and m test points.
+        y_train: (n,) targets.
+        diag_reg: regulariser, relative to the mean of the kernel's diagonal; above 0.
+
+    Returns:
+        (m,) predictions, in the target's unit.
+
+    Raises:
+        ValueError: diag_reg is so small that the matrix isn't positive definite in float64.
+    """
+    system = matrices.train.copy()
+    diagonal = np.einsum("ii->i", system)
+    diagonal += diag_reg * diagonal.mean()
+    # The transpose has Fortran's order without a copy, and makes the lower triangle the upper one.
+    _, weights, info = lapack.dposv(system.T, y_train, lower=False, overwrite_a=True)
+    if info != 0:
+        raise ValueError(
+            f"diag_reg {diag_reg:g} leaves the kernel matrix singular in float64: choose a larger one"
+        )
+    return matrices.test @ weights
+
+
+def mean_squared_error(prediction: np.ndarray, target: np.ndarray) -> float:
+    """Mean over the test points of the squared difference, in the target's unit squared."""
+    return float(np.mean((prediction - target) ** 2))
