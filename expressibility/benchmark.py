@@ -22,13 +22,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from tqdm import tqdm
+
 import tabular
 from kernel_regression import mean_squared_error
 from kernels import B_STD, TOPOLOGIES, W_STD, Topology, kernel_row_blocks
 from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths, compare
 from scaling_fit import fitted_order
 from script_io import InputError, default_out, output_folder, run, save_figure, save_json
-from tqdm import tqdm
 
 SCALING_DEPTH = 8  # Figure 3's K = 10
 SCALING_FEATURES = 13
@@ -56,9 +57,7 @@ def notebook_network(topology: Topology, depth: int) -> tuple[Callable, Callable
     """
     from neural_tangents_compat import stax
 
-    warnings.filterwarnings(
-        "ignore", message="`FanIn` layers assume independent inputs"
-    )  # each has its Dense
+    warnings.filterwarnings("ignore", message="`FanIn` layers assume independent inputs")  # each has its Dense
     dense = partial(stax.Dense, 512, W_STD, B_STD)
     layer = stax.serial(stax.Relu(), dense())
     if topology == "residual":
@@ -103,8 +102,7 @@ def figure_3(depths: tuple[int, ...], repeats: int) -> dict[str, Any]:
     closed_first, closed_warm, ours = timed(lambda: compare(data, depths, check=False).mse, repeats)
     stax_first, stax_warm, theirs = timed(lambda: notebook_figure(data, depths), repeats)
     difference = max(
-        float(np.max(np.abs(np.array(ours[topology]) / np.array(theirs[topology]) - 1)))
-        for topology in TOPOLOGIES
+        float(np.max(np.abs(np.array(ours[topology]) / np.array(theirs[topology]) - 1))) for topology in TOPOLOGIES
     )
     return {
         "depths": list(depths),

@@ -4,6 +4,7 @@ import ast
 from collections.abc import Callable
 
 import numpy as np
+
 from script_io import InputError
 
 FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -86,15 +87,11 @@ def _refuse_unknown(node: ast.expr) -> None:
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
             _refuse_unknown(argument)
         case ast.Call(func=ast.Name(id=name)):
-            what = (
-                "takes one argument" if name in FUNCTIONS else f"is unknown: known are {', '.join(FUNCTIONS)}"
-            )
+            what = "takes one argument" if name in FUNCTIONS else f"is unknown: known are {', '.join(FUNCTIONS)}"
             raise InputError(f"the expression calls {name}(), which {what}")
         case _:
             part = ast.unparse(node)
-            raise InputError(
-                f"the expression has {part!r}, which is not arithmetic: use + - * / ** and functions of x"
-            )
+            raise InputError(f"the expression has {part!r}, which is not arithmetic: use + - * / ** and functions of x")
 
 
 def _evaluate(node: ast.expr, x: np.ndarray) -> np.ndarray:

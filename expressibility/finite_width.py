@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from tqdm import tqdm
+
 from kernels import TOPOLOGIES, Topology, closed_form_kernels, empirical_ntk, stax_network
 from scaling_fit import fitted_order
 from script_io import save_figure, save_json
-from tqdm import tqdm
 
 WIDTHS = (32, 64, 128, 256, 512, 1024)
 DEPTH = 3
@@ -29,9 +30,7 @@ def _distance(apply_fn: Callable, x: np.ndarray, limit: np.ndarray, params: Any)
     return jnp.linalg.norm(empirical_ntk(apply_fn, params, x) - limit) / jnp.linalg.norm(limit)
 
 
-def relative_errors(
-    topology: Topology, widths: tuple[int, ...], seeds: int, progress: bool = True
-) -> np.ndarray:
+def relative_errors(topology: Topology, widths: tuple[int, ...], seeds: int, progress: bool = True) -> np.ndarray:
     """|empirical NTK - NTK| / |NTK| in the Frobenius norm, for random networks on random points.
 
     Returns:

@@ -4,8 +4,9 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
-from kernels import Backend, Topology, kernel_row_blocks
 from scipy.linalg import lapack
+
+from kernels import Backend, Topology, kernel_row_blocks
 
 
 class NtkMatrices(NamedTuple):
@@ -66,9 +67,7 @@ def predict(matrices: NtkMatrices, y_train: np.ndarray, diag_reg: float) -> np.n
     # The transpose has Fortran's order without a copy, and makes the lower triangle the upper one.
     _, weights, info = lapack.dposv(system.T, y_train, lower=False, overwrite_a=True)
     if info != 0:
-        raise ValueError(
-            f"diag_reg {diag_reg:g} leaves the kernel matrix singular in float64: choose a larger one"
-        )
+        raise ValueError(f"diag_reg {diag_reg:g} leaves the kernel matrix singular in float64: choose a larger one")
     return matrices.test @ weights
 
 

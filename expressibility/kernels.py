@@ -57,8 +57,7 @@ class _Signal(NamedTuple):
 def _first_dense(x1: Any, x2: Any) -> _Signal:
     features = x1.shape[1]
     cov, var1, var2 = (
-        inner * (W_STD**2 / features) + B_STD**2
-        for inner in (x1 @ x2.T, (x1 * x1).sum(axis=1), (x2 * x2).sum(axis=1))
+        inner * (W_STD**2 / features) + B_STD**2 for inner in (x1 @ x2.T, (x1 * x1).sum(axis=1), (x2 * x2).sum(axis=1))
     )
     return _Signal(cov, var1, var2, ntk=cov)
 
@@ -68,9 +67,7 @@ def _dense_of_relu(h: _Signal, xp: Any) -> _Signal:
     scale = xp.sqrt(h.var1)[:, None] * xp.sqrt(h.var2)
     cos = xp.clip(h.cov / scale, -1.0, 1.0)
     sin = xp.sqrt(1.0 - cos * cos)
-    weight = (xp.pi - xp.arccos(cos)) * (
-        W_STD**2 / (2 * xp.pi)
-    )  # W_std^2 times the kernel of ReLU's derivative
+    weight = (xp.pi - xp.arccos(cos)) * (W_STD**2 / (2 * xp.pi))  # W_std^2 times the kernel of ReLU's derivative
     cov = scale * (sin * (W_STD**2 / (2 * xp.pi)) + weight * cos) + B_STD**2
     var1, var2 = (var * (W_STD**2 / 2) + B_STD**2 for var in (h.var1, h.var2))
     return _Signal(cov, var1, var2, ntk=cov + weight * h.ntk)

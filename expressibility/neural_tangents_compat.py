@@ -71,9 +71,7 @@ _DROPPED: tuple[tuple[str, str, Callable[[], Any], str], ...] = (
 def _dropped_names() -> Iterator[None]:
     """Gives JAX the names of `_DROPPED` that it lacks, and takes them away again."""
     with contextlib.ExitStack() as undo, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # JAX 0.6 still has jax.util, and warns of its end
+        warnings.simplefilter("ignore", DeprecationWarning)  # JAX 0.6 still has jax.util, and warns of its end
         for module_name, name, stand_in, _ in _DROPPED:
             try:
                 module = importlib.import_module(module_name)
@@ -130,8 +128,7 @@ def load() -> types.ModuleType:
         ):
             raise
         raise UnsupportedJaxError(
-            f"neural-tangents 0.6.5 cannot run on JAX {jax.__version__} ({error}); use "
-            f"{WORKING_JAX}: {INSTALL_JAX}"
+            f"neural-tangents 0.6.5 cannot run on JAX {jax.__version__} ({error}); use {WORKING_JAX}: {INSTALL_JAX}"
         ) from error
 
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import finite_width
 import matplotlib.pyplot as plt
 import numpy as np
+from tqdm import tqdm
+
+import finite_width
 import tabular
 from kernel_regression import NtkMatrices, mean_squared_error, ntk_matrices, predict
 from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES, Topology, stax_network
 from script_io import InputError, default_out, output_folder, run, save_figure, save_json
-from tqdm import tqdm
 
 DIAG_REG = 0.1
 MAX_DEPTH = 100
@@ -125,10 +126,7 @@ def compare(
 
 def results(comparison: Comparison, test_points: int, h0_shortcut: bool) -> dict[str, Any]:
     """What ntk_results.json holds: errors as in Figure 3, true errors, the paper's, and the disagreement."""
-    scores = {
-        topology: [figure_score(mse, test_points) for mse in comparison.mse[topology]]
-        for topology in TOPOLOGIES
-    }
+    scores = {topology: [figure_score(mse, test_points) for mse in comparison.mse[topology]] for topology in TOPOLOGIES}
     return {
         "K": [depth + DENSE_LAYERS_BESIDE_DEPTH for depth in comparison.depths],
         **scores,
@@ -148,9 +146,7 @@ def draw(found: dict[str, Any]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(7.2, 5.0), layout="constrained")
     for topology, marker in (("residual", "s"), ("proposed", "o")):
         colour = COLOURS[topology]
-        axes.plot(
-            found["K"], found[topology], marker=marker, color=colour, label=f"{topology}, computed here"
-        )
+        axes.plot(found["K"], found[topology], marker=marker, color=colour, label=f"{topology}, computed here")
         axes.plot(PAPER["K"], PAPER[topology], "--", marker=marker, mfc="none", alpha=0.6, color=colour,
                   label=f"{topology}, printed in the paper")  # fmt: skip
     axes.set(
@@ -171,9 +167,7 @@ def table(found: dict[str, Any]) -> str:
         "| K | residual | proposed | residual, paper | proposed, paper | residual MSE | proposed MSE |",
         "|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    printed = {
-        topology: dict(zip(PAPER["K"], PAPER[topology], strict=True)) for topology in ("residual", "proposed")
-    }
+    printed = {topology: dict(zip(PAPER["K"], PAPER[topology], strict=True)) for topology in ("residual", "proposed")}
     for i, k in enumerate(found["K"]):
         paper = [f"{printed[t][k]:.4f}" if k in printed[t] else "" for t in ("residual", "proposed")]
         lines.append(
@@ -194,9 +188,7 @@ def check_depths(depths: tuple[int, ...]) -> tuple[int, ...]:
     if min(depths) < 1:
         raise InputError(f"--depths has {min(depths)}: every depth must be at least 1")
     if max(depths) > MAX_DEPTH:
-        raise InputError(
-            f"--depths has {max(depths)}: at most {MAX_DEPTH}, kernels grow with 2 to that power"
-        )
+        raise InputError(f"--depths has {max(depths)}: at most {MAX_DEPTH}, kernels grow with 2 to that power")
     return tuple(sorted(set(depths)))
 
 

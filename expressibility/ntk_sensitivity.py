@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
 import sensitivity_figures
 import tabular
 from baseline_regressors import BASELINES
 from kernel_regression import mean_squared_error, ntk_matrices, predict
 from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES
 from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths
-from scipy import stats
 from script_io import InputError, default_out, output_folder, run, save_figure, save_json
-from tqdm import tqdm
 
 SCALINGS = ("raw", "standardised")
 
@@ -87,10 +88,7 @@ def evaluate(split: tabular.Split, depths: list[int], diag_regs: list[float]) ->
         matrices = ntk_matrices(split.x_train, split.x_test, topology, depths)
         try:
             errors[topology] = [
-                [
-                    mean_squared_error(predict(matrices[depth], split.y_train, reg), split.y_test)
-                    for reg in diag_regs
-                ]
+                [mean_squared_error(predict(matrices[depth], split.y_train, reg), split.y_test) for reg in diag_regs]
                 for depth in depths
             ]
         except ValueError as error:
@@ -105,13 +103,11 @@ def records(tables: list[tabular.Table], settings: dict[str, Any], partial: Path
     come.
     """
     done = _read_partial(partial, settings)
-    with partial.open("w") as file:  # written anew, so that a line cut short by a kill does not stay
-        for line in (settings, *done.values()):
-            print(json.dumps(line), file=file)
-        file.flush()
-        keys = [
-            (t, scaling, seed) for t in tables for scaling in SCALINGS for seed in range(settings["splits"])
-        ]
+    rewritten = partial.with_suffix(".rewritten")  # without the line that a kill cut short
+    rewritten.write_text("".join(json.dumps(line) + "\n" for line in (settings, *done.values())))
+    rewritten.replace(partial)
+    with partial.open("a") as file:
+        keys = [(t, scaling, seed) for t in tables for scaling in SCALINGS for seed in range(settings["splits"])]
         for table, scaling, seed in tqdm(keys, desc="splits", disable=None):
             record = done.get((table.name, scaling, seed))
             if record is None:
@@ -175,9 +171,7 @@ def cells(found: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[st
     compared = []
     for dataset in settings["datasets"]:
         for scaling in SCALINGS:
-            mine = [
-                record for record in found if (record["dataset"], record["scaling"]) == (dataset, scaling)
-            ]
+            mine = [record for record in found if (record["dataset"], record["scaling"]) == (dataset, scaling)]
             errors = {topology: np.array([record[topology] for record in mine]) for topology in TOPOLOGIES}
             for i, depth in enumerate(settings["depths"]):
                 for j, diag_reg in enumerate(settings["diag_regs"]):
@@ -242,9 +236,7 @@ def baselines(
                 i = settings["depths"].index(cell["K"] - DENSE_LAYERS_BESIDE_DEPTH)
                 j = settings["diag_regs"].index(cell["diag_reg"])
                 errors[name] = np.array([r[topology][i][j] for r in mine if r["scaling"] == cell["scaling"]])
-                described[name] = (
-                    f"{cell['scaling']} features, K = {cell['K']}, diag_reg {cell['diag_reg']:g}"
-                )
+                described[name] = f"{cell['scaling']} features, K = {cell['K']}, diag_reg {cell['diag_reg']:g}"
         for name, error in errors.items():
             row = {
                 "dataset": dataset,
@@ -269,8 +261,7 @@ def report(found: dict[str, Any]) -> str:
             f"{verdict['residual_surely_better']}; proposed's error is {low:.2f}% to {high:.2f}% smaller"
         )
     lines += [
-        f"{row['dataset']}: {row['predictor']} ({row['setting']}): MSE {row['mse']:.2f}"
-        for row in found["baselines"]
+        f"{row['dataset']}: {row['predictor']} ({row['setting']}): MSE {row['mse']:.2f}" for row in found["baselines"]
     ]
     return "\n".join(lines)
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import expressions
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+
+import expressions
 from scaling_fit import fitted_order
 from script_io import InputError, default_out, output_folder, run, save_figure, save_json
 
@@ -230,9 +231,7 @@ def draw(found: dict[str, Any], function: Function, chain: Chain, clipping: Chai
     decay.plot(found["depths"], np.maximum(found["errors"], 1e-17), "o-", color="#1f5fa8", label=label)
     decay.axhline(chained["greatest_error"], color="#c0392b", label="without shortcuts, at its best")
     if chained["bound_at_any_depth"] > 0:
-        decay.axhline(
-            chained["bound_at_any_depth"], color="#c0392b", ls=":", label="bound for it at any depth"
-        )
+        decay.axhline(chained["bound_at_any_depth"], color="#c0392b", ls=":", label="bound for it at any depth")
     decay.set(xscale="log", yscale="log", title="Greatest error", xlabel="depth, number of layers")
     decay.grid(alpha=0.25, which="both")
     decay.legend(frameon=False, fontsize=9)

@@ -77,9 +77,7 @@ def output_folder(path: Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(
-            f"cannot write in {path} ({error.strerror}): choose another folder with --out"
-        ) from None
+        raise InputError(f"cannot write in {path} ({error.strerror}): choose another folder with --out") from None
     return path
 
 
@@ -91,9 +89,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:
-        raise InputError(
-            f"cannot write {path} ({error.strerror}): choose another folder with --out"
-        ) from None
+        raise InputError(f"cannot write {path} ({error.strerror}): choose another folder with --out") from None
     finally:
         partial.unlink(missing_ok=True)
 

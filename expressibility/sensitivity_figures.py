@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+
 from ntk_comparison import COLOURS, DIAG_REG
 
 
@@ -41,9 +42,7 @@ def draw_cells(found: dict[str, Any]) -> plt.Figure:
             axes.set_title(f"{dataset}, {scaling} features", fontsize=11)
             if (dataset, scaling) == ("boston", "raw") and DIAG_REG in regs:
                 corner = (-0.5, regs.index(DIAG_REG) - 0.5)
-                axes.add_patch(
-                    plt.Rectangle(corner, len(depths), 1, fill=False, ec="#e67e22", lw=3, clip_on=False)
-                )
+                axes.add_patch(plt.Rectangle(corner, len(depths), 1, fill=False, ec="#e67e22", lw=3, clip_on=False))
                 boxed = "; boxed, the settings of Figure 3"
             axes.set_xticks(range(len(depths)), depths)
             axes.set_yticks(range(len(regs)), [f"{reg:g}" for reg in regs])
@@ -71,9 +70,7 @@ def draw_baselines(found: dict[str, Any]) -> plt.Figure:
         colours = [COLOURS.get(row["predictor"].split()[0], "0.6") for row in rows]
         axes.barh([row["predictor"] for row in rows], [row["mse"] for row in rows], color=colours)
         for y, row in enumerate(rows):
-            axes.text(
-                row["mse"], y, f" {row['mse']:,.{2 if row['mse'] < 100 else 0}f}", va="center", fontsize=9
-            )
+            axes.text(row["mse"], y, f" {row['mse']:,.{2 if row['mse'] < 100 else 0}f}", va="center", fontsize=9)
         axes.set(xlabel="mean squared error on test rows", title=dataset)
         axes.set_xlim(0, 1.15 * max(row["mse"] for row in rows))
     figure.suptitle(f"The same {found['settings']['splits']} splits, other predictors", fontsize=11)

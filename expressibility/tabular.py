@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from script_io import InputError
 from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
+
+from script_io import InputError
 
 BOSTON_CSV = Path(__file__).parent / "data" / "boston_housing.csv"
 BOSTON_TARGET = "MEDV"  # median value of the owner-occupied homes of a tract, in 1000 US dollars
@@ -97,17 +98,13 @@ def load_csv(path: Path, target: str) -> Table:
     values = np.array([_numbers(path, names, number, row) for number, row in enumerate(rows, start=2)])
     at = names.index(target)
     if np.ptp(values[:, at]) == 0:
-        raise InputError(
-            f"{path}: column {target!r} is the same in every row, so there is nothing to predict"
-        )
+        raise InputError(f"{path}: column {target!r} is the same in every row, so there is nothing to predict")
     return Table(Path(path).stem, np.delete(values, at, axis=1), values[:, at])
 
 
 def _numbers(path: Path, names: list[str], line: int, row: list[str]) -> list[float]:
     if len(row) != len(names):
-        raise InputError(
-            f"{path}, line {line} has {len(row)} values and the header {len(names)}: make them agree"
-        )
+        raise InputError(f"{path}, line {line} has {len(row)} values and the header {len(names)}: make them agree")
     numbers = []
     for name, text in zip(names, row, strict=True):
         try:

@@ -73,7 +73,9 @@ class Args:
 
     dataset: Annotated[str | None, tyro.conf.arg(metavar=f"{{{','.join(DATASETS)}}}", help_behavior_hint="(default: cifar100)")] = None  # fmt: skip  # noqa: E501
     """Images to train on: scikit-learn's digits (embedded), CIFAR-100, or your own in class folders."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: data/<dataset>)")] = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: data/<dataset>)")] = (
+        None
+    )
     """Where the images are: cifar-100-python/, or train/<class>/* and val/<class>/* (or test/<class>/*)."""
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_recipe)] = None
     """Network to train; --list-models names them."""

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from kernels import TOPOLOGIES, closed_form_kernels
 from script_io import REPOSITORY, InputError
 

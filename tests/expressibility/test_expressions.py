@@ -1,6 +1,7 @@
-import expressions
 import numpy as np
 import pytest
+
+import expressions
 from script_io import InputError
 
 X = np.linspace(0.5, 2.0, 7)
@@ -70,7 +71,5 @@ def test_what_is_no_expression(text, complaint):
     ],
 )
 def test_what_is_not_finite_names_the_place(text, where):
-    with pytest.raises(
-        InputError, match=f"not finite at x = {where}: choose another --interval or --function"
-    ):
+    with pytest.raises(InputError, match=f"not finite at x = {where}: choose another --interval or --function"):
         expressions.parse(text)(np.linspace(-2, 2, 9))

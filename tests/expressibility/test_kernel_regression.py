@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 import tabular
 from kernel_regression import NtkMatrices, mean_squared_error, ntk_matrices, predict
 from kernels import TOPOLOGIES, closed_form_kernels, stax_network

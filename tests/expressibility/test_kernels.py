@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+
 from finite_width import relative_errors
 from kernels import (
     B_STD,
@@ -57,9 +58,7 @@ def variances(x, topology, depth, h0_shortcut=False):
 def test_variance_on_the_diagonal(topology, h0_shortcut):
     kernels = closed_form_kernels(X1, None, topology, 5, h0_shortcut=h0_shortcut)
     for depth, kernel in kernels.items():
-        np.testing.assert_allclose(
-            np.diag(kernel.nngp), variances(X1, topology, depth, h0_shortcut), rtol=1e-12
-        )
+        np.testing.assert_allclose(np.diag(kernel.nngp), variances(X1, topology, depth, h0_shortcut), rtol=1e-12)
 
 
 def test_relu_covariance_is_that_of_sampled_gaussians():

@@ -74,10 +74,7 @@ except ModuleNotFoundError as error:
     print(error)
 """
     )
-    assert (
-        done.stdout.strip()
-        == "neural-tangents is not installed: pip install -r expressibility/requirements.txt"
-    )
+    assert done.stdout.strip() == "neural-tangents is not installed: pip install -r expressibility/requirements.txt"
 
 
 def test_steps_aside_for_a_later_release(python, tmp_path):
@@ -102,6 +99,7 @@ print(neural_tangents.patched == hasattr(jax.core, "Jaxpr"), neural_tangents.exp
 
 def test_predict_and_empirical_kernels_work():
     import numpy as np
+
     from neural_tangents_compat import neural_tangents as nt
     from neural_tangents_compat import stax
 

@@ -14,10 +14,7 @@ ADDRESS = 'REPOSITORY = "https://github.com/'
 
 def printed(notebook):
     streams = [
-        output
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if output.output_type == "stream"
+        output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "stream"
     ]
     return "\n".join(stream.text for stream in streams)
 

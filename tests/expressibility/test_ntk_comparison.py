@@ -3,9 +3,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ntk_comparison
 import numpy as np
 import pytest
+
+import ntk_comparison
 from script_io import REPOSITORY
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -61,9 +62,7 @@ def test_the_run_is_on_record(run, results):
     done, (_, found) = run[0], results
     assert found["command"] == "python expressibility/ntk_comparison.py --depths 3 2 2 --out here"
     assert found["versions"]["neural-tangents"] == "0.6.5"
-    assert (
-        f"disagreement of closed form and neural-tangents: {found['engine_disagreement']:.1e}" in done.stdout
-    )
+    assert f"disagreement of closed form and neural-tangents: {found['engine_disagreement']:.1e}" in done.stdout
     assert ntk_comparison.WHY_THEY_DIFFER in done.stdout
 
 

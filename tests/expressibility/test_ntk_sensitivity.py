@@ -6,13 +6,14 @@ import sys
 import time
 from pathlib import Path
 
-import baseline_regressors
-import ntk_sensitivity as study
 import numpy as np
 import pytest
+from scipy import stats
+
+import baseline_regressors
+import ntk_sensitivity as study
 import tabular
 from kernel_regression import mean_squared_error
-from scipy import stats
 
 TINY = ["--splits", "2", "--depths", "1", "2", "--diag-regs", "0.1", "0.01"]
 
@@ -58,9 +59,7 @@ def test_a_cell_is_what_the_split_gives(tmp_path):
     ]  # fmt: skip
     assert len(found) == 8
     cell = study.cells(found, settings)[1]
-    expected = [
-        study.evaluate(tabular.split(tabular.boston(), seed).standardised(), [2], [0.1]) for seed in (0, 1)
-    ]
+    expected = [study.evaluate(tabular.split(tabular.boston(), seed).standardised(), [2], [0.1]) for seed in (0, 1)]
     assert (cell["dataset"], cell["scaling"], cell["K"]) == ("boston", "standardised", 4)
     assert cell["proposed_mse"] == pytest.approx(np.mean([e["proposed"][0][0] for e in expected]))
     difference = np.mean([e["residual"][0][0] - e["proposed"][0][0] for e in expected])
@@ -151,10 +150,7 @@ def test_the_baselines_predict_a_linear_target():
     x = rng.normal(size=(80, 3))
     y = x @ [1.0, -2.0, 0.5] + 7
     data = tabular.Split(x[:60], y[:60], x[60:], y[60:])
-    errors = {
-        name: mean_squared_error(fit(data), data.y_test)
-        for name, fit in baseline_regressors.BASELINES.items()
-    }
+    errors = {name: mean_squared_error(fit(data), data.y_test) for name, fit in baseline_regressors.BASELINES.items()}
     assert errors["mean"] == pytest.approx(np.mean((y[60:] - y[:60].mean()) ** 2))
     assert errors["ridge"] < 1e-4
     assert errors["gaussian process"] < 1e-2 * errors["mean"]

@@ -1,8 +1,9 @@
 import json
 
 import numpy as np
-import one_neuron_approximation as one
 import pytest
+
+import one_neuron_approximation as one
 
 X = np.linspace(-2.0, 3.0, 1001)
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 import tabular
 from script_io import InputError
 
