@@ -24,7 +24,8 @@ def run_script(main: Callable[[Args], int | None], arguments: type[Args], descri
     try:
         code = main(parse(arguments, description))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

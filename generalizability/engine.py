@@ -6,8 +6,9 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from tqdm import tqdm
 from data import EvaluationBatches, TrainingBatches
 from models import InputError
 from runs import Progress, RunConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,20 @@ class Workers:
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.world_size > 1:
-            dist.barrier()
+    def together(self, action: Callable[[], T]) -> T:
+        """Do something in every process; an InputError in one of them is raised in all, so that none waits forever."""
+        result = error = None
+        try:
+            result = action()
+        except InputError as raised:
+            error = raised
+        if failed := [raised for raised in self.gather(error) if raised is not None]:
+            raise failed[0]
+        return result
+
+    def from_main(self, action: Callable[[], T]) -> T:
+        """Do something in the main process only, and give its result, or its InputError, to all."""
+        return self.gather(self.together(action if self.is_main else lambda: None))[0]
 
 
 def start_workers(device: str | None) -> Workers:
@@ -115,7 +128,7 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager:
         """The context to run a forward pass in."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     @staticmethod
     def pays(device: torch.device) -> bool:

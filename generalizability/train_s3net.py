@@ -156,34 +156,41 @@ def main(args: Args, amp_given: bool) -> int:
         return evaluate_checkpoint(args, amp_given, workers)
     args.dataset = args.dataset or "cifar100"
     run = Run(args.out or default_folder(args))
-    if run.exists() and not (args.resume or args.overwrite):
-        raise InputError(
-            f"{relative(run.folder)} already holds a run: pass --resume to go on with it, --overwrite to replace it, "
-            "or another --out"
-        )
-    started = run.read_config() if run.exists() and args.resume else None
+    started = workers.from_main(lambda: open_run(args, amp_given, run))
     if started:
-        check_same_recipe(args, amp_given, started)
-        args.image_size, args.limit_train, args.limit_val = (
-            started.image_size,
-            started.limit_train,
-            started.limit_val,
-        )
+        args.image_size, args.limit_train, args.limit_val = started.image_size, started.limit_train, started.limit_val
     data = read_data(args, workers)
     if started:
         check_same_data(data, started, run.folder)
         return train(args, run, started, data, workers)
     config = resolve_config(args, amp_given, data, workers.device)
     create_network(config.model, config.num_classes, **config.model_options)  # raises before anything is written
-    workers.barrier()  # all have looked before one writes
-    if workers.is_main:
-        run.create(config)
+    workers.from_main(lambda: run.create(config))
     return train(args, run, config, data, workers)
 
 
 # ---- From flags to a run ------------------------------------------------------------------------------------------
 
 NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate")
+
+
+def open_run(args: Args, amp_given: bool, run: Run) -> RunConfig | None:
+    """The configuration of the run that is to be resumed, or None where a new one is to be started.
+
+    Raises:
+        InputError: the folder holds a run and neither --resume nor --overwrite is given, or a flag differs from what
+            the run was started with.
+    """
+    if not run.exists() or args.overwrite:
+        return None
+    if not args.resume:
+        raise InputError(
+            f"{relative(run.folder)} already holds a run: pass --resume to go on with it, --overwrite to replace it, "
+            "or another --out"
+        )
+    started = run.read_config()
+    check_same_recipe(args, amp_given, started)
+    return started
 
 
 def check_names(args: Args) -> None:
@@ -223,17 +230,19 @@ def resume_command(args: Args, folder: Path) -> str:
 
 def read_data(args: Args, workers: Workers) -> tuple[ImageSet, ImageSet]:
     """The images that the flags name. One process of each node reads first: it may have to download."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    for turn in ("first", "others"):
-        if (turn == "first") == (local_rank == 0):
-            halves = load_dataset(
-                args.dataset,
-                args.data_dir or ROOT / "data" / args.dataset,
-                args.image_size or RECIPES[args.dataset].image_size,
-                args.workers,
-                args.skip_unreadable,
-            )
-        workers.barrier()
+    first_of_node = int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+    def read() -> tuple[ImageSet, ImageSet]:
+        return load_dataset(
+            args.dataset,
+            args.data_dir or ROOT / "data" / args.dataset,
+            args.image_size or RECIPES[args.dataset].image_size,
+            args.workers,
+            args.skip_unreadable,
+        )
+
+    halves = workers.together(lambda: read() if first_of_node else None)
+    halves = workers.together(lambda: halves or read())
     if workers.is_main and (skipped := sum(half.skipped for half in halves)):
         print(f"left out {skipped} unreadable images", flush=True)
     return tuple(half.subset(limit) for half, limit in zip(halves, (args.limit_train, args.limit_val), strict=True))
@@ -360,25 +369,32 @@ def make_batches(
 
 def load_progress(run: Run, model: nn.Module, trainer: Trainer) -> Progress:
     """Put everything back as the run's checkpoint has it; a fresh start where there is none."""
-    state, workers = run.read_checkpoint(), trainer.workers
+    workers = trainer.workers
+    state = workers.from_main(run.read_checkpoint)
     if state is None:
         return Progress()
     try:
         model.load_state_dict(state["model"])
         trainer.load_state(state)
-        mine = state["processes"][workers.rank] if len(state["processes"]) == workers.world_size else None
-        if mine is not None:
+        progress = Progress(**state["progress"])
+        same_processes = len(state["processes"]) == workers.world_size
+        if same_processes:
+            mine = state["processes"][workers.rank]
             set_random_state(mine["random"], workers.device)
             model.load_state_dict(mine["buffers"], strict=False)
-        progress = Progress(**state["progress"])
+            progress.losses, progress.errors = mine["losses"], mine["errors"]
+        elif not workers.is_main:
+            progress.losses, progress.errors = [], 0
+        else:
+            progress.losses = [loss for process in state["processes"] for loss in process["losses"]]
+            progress.errors = sum(process["errors"] for process in state["processes"])
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise InputError(
             f"{run.folder / 'last.pt'} does not fit this run: start a new one with another --out"
         ) from error
-    if workers.is_main:
-        if mine is None:
-            print(f"the run had {len(state['processes'])} processes, not {workers.world_size}: not exactly the same")
-        run.publish(state)
+    if workers.is_main and not same_processes:
+        print(f"the run had {len(state['processes'])} processes, not {workers.world_size}: not exactly the same")
+    workers.from_main(lambda: run.publish(state))
     return progress
 
 
@@ -387,18 +403,16 @@ def save_progress(run: Run, config: RunConfig, model: nn.Module, trainer: Traine
     workers = trainer.workers
     in_mid_epoch = workers.world_size > 1 and progress.step > 0  # else the buffers are the same in all processes
     buffers = {name: b.cpu() for name, b in model.named_buffers()} if in_mid_epoch else {}
-    processes = workers.gather({"random": random_state(workers.device), "buffers": buffers})
-    if workers.is_main:
-        run.save(
-            {
-                "config": asdict(config),
-                "progress": asdict(progress),
-                "model": model.state_dict(),
-                "processes": processes,
-                **trainer.state(),
-            }
-        )
-    workers.barrier()
+    mine = {"random": random_state(workers.device), "buffers": buffers}
+    mine |= {"losses": progress.losses, "errors": progress.errors}
+    state = {
+        "config": asdict(config),
+        "progress": asdict(progress),
+        "model": model.state_dict(),
+        "processes": workers.gather(mine),
+        **trainer.state(),
+    }
+    workers.from_main(lambda: run.save(state))
 
 
 # ---- Evaluation only ----------------------------------------------------------------------------------------------

@@ -190,6 +190,13 @@ def test_two_processes_resume_exactly(tmp_path):
     assert_same_run(run_folder.folder, tmp_path / "whole")
 
 
+def test_two_processes_say_an_error_once_and_none_waits_forever(tmp_path):
+    done = run(torchrun(2, "--dataset", "folder", "--data-dir", tmp_path / "absent", "--out", tmp_path / "run"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1 and f"error: {tmp_path}/absent has no images: it needs" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     folder = tmp_path / "run"
     flags = [*SMALL, "--epochs", 6, "--lr", 1e20, "--schedule", "onecycle", "--out", folder]
