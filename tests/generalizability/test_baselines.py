@@ -25,7 +25,7 @@ def test_parameter_counts(name, classes, parameters):
 def test_they_train_and_evaluate(name):
     options = {"growth_rate": 8, "depth": 10} if "dense" in name else {}
     torch.manual_seed(0)
-    model, images, labels = create_network(name, 5, **options), torch.randn(16, 3, 32, 32), torch.arange(16) % 5
+    model, images, labels = create_network(name, 5, **options), torch.randn(16, 3, 16, 16), torch.arange(16) % 5
     optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
     losses = []
     for _ in range(25):
