@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import EvaluationBatches, TrainingBatches
+from data import EvaluationBatches, ImageSet, TrainingBatches
 from models import InputError
 from runs import Progress, RunConfig
 
 T = TypeVar("T")
+EVAL_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,25 @@ SCHEDULES = {
     ),
     "cosine": lambda optimizer, config, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
 }
+
+
+def make_batches(
+    config: RunConfig, data: tuple[ImageSet, ImageSet], workers: Workers
+) -> tuple[TrainingBatches, EvaluationBatches]:
+    """The run's training and evaluation batches on this process's device."""
+    train, val = data
+    common = {"device": workers.device, "mean": config.mean, "std": config.std}
+    training = TrainingBatches(
+        train,
+        config.batch_size,
+        flip=config.flip,
+        crop_padding=config.crop_padding,
+        seed=config.seed,
+        rank=workers.rank,
+        world_size=workers.world_size,
+        **common,
+    )
+    return training, EvaluationBatches(val, EVAL_BATCH, **common)
 
 
 def make_trainer(model: nn.Module, config: RunConfig, steps: int, compile_it: bool, workers: Workers) -> Trainer:

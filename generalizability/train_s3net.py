@@ -35,8 +35,9 @@ from torch import nn
 from baselines import create_network, list_networks
 from command_line import run_script
 from cpu_kernels import keep_freed_memory
-from data import DATASETS, EvaluationBatches, ImageSet, TrainingBatches, load_dataset
+from data import DATASETS, EvaluationBatches, ImageSet, load_dataset
 from engine import (
+    EVAL_BATCH,
     SCHEDULES,
     NonFiniteLossError,
     Precision,
@@ -45,6 +46,7 @@ from engine import (
     Workers,
     average_buffers,
     evaluate,
+    make_batches,
     make_trainer,
     random_state,
     set_random_state,
@@ -56,7 +58,6 @@ from reporting import TensorBoardLog, describe, diverged, epoch_line, network_fa
 from runs import Progress, Run, RunConfig, read_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
-EVAL_BATCH = 500
 
 _recipe = "(default: the data set's recipe)"
 _network = "(default: the network's own)"
@@ -346,25 +347,6 @@ def train(args: Args, run: Run, config: RunConfig, data: tuple[ImageSet, ImageSe
             flush=True,
         )
     return 0
-
-
-def make_batches(
-    config: RunConfig, data: tuple[ImageSet, ImageSet], workers: Workers
-) -> tuple[TrainingBatches, EvaluationBatches]:
-    """The run's training and evaluation batches on this process's device."""
-    train, val = data
-    common = {"device": workers.device, "mean": config.mean, "std": config.std}
-    training = TrainingBatches(
-        train,
-        config.batch_size,
-        flip=config.flip,
-        crop_padding=config.crop_padding,
-        seed=config.seed,
-        rank=workers.rank,
-        world_size=workers.world_size,
-        **common,
-    )
-    return training, EvaluationBatches(val, EVAL_BATCH, **common)
 
 
 def load_progress(run: Run, model: nn.Module, trainer: Trainer) -> Progress:
