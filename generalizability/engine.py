@@ -103,14 +103,14 @@ def start_workers(device: str | None) -> Workers:
 def _cuda_device(device: torch.device) -> torch.device:
     if not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA GPU here; pass --device cpu, or leave it out")
+    count, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if wanted > count:
+        raise InputError(f"{wanted} processes on this node and {count} GPUs: give torchrun --nproc_per_node={count}")
     index = device.index
     if index is None:
         index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
-    if index >= torch.cuda.device_count():
-        raise InputError(
-            f"process {index} of this node has no GPU of its own, there are {torch.cuda.device_count()}: "
-            "give torchrun a smaller --nproc_per_node, or --device a smaller number"
-        )
+    if index >= count:
+        raise InputError(f"--device cuda:{index}: the last GPU here is cuda:{count - 1}")
     return torch.device("cuda", index)
 
 
@@ -205,10 +205,8 @@ class Trainer:
                 if len(pending) < interval and progress.step + len(pending) < len(batches):
                     continue
                 self._settle(pending, progress, progress.epoch * len(batches))
-                progress.seconds, started = (
-                    progress.seconds + time.perf_counter() - started,
-                    time.perf_counter(),
-                )
+                now = time.perf_counter()
+                progress.seconds, started = progress.seconds + (now - started), now
                 bar.update(len(pending))
                 bar.set_postfix_str(progress.describe_epoch(self.workers.world_size), refresh=False)
                 pending = []

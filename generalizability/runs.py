@@ -57,19 +57,6 @@ class RunConfig:
     val_images: int
     classes: list[str]
 
-    def check(self) -> None:
-        """Raises InputError where a value is out of its range; the message names the flag."""
-        lowest = {"epochs": 1, "batch_size": 1, "image_size": 4, "momentum": 0, "weight_decay": 0, "seed": 0}
-        for name, least in lowest.items():
-            if not getattr(self, name) >= least:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small: give {least} or more")
-        if not self.lr > 0:
-            raise InputError(f"--lr {self.lr} is not possible: give a number above 0")
-        if self.num_classes < len(self.classes):
-            raise InputError(
-                f"--num-classes {self.num_classes} is too small: the data have {len(self.classes)} classes"
-            )
-
 
 @dataclass
 class Progress:

@@ -17,6 +17,7 @@ The error of saved weights:
 """
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -58,59 +59,58 @@ from reporting import TensorBoardLog, describe, diverged, epoch_line, network_fa
 from runs import Progress, Run, RunConfig, read_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_DATASET = "cifar100"
 
-_recipe = "(default: the data set's recipe)"
-_network = "(default: the network's own)"
-RecipeFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_recipe)]
-RecipeInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_recipe)]
-NetworkInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_network)]
-NetworkFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_network)]
-Limit = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")]
+
+def flag(kind: type, shown: str, default: str) -> type:
+    """The type of a flag that may be left out; --help shows `shown` for its value and says what it then is."""
+    return Annotated[kind | None, tyro.conf.arg(metavar=shown, help_behavior_hint=f"(default: {default})")]
+
+
+RECIPE, NETWORK = "the data set's recipe", "the network's own"
 
 
 @dataclass
 class Args:
     """Train S3-Net, or a network to compare it with, on images."""
 
-    dataset: Annotated[str | None, tyro.conf.arg(metavar=f"{{{','.join(DATASETS)}}}", help_behavior_hint="(default: cifar100)")] = None  # fmt: skip  # noqa: E501
+    dataset: flag(str, f"{{{','.join(DATASETS)}}}", DEFAULT_DATASET) = None
     """Images to train on: scikit-learn's digits (embedded), CIFAR-100, or your own in class folders."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: data/<dataset>)")] = (
-        None
-    )
+    data_dir: flag(Path, "DIR", "data/<dataset>") = None
     """Where the images are: cifar-100-python/, or train/<class>/* and val/<class>/* (or test/<class>/*)."""
-    model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_recipe)] = None
+    model: flag(str, "NAME", RECIPE) = None
     """Network to train; --list-models names them."""
-    growth_rate: NetworkInt = None
+    growth_rate: flag(int, "INT", NETWORK) = None
     """Channels that each layer gives (k)."""
-    depth: NetworkInt = None
+    depth: flag(int, "INT", NETWORK) = None
     """Layers of a CIFAR network in all; depth - 4 is divisible by 3."""
-    drop_rate: NetworkFloat = None
+    drop_rate: flag(float, "FLOAT", NETWORK) = None
     """Dropout after each layer, 0 to below 1."""
-    num_classes: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the data's)")] = None
+    num_classes: flag(int, "INT", "the data's") = None
     """Outputs of the network."""
 
-    epochs: RecipeInt = None
+    epochs: flag(int, "INT", RECIPE) = None
     """Passes over the training images."""
-    batch_size: RecipeInt = None
+    batch_size: flag(int, "INT", RECIPE) = None
     """Images a step, over all processes together."""
-    lr: RecipeFloat = None
+    lr: flag(float, "FLOAT", RECIPE) = None
     """Learning rate of SGD: the peak one for onecycle, else the first."""
-    momentum: RecipeFloat = None
+    momentum: flag(float, "FLOAT", RECIPE) = None
     """Momentum of SGD."""
-    weight_decay: RecipeFloat = None
+    weight_decay: flag(float, "FLOAT", RECIPE) = None
     """L2 penalty."""
-    schedule: Annotated[str | None, tyro.conf.arg(metavar="{step,onecycle,cosine}", help_behavior_hint=_recipe)] = None
+    schedule: flag(str, f"{{{','.join(SCHEDULES)}}}", RECIPE) = None
     """Course of the learning rate: a tenth after each milestone, up and down, or down a half cosine."""
-    image_size: RecipeInt = None
+    image_size: flag(int, "INT", RECIPE) = None
     """Height and width in pixels that the images of --dataset folder are brought to."""
-    seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 0)")] = None
+    seed: flag(int, "INT", "0") = None
     """Decides the initial weights, the order of the images and their augmentation."""
-    limit_train: Limit = None
+    limit_train: flag(int, "N", "all") = None
     """Train on so many of the training images only."""
-    limit_val: Limit = None
+    limit_val: flag(int, "N", "all") = None
     """Evaluate on so many of the validation images only."""
 
-    device: Annotated[str | None, tyro.conf.arg(metavar="{cpu,cuda,cuda:N,mps}", help_behavior_hint="(default: a GPU if there is one)")] = None  # fmt: skip  # noqa: E501
+    device: flag(str, "{cpu,cuda,cuda:N,mps}", "a GPU if there is one") = None
     """Where to compute. Under torchrun, cuda gives each process the GPU of its LOCAL_RANK."""
     amp: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: where it is faster)")] = True
     """Mixed precision: bfloat16, or float16 with a gradient scaler on CUDA devices that lack it."""
@@ -121,7 +121,7 @@ class Args:
     skip_unreadable: bool = False
     """Leave out image files that cannot be read, and count them, instead of stopping."""
 
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/<dataset>-<model>-s<seed>)")] = None  # fmt: skip  # noqa: E501
+    out: flag(Path, "DIR", "runs/<dataset>-<model>-s<seed>") = None
     """Folder of the run."""
     resume: bool = False
     """Go on with the run in --out (start it if there is none yet)."""
@@ -147,7 +147,7 @@ def main(args: Args, amp_given: bool) -> int:
     if args.list_models:
         print("\n".join(list_networks()))
         return 0
-    check_names(args)
+    check_flags(args)
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
@@ -155,9 +155,9 @@ def main(args: Args, amp_given: bool) -> int:
     check_tools(args, workers)
     if args.eval_only:
         return evaluate_checkpoint(args, amp_given, workers)
-    args.dataset = args.dataset or "cifar100"
     run = Run(args.out or default_folder(args))
     started = workers.from_main(lambda: open_run(args, amp_given, run))
+    args.dataset = started.dataset if started else args.dataset or DEFAULT_DATASET
     if started:
         args.image_size, args.limit_train, args.limit_val = started.image_size, started.limit_train, started.limit_val
     data = read_data(args, workers)
@@ -173,6 +173,11 @@ def main(args: Args, amp_given: bool) -> int:
 # ---- From flags to a run ------------------------------------------------------------------------------------------
 
 NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate")
+LOWEST = {
+    **dict.fromkeys(("epochs", "batch_size", "num_classes", "limit_train", "limit_val"), 1),
+    **dict.fromkeys(("momentum", "weight_decay", "seed", "workers"), 0),
+    "image_size": 4,
+}
 
 
 def open_run(args: Args, amp_given: bool, run: Run) -> RunConfig | None:
@@ -194,8 +199,8 @@ def open_run(args: Args, amp_given: bool, run: Run) -> RunConfig | None:
     return started
 
 
-def check_names(args: Args) -> None:
-    """Raises InputError, with the nearest names, for a data set, network or schedule that there is not."""
+def check_flags(args: Args) -> None:
+    """Raises InputError for a name that there is not (with the nearest ones), or a number out of its range."""
     for what, name, known in (
         ("data set", args.dataset, DATASETS),
         ("network", args.model, list_networks()),
@@ -203,6 +208,12 @@ def check_names(args: Args) -> None:
     ):
         if name is not None and name not in known:
             raise InputError(f"there is no {what} {name!r}: {nearest_names(name, known)}")
+    for key, lowest in LOWEST.items():
+        value = getattr(args, key)
+        if value is not None and not lowest <= value < math.inf:
+            raise InputError(f"--{key.replace('_', '-')} {value} is not possible: give a number of {lowest} or more")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise InputError(f"--lr {args.lr} is not possible: give a number above 0")
 
 
 def check_tools(args: Args, workers: Workers) -> None:
@@ -215,7 +226,8 @@ def check_tools(args: Args, workers: Workers) -> None:
 
 def default_folder(args: Args) -> Path:
     """`runs/<dataset>-<model>-s<seed>` beside this experiment's folder."""
-    return ROOT / "runs" / f"{args.dataset}-{args.model or RECIPES[args.dataset].model}-s{args.seed or 0}"
+    dataset = args.dataset or DEFAULT_DATASET
+    return ROOT / "runs" / f"{dataset}-{args.model or RECIPES[dataset].model}-s{args.seed or 0}"
 
 
 def resume_command(args: Args, folder: Path) -> str:
@@ -271,7 +283,10 @@ def resolve_config(args: Args, amp_given: bool, data: tuple[ImageSet, ImageSet],
         val_images=len(val),
         classes=train.classes,
     )
-    config.check()
+    if config.num_classes < len(config.classes):
+        raise InputError(
+            f"--num-classes {config.num_classes} is too small: the data have {len(config.classes)} classes"
+        )
     return RunConfig(**json.loads(json.dumps(asdict(config))))  # tuples become lists, as in config.json
 
 
@@ -405,7 +420,7 @@ def evaluate_checkpoint(args: Args, amp_given: bool, workers: Workers) -> int:
     if args.checkpoint is None:
         raise InputError("--eval-only needs the weights: pass --checkpoint FILE")
     said = read_metadata(args.checkpoint)
-    args.dataset = args.dataset or said.get("dataset", "cifar100")
+    args.dataset = args.dataset or said.get("dataset", DEFAULT_DATASET)
     recipe = RECIPES[args.dataset]
     args.image_size = args.image_size or said.get("image_size")
     _, val = read_data(args, workers)

@@ -121,6 +121,16 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(reference, tmp_
     assert {path.name for path in folder.iterdir()} == WRITTEN | {"summary.json"}
 
 
+def test_the_run_folder_alone_says_what_to_resume(reference, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json", "last.pt"):
+        (folder / name).write_bytes((reference[0] / name).read_bytes())
+    assert train_s3net.main(Args(out=folder, resume=True, device="cpu"), amp_given=False) == 0
+    assert "digits: 300 training and 90 validation images" in capsys.readouterr().out
+    assert_same_run(folder, reference[0])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_the_command_that_resumes_it(tmp_path, number):
     flags = [*TINY, "--epochs", "2", "--out", str(tmp_path / "run"), "--batch-size", "4"]
@@ -252,10 +262,13 @@ def refusal(tmp_path, **flags):
         ({"schedule": "stop"}, "there is no schedule 'stop': did you mean step"),
         ({"depth": 39}, "depth 39 is not possible, since depth - 4 must be a positive multiple of 3"),
         ({"model": "resnet20_cifar", "growth_rate": 12}, "resnet20_cifar has no option 'growth_rate'"),
-        ({"epochs": 0}, "--epochs 0 is too small: give 1 or more"),
-        ({"batch_size": 0}, "--batch-size 0 is too small"),
+        ({"epochs": 0}, "--epochs 0 is not possible: give a number of 1 or more"),
+        ({"batch_size": 0}, "--batch-size 0 is not possible"),
+        ({"image_size": 0}, "--image-size 0 is not possible: give a number of 4 or more"),
+        ({"workers": -1}, "--workers -1 is not possible"),
+        ({"momentum": float("inf")}, "--momentum inf is not possible"),
         ({"lr": float("nan")}, "--lr nan is not possible"),
-        ({"limit_train": 0}, "a limit of 0 images leaves none"),
+        ({"limit_train": 0}, "--limit-train 0 is not possible"),
         ({"num_classes": 4}, "--num-classes 4 is too small: the data have 10 classes"),
         ({"dataset": "folder", "data_dir": Path("/nowhere")}, "/nowhere has no images"),
         ({"device": "gpu"}, "there is no device 'gpu'"),
