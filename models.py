@@ -214,36 +214,11 @@ NETWORKS: dict[str, dict] = {
     "s3net_tiny_k96": {"growth_rate": 96, "block_config": (6, 6, 6), "num_init_features": 32, "bn_size": 2},
     "s3net_tiny_k108": {"growth_rate": 108, "block_config": (6, 6, 6), "num_init_features": 64, "bn_size": 4},
     # ImageNet
-    "s3net_imagenet_small": {
-        "growth_rate": 96,
-        "block_config": (5, 5, 5, 5),
-        "num_init_features": 64,
-        "bn_size": 4,
-    },
-    "s3net_imagenet_k110": {
-        "growth_rate": 110,
-        "block_config": (5, 5, 5),
-        "num_init_features": 32,
-        "bn_size": 4,
-    },
-    "s3net_imagenet_k48": {
-        "growth_rate": 48,
-        "block_config": (16, 16, 16),
-        "num_init_features": 64,
-        "bn_size": 4,
-    },
-    "s3net_imagenet_large": {
-        "growth_rate": 160,
-        "block_config": (6, 6, 6),
-        "num_init_features": 32,
-        "bn_size": 4,
-    },
-    "s3net_imagenet_k180": {
-        "growth_rate": 180,
-        "block_config": (6, 6, 6),
-        "num_init_features": 32,
-        "bn_size": 4,
-    },
+    "s3net_imagenet_small": {"growth_rate": 96, "block_config": (5, 5, 5, 5), "num_init_features": 64, "bn_size": 4},
+    "s3net_imagenet_k110": {"growth_rate": 110, "block_config": (5, 5, 5), "num_init_features": 32, "bn_size": 4},
+    "s3net_imagenet_k48": {"growth_rate": 48, "block_config": (16, 16, 16), "num_init_features": 64, "bn_size": 4},
+    "s3net_imagenet_large": {"growth_rate": 160, "block_config": (6, 6, 6), "num_init_features": 32, "bn_size": 4},
+    "s3net_imagenet_k180": {"growth_rate": 180, "block_config": (6, 6, 6), "num_init_features": 32, "bn_size": 4},
 }
 
 
