@@ -124,8 +124,8 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(reference, tmp_
 def test_the_run_folder_alone_says_what_to_resume(reference, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("config.json", "last.pt"):
-        (folder / name).write_bytes((reference[0] / name).read_bytes())
+    for path in filter(Path.is_file, reference[0].iterdir()):
+        (folder / path.name).write_bytes(path.read_bytes())
     assert train_s3net.main(Args(out=folder, resume=True, device="cpu"), amp_given=False) == 0
     assert "digits: 300 training and 90 validation images" in capsys.readouterr().out
     assert_same_run(folder, reference[0])
@@ -133,18 +133,18 @@ def test_the_run_folder_alone_says_what_to_resume(reference, tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_the_command_that_resumes_it(tmp_path, number):
-    flags = [*TINY, "--epochs", "2", "--out", str(tmp_path / "run"), "--batch-size", "4"]
+    flags = [*TINY, "--limit-train", "800", "--epochs", "2", "--out", str(tmp_path / "run"), "--batch-size", "4"]
     process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if "starting" in line:
             break
-    time.sleep(0.5)
+    time.sleep(0.3)
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number and errors == ""
     assert printed.splitlines()[-2] == "stopped; go on with"
     progress = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]
-    assert progress["epoch"] == 0 and 0 < progress["step"] < 360
+    assert progress["epoch"] == 0 and 0 < progress["step"] < 200
     if number == signal.SIGINT:
         resume = printed.splitlines()[-1].split()
         assert resume[0] == "python"
@@ -354,7 +354,7 @@ def test_tools_that_are_not_installed(tmp_path, monkeypatch, flag, finder, messa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lrr", "3"], "error: Unrecognized options: --lrr, 3"),
+        (["--lrr", "3"], "error: Unrecognized options: --lrr"),
         (["--epochs", "many"], "error: Error parsing --epochs"),
     ],
 )
