@@ -114,6 +114,13 @@ class Run:
         """Whether the folder holds a run."""
         return (self.folder / "config.json").is_file() or (self.folder / "last.pt").is_file()
 
+    def check_writable(self) -> None:
+        """Raises InputError where the folder could not be created or written; creates nothing yet."""
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            reason = "is not writable" if there.is_dir() else "is not a folder"
+            raise InputError(f"{self.folder} cannot be written, since {there} {reason}: pass another --out")
+
     def create(self, config: RunConfig) -> None:
         """Make the folder and write the configuration. A run that was in it is removed.
 

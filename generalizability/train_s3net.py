@@ -184,9 +184,10 @@ def open_run(args: Args, amp_given: bool, run: Run) -> RunConfig | None:
     """The configuration of the run that is to be resumed, or None where a new one is to be started.
 
     Raises:
-        InputError: the folder holds a run and neither --resume nor --overwrite is given, or a flag differs from what
-            the run was started with.
+        InputError: the folder cannot be written; or holds a run and neither --resume nor --overwrite is given; or a
+            flag differs from what the run was started with.
     """
+    run.check_writable()  # before the data are read, which may take a while
     if not run.exists() or args.overwrite:
         return None
     if not args.resume:

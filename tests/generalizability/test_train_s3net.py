@@ -290,7 +290,9 @@ def test_cuda_without_a_gpu(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     message = refusal(tmp_path, out=tmp_path / "file" / "run")
-    assert "cannot be written (Not a directory): pass another --out" in message
+    assert message.endswith("file is not a folder: pass another --out")
+    with pytest.raises(InputError, match=r"cannot be written \(Not a directory\): pass another --out"):
+        runs.make_folder(tmp_path / "file" / "run")
 
 
 def test_a_run_is_never_overwritten_unasked(reference, tmp_path):
