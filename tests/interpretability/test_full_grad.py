@@ -1,4 +1,8 @@
+import importlib.util
+import sys
 import warnings
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -24,6 +28,16 @@ def with_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
+def benchmark() -> ModuleType:
+    """interpretability/benchmark.py, which has the published formula spelled out; each experiment has one."""
+    path = Path(__file__).parents[2] / "interpretability" / "benchmark.py"
+    spec = importlib.util.spec_from_file_location("interpretability_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def small_s3net(num_classes: int = 5) -> nn.Module:
     torch.manual_seed(0)
     return with_statistics(S3Net(6, (2, 2), 8, bn_size=2, stem="imagenet", num_classes=num_classes))
@@ -31,43 +45,6 @@ def small_s3net(num_classes: int = 5) -> nn.Module:
 
 def images(n: int = 2, size: int = 32) -> torch.Tensor:
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(2))
-
-
-def plain_fullgrad(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
-    """The published formula for one image: psi and upsampling of every channel of every bias-gradient, then the sum.
-
-    The gradients are those of zeros that are added to the modules' outputs, so nothing is shared with FullGrad.
-    """
-    places, biases = [], []
-
-    def add_zeros(module: nn.Module, _, output: torch.Tensor) -> torch.Tensor:
-        bias = module.bias
-        if isinstance(module, nn.BatchNorm2d):
-            bias = module.bias - module.weight * module.running_mean / (module.running_var + module.eps).sqrt()
-        if bias is None:
-            return output
-        places.append(torch.zeros_like(output, requires_grad=True))
-        biases.append(bias.detach())
-        return output + places[-1]
-
-    kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
-    handles = [m.register_forward_hook(add_zeros) for m in model.eval().modules() if isinstance(m, kinds)]
-    x = image[None].clone().requires_grad_()
-    gradient, *gradients = torch.autograd.grad(model(x).max(), [x, *places])
-    for handle in handles:
-        handle.remove()
-
-    def rescaled(terms: torch.Tensor) -> torch.Tensor:
-        terms = terms.abs()
-        terms = terms - terms.min()
-        return terms / (terms.max() + 1e-6)
-
-    saliency = rescaled(gradient * image).sum(1)
-    for place, bias in zip(gradients, biases, strict=True):
-        if place.dim() == 4:
-            channels = rescaled(place * bias[:, None, None])
-            saliency += F.interpolate(channels, image.shape[1:], mode="bilinear", align_corners=True).sum(1)
-    return saliency
 
 
 # ---- Completeness ----
@@ -223,7 +200,7 @@ def test_saliency_equals_the_published_formula(network):
     maps = FullGrad(model).saliency(x)
     assert maps.shape == (2, 1, 64, 64)
     for image, saliency in zip(x, maps, strict=True):
-        expected = plain_fullgrad(model, image)
+        expected = benchmark().published_saliency(model.eval(), image[None])[0]
         assert expected.max() > 1
         torch.testing.assert_close(saliency, expected, rtol=1e-5, atol=1e-5 * expected.max().item())
 
