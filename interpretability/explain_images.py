@@ -22,7 +22,7 @@ from pictures import Picture, find_images, read_pictures, sample_pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS_FOLDER = ROOT / "runs" / "digits_network"
-EMBEDDED_SCENES = 6
+EMBEDDED_SCENES = 20
 
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="default: see above")]
 Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]FILE ...", help_behavior_hint="default: published weights")]  # fmt: skip  # noqa: E501

@@ -13,8 +13,8 @@ STEPS = 20
 
 
 def blurred(images: Tensor) -> Tensor:
-    """Images without detail: a Gaussian of a 20th of their size, `(N, C, H, W)` to the same."""
-    sigma = max(images.shape[-2:]) / 20
+    """Images without detail: a Gaussian of a tenth of their size, `(N, C, H, W)` to the same."""
+    sigma = max(images.shape[-2:]) / 10
     reach = min(int(3 * sigma), (min(images.shape[-2:]) - 1) // 2)
     return gaussian_blur(images, [2 * reach + 1] * 2, [sigma] * 2)
 

@@ -47,7 +47,9 @@ COMPOSITES: tuple[type | str, ...] = (
     "ShiftedWindowAttentionV2",
     "Attention",  # timm's vision transformers
     "WindowAttention",
-    nn.modules.batchnorm._NormBase,  # subclasses with children (timm's BatchNormAct2d) run the norm themselves
+    nn.modules.conv._ConvNd,  # subclasses with children, such as a padding or an activation, also run their own
+    nn.Linear,
+    nn.modules.batchnorm._NormBase,
     nn.GroupNorm,
     nn.LayerNorm,
 )
@@ -346,7 +348,7 @@ def _summed_psi(gradient: Tensor, bias: _Bias) -> Tensor:
 def _bias(module: nn.Module, args: tuple, kwargs: dict, outputs: list[Tensor]) -> list[_Bias | None]:
     """b_m for each tensor that the module gave: eq. 2, in closed form where there is one."""
     kind = type(module)
-    if kind in _WITHOUT_BIAS:
+    if kind in _WITHOUT_BIAS or not outputs:
         return [None] * len(outputs)
     if not any(z.requires_grad for z in _tensors((args, kwargs))):  # the image does not reach it: all of it is bias
         return [_Bias(output.detach(), 1) for output in outputs]
@@ -396,7 +398,13 @@ def _implicit_bias(module: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]
 
     z = tuple(leaves[i].detach() for i in moving)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
-        values, along = torch.func.jvp(run, z, z)
+        try:
+            values, along = torch.func.jvp(run, z, z)
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ):  # autograd functions that define no forward mode: two backward steps
+            values, along = torch.autograd.functional.jvp(run, z, z)
     return [_without_rounding(value.detach(), tangent.detach()) for value, tangent in zip(values, along, strict=True)]
 
 
@@ -495,8 +503,9 @@ def _recorded(model: nn.Module, composites: tuple[type | str, ...]) -> Iterator[
         undo.callback(_set_requires_grad, parameters, wanted)
         model.eval()
         _set_requires_grad(parameters, [False] * len(parameters))  # only grad_x is needed: half of a backward pass
+        closed_form = _WITHOUT_BIAS | _CONVOLUTIONS | _LINEARS | _BATCH_NORMS
         for name, unit in _units(model, composites):
-            if type(unit) not in _WITHOUT_BIAS | _CONVOLUTIONS | _LINEARS | _BATCH_NORMS:
+            if type(unit) not in closed_form:
                 _keep_inputs(unit, undo)
             handle = unit.register_forward_hook(recording.hook(name), with_kwargs=True)
             undo.callback(handle.remove)

@@ -6,7 +6,7 @@
     python interpret_fullgrad.py dog.jpg --checkpoint s3net_imagenet_large=model_best.pth.tar
     python interpret_fullgrad.py my/images --checkpoint runs/my-run/best.safetensors
 
-Writes into --out: `figure.png` (a row an image, a column a network), `maps/<network>/<image>.npy`,
+Writes into --out: `figure.png` (a row an image, up to 6, a column a network), `maps/<network>/<image>.npy`,
 `overlays/<network>/<image>.png` and `saliency.json`; with --faithfulness also `faithfulness.png` and `.json`.
 """
 

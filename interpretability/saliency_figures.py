@@ -16,6 +16,7 @@ from map_scores import PERCENTILES, dice, segment
 from pictures import Picture
 
 CELL = 2.1  # inches of one image in a grid
+MOST_ROWS = 6  # images in one grid; every one has its own overlay
 CAPTION = 24  # characters of a class name under an image
 
 
@@ -52,13 +53,15 @@ def draw_maps(
 ) -> None:
     """As the paper's figure: a row an image, a column a network, the class and its probability under each map.
 
+    Only the first `MOST_ROWS` images are drawn.
+
     Args:
         path: PNG to write.
         pictures: first column.
         columns: each network with its pictures (in its own size) and its explanations.
     """
     figure, axes = _grid(len(pictures), 1 + len(columns))
-    for row, picture in enumerate(pictures):
+    for row, picture in enumerate(pictures[:MOST_ROWS]):
         _show(axes[row][0], picture.pixels, "")
         for column, (network, own, explained) in enumerate(columns, start=1):
             one = explained[row]
@@ -76,6 +79,8 @@ def draw_segmentations(
 ) -> None:
     """A row an image: it, its true mask, and what each method's map marks, with the Dice coefficient under it.
 
+    Only the first `MOST_ROWS` images are drawn.
+
     Args:
         path: PNG to write.
         pictures: first two columns.
@@ -83,7 +88,7 @@ def draw_segmentations(
         percentile: of the map, from which a pixel is marked.
     """
     figure, axes = _grid(len(pictures), 2 + len(columns))
-    for row, picture in enumerate(pictures):
+    for row, picture in enumerate(pictures[:MOST_ROWS]):
         _show(axes[row][0], picture.pixels, "")
         _show(axes[row][1], _cut_out(picture.pixels, picture.mask), "")
         for column, (_, own, maps) in enumerate(columns, start=2):
@@ -109,6 +114,7 @@ def draw_dice(path: Path, curves: dict[str, np.ndarray]) -> None:
         (line,) = axes.plot(PERCENTILES, mean, marker=".", label=f"{name} ({mean.mean():.2f})")
         axes.fill_between(PERCENTILES, mean - spread, mean + spread, color=line.get_color(), alpha=0.12, linewidth=0)
     axes.invert_xaxis()
+    axes.set_xticks([99, 95, 90, 85, 80])
     axes.set(xlabel="percentile of the map from which a pixel is marked", ylabel="Dice coefficient", ylim=(0, None))
     axes.legend(title="method (mean over percentiles)", fontsize=8, title_fontsize=8)
     axes.grid(alpha=0.3)
@@ -139,6 +145,7 @@ def draw_faithfulness(path: Path, results: dict[str, dict[str, dict]]) -> None:
 
 
 def _grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    rows = min(rows, MOST_ROWS)
     figure = Figure(figsize=(CELL * columns, (CELL + 0.35) * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 

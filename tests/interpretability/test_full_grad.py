@@ -186,6 +186,53 @@ def test_the_classes_bias_is_the_heads_term():
     assert torch.equal(terms["classifier"], expected)
 
 
+class PaddedConv(nn.Conv2d):
+    """Has a child, and yet a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4, 3)
+        self.pad = nn.ZeroPad2d(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.pad(x))
+
+
+def test_a_convolution_with_children_keeps_its_bias():
+    torch.manual_seed(0)
+    model = nn.Sequential(PaddedConv(), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)).double()
+    explainer = FullGrad(model)
+    _, terms = explainer.decompose(images(size=8).double())
+    assert list(terms) == ["3", "0"]
+    assert explainer.completeness_error(images(size=8).double()).max() < 1e-12
+
+
+class SquareRoot(torch.autograd.Function):
+    """Defines no forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sqrt()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient / (2 * x.sqrt())
+
+
+class OfAutogradFunction(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return SquareRoot.apply(x.square() + 1)
+
+
+def test_a_module_without_forward_mode_is_complete_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), OfAutogradFunction(), nn.Flatten(), nn.Linear(72, 3)).double()
+    explainer = FullGrad(model)
+    assert list(explainer.decompose(images(size=8).double())[1]) == ["3", "1", "0"]
+    assert explainer.completeness_error(images(size=8).double()).max() < 1e-12
+
+
 # ---- The maps ----
 
 
