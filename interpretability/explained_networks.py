@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torchvision
 from safetensors import SafetensorError, safe_open
@@ -68,12 +67,8 @@ def load_network(
         network = _s3net(name, said, num_classes, published)
     elif not name.startswith("timm/") and name in torchvision.models.list_models(module=torchvision.models):
         network = _torchvision(name, num_classes, published)
-    elif timm.is_model(name.removeprefix("timm/")):
-        network = _timm(name, num_classes, published)
     else:
-        known = [*list_models(), *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
-        near = nearest_names(name, known)
-        raise InputError(f"there is no network {name!r}: {near if len(near) < 200 else 'see models.py, torchvision and timm'}")  # fmt: skip  # noqa: E501
+        network = _timm(name, num_classes, published)
     if checkpoint:
         load_weights(network.model, checkpoint)
     if said:
@@ -140,7 +135,15 @@ def _torchvision(name: str, num_classes: int | None, published: bool) -> Network
 
 
 def _timm(name: str, num_classes: int | None, published: bool) -> Network:
+    import timm  # only here: it takes seconds to import
+
     plain = name.removeprefix("timm/")
+    if not timm.is_model(plain):
+        known = [*list_models(), *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
+        near = nearest_names(name, known)
+        raise InputError(
+            f"there is no network {name!r}: {near if len(near) < 200 else 'see models.py, torchvision and timm'}"
+        )
     options = {} if num_classes is None else {"num_classes": num_classes}
     try:
         model = timm.create_model(plain, pretrained=published, **options)

@@ -6,13 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 
-from models import create_model
+import interpret_fullgrad
+import plot_segmentation_map
+from models import InputError, create_model
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "interpretability"
@@ -150,41 +155,56 @@ def test_without_arguments_the_network_is_trained_once(tmp_path):
 # ---- Bad input: one line, exit code 2 ----
 
 
-def refused(script: str, *arguments: object, cwd: Path, **environment: str) -> str:
-    done = run(script, *arguments, "--device", "cpu", cwd=cwd, **environment)
-    assert done.returncode == 2, done.stdout + done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: ")
-    return line
+@pytest.mark.parametrize("script", ["interpret_fullgrad.py", "plot_segmentation_map.py", "benchmark.py"])
+def test_an_error_is_one_line_and_exit_code_2(script, tmp_path):
+    done = run(script, "--device", "cuda:99", "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no device 'cuda:99' here: give cpu, or leave --device out\n"
+    assert done.stdout == ""
+
+
+def refused(script: ModuleType, *arguments: object, cwd: Path) -> str:
+    """The error of a command line, in this process; the test above has the way out of it."""
+    words = [*map(str, arguments), "--device", "cpu", "--out", str(cwd / "out")]
+    with pytest.raises(InputError) as raised:
+        script.main(tyro.cli(script.Args, args=words))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 def test_a_file_that_is_no_image(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
-    line = refused("interpret_fullgrad.py", "text.png", "--random-weights", "--networks", "resnet18", cwd=tmp_path)
-    assert "text.png is no image that can be read" in line
+    arguments = (tmp_path / "text.png", "--random-weights", "--networks", "squeezenet1_0")
+    line = refused(interpret_fullgrad, *arguments, cwd=tmp_path)
+    assert f"{tmp_path}/text.png is no image that can be read" in line
 
 
-def test_a_network_without_weights(photographs, tmp_path):
+def test_a_network_without_weights(photographs, tmp_path, monkeypatch):
     image = photographs / "images" / "a.png"
-    nowhere = {"TORCH_HOME": str(tmp_path / "hub"), "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
-    line = refused("interpret_fullgrad.py", image, "--networks", "squeezenet1_0", cwd=tmp_path, **nowhere)
-    assert "the weights of squeezenet1_0 cannot be downloaded" in line
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def no_network(*_, **__):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    line = refused(interpret_fullgrad, image, "--networks", "squeezenet1_0", cwd=tmp_path)
+    assert "the weights of squeezenet1_0 cannot be downloaded (urlopen error Name or service not known)" in line
     assert "https://download.pytorch.org/models/squeezenet1_0" in line
     assert f"put it in {tmp_path}/hub" in line
     assert "--checkpoint squeezenet1_0=FILE" in line
-    line = refused("interpret_fullgrad.py", image, "--networks", "s3net_imagenet_large", cwd=tmp_path)
+    line = refused(interpret_fullgrad, image, "--networks", "s3net_imagenet_large", cwd=tmp_path)
     assert "s3net_imagenet_large has no weights to download: train it with generalizability/train_s3net.py" in line
 
 
 def test_a_class_that_is_not_there(photographs, tmp_path):
     arguments = ("--random-weights", "--networks", "squeezenet1_0", "--image-size", 64, "--target", 1000)
-    line = refused("interpret_fullgrad.py", photographs / "images", *arguments, cwd=tmp_path)
+    line = refused(interpret_fullgrad, photographs / "images", *arguments, cwd=tmp_path)
     assert "there is no class 1000: this network has the classes 0 to 999" in line
 
 
 def test_a_checkpoint_that_does_not_fit(photographs, checkpoint, tmp_path):
     arguments = ("--networks", "s3net_tiny_k96", "--checkpoint", checkpoint, "--num-classes", 3)
-    line = refused("interpret_fullgrad.py", photographs / "images", *arguments, cwd=tmp_path)
+    line = refused(interpret_fullgrad, photographs / "images", *arguments, cwd=tmp_path)
     assert f"{checkpoint} does not fit this network: blocks.0.layers.0.0.conv.weight has shape" in line
 
 
@@ -192,27 +212,27 @@ def test_a_mask_that_is_missing_or_of_another_shape(photographs, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
     Image.new("L", (60, 40), 255).save(masks / "a.png")
-    arguments = (photographs / "images", "--masks", masks, "--random-weights", "--networks", "resnet18")
-    line = refused("plot_segmentation_map.py", *arguments, cwd=tmp_path)
+    arguments = (photographs / "images", "--masks", masks, "--random-weights", "--networks", "squeezenet1_0")
+    line = refused(plot_segmentation_map, *arguments, cwd=tmp_path)
     assert f"there is no mask for {photographs}/images/b.jpg: put one in {masks}/b.png" in line
     Image.new("L", (40, 40), 255).save(masks / "b.png")
-    line = refused("plot_segmentation_map.py", *arguments, cwd=tmp_path)
+    line = refused(plot_segmentation_map, *arguments, cwd=tmp_path)
     assert f"{masks}/b.png is 40x40, but its image {photographs}/images/b.jpg is 60x40" in line
-    line = refused("plot_segmentation_map.py", photographs / "images", cwd=tmp_path)
+    line = refused(plot_segmentation_map, photographs / "images", cwd=tmp_path)
     assert "there are images but no masks: pass --masks DIR" in line
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("missing.jpg", "--networks", "resnet18"), "there is no image missing.jpg"),
+        (("missing.jpg", "--networks", "squeezenet1_0"), "there is no image missing.jpg"),
         (("--networks", "resnet81"), "there is no network 'resnet81': did you mean resnet18"),
-        (("--networks", "resnet18", "--checkpoint", "none.pt"), "there is no checkpoint none.pt"),
+        (("--networks", "squeezenet1_0", "--checkpoint", "none.pt"), "there is no checkpoint none.pt"),
         (("--random-weights", "--batch-size", 0), "--batch-size 0 is too small"),
     ],
 )
 def test_other_bad_input(arguments, message, tmp_path):
-    assert message in refused("interpret_fullgrad.py", *arguments, cwd=tmp_path)
+    assert message in refused(interpret_fullgrad, *arguments, cwd=tmp_path)
 
 
 def test_the_benchmark_writes_what_it_prints(tmp_path):
