@@ -132,6 +132,7 @@ def measure_speed(args: Args, device: torch.device) -> list[dict]:
         for name in names:
             bar.set_description(name)
             model = load_network(name, random_weights=True).model.to(device).requires_grad_(False)
+            set_random_statistics(model)
             images = torch.randn(max(args.batches), 3, *[args.image_size or 224] * 2, device=device)
             expected = published_saliency(model, images[:1])
             difference = (FullGrad(model).saliency(images[:1]) - expected).abs().max() / expected.max()

@@ -15,7 +15,7 @@ import tyro
 from digit_scenes import digits_checkpoint, scene_pictures
 from explained_networks import PAPER_NETWORKS, Network, load_network, read_metadata
 from faithfulness import area, deletion_curve, insertion_curve
-from full_grad import FullGrad
+from full_grad import FullGrad, IncompleteWarning
 from map_scores import centred_gaussian, edge_map
 from models import InputError
 from pictures import Picture, find_images, read_pictures, sample_pictures
@@ -177,11 +177,11 @@ def explain_pictures(
         images = network.normalise(pixels).to(device)
         started = time.perf_counter()
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+            warnings.simplefilter("always", IncompleteWarning)
             result = explainer.explain(images, target)
         maps, classes = result.maps[:, 0].cpu().numpy(), result.target[:, 0]
         seconds = (time.perf_counter() - started) / len(images)
-        for warning in caught:
+        for warning in (one for one in caught if issubclass(one.category, IncompleteWarning)):
             print(f"warning: {network.name}: {warning.message}", file=sys.stderr)
         probabilities = result.logits.softmax(1).gather(1, classes[:, None])[:, 0]
         columns = (classes, probabilities, result.logits.argmax(1), result.completeness_error[:, 0])

@@ -79,6 +79,10 @@ _ELEMENTWISE = {
 }  # fmt: skip
 
 
+class IncompleteWarning(UserWarning):
+    """Eq. 1 does not hold on a network, so its maps leave something out."""
+
+
 class Explanation(NamedTuple):
     """What one pass gives for N images and K targets each.
 
@@ -204,6 +208,7 @@ class FullGrad:
                 f"FullGrad is not complete on this network: its terms miss the output by {errors.max():.2g} of it, so "
                 "the maps leave something out. The network multiplies activations outside any module, or calls "
                 "smooth functions of torch.nn.functional; if one module does it, pass FullGrad its class in composites",
+                IncompleteWarning,
                 stacklevel=4,
             )
         self._checked = True
@@ -397,7 +402,8 @@ def _implicit_bias(module: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]
         return tuple(_tensors(module.forward(*positional, **named)))
 
     z = tuple(leaves[i].detach() for i in moving)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # the fused kernels have no forward mode
+        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # of torch by torch
         try:
             values, along = torch.func.jvp(run, z, z)
         except (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from full_grad import COMPOSITES, FullGrad, psi
+from full_grad import COMPOSITES, FullGrad, IncompleteWarning, psi
 from models import InputError, S3Net, create_model
 
 
@@ -404,7 +404,7 @@ def test_an_unknown_product_is_reported_once_and_can_be_made_a_unit():
     explainer = FullGrad(model)
     error = explainer.completeness_error(images()).max().item()
     assert error > 1e-2
-    with pytest.warns(UserWarning, match=f"miss the output by {error:.2g} of it"):
+    with pytest.warns(IncompleteWarning, match=f"miss the output by {error:.2g} of it"):
         explainer.saliency(images())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

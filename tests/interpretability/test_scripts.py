@@ -244,7 +244,7 @@ def test_the_benchmark_writes_what_it_prints(tmp_path):
     for row in speed["rows"]:
         seconds = row["seconds_a_map"]
         assert row["times_as_fast_as_published"] == pytest.approx(seconds["published"] / seconds["ours"])
-        assert row["largest_difference"] < 1e-5
+        assert 0 < row["largest_difference"] < 1e-5  # the same formula, computed in another order
     errors = json.loads((tmp_path / "out" / "completeness.json").read_text())["errors"]
     assert errors["squeezenet1_0"]["float32"] < 1e-4
     assert errors["squeezenet1_0"]["float64"] < 1e-9
