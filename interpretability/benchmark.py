@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atomic_files import make_folder, write_json
+from cpu_kernels import keep_freed_memory
 from explain_images import ROOT, choose_device
 from explained_networks import load_network
 from full_grad import FullGrad
@@ -197,15 +198,20 @@ def measure_completeness(args: Args, device: torch.device) -> dict[str, dict[str
 
 @torch.no_grad()
 def set_random_statistics(model: nn.Module) -> None:
-    """Give every BatchNorm statistics and affine parameters as after training, so that its bias is not 0."""
+    """Leave no bias at 0 and no scale at 1, as after training: BatchNorm's statistics and every constant parameter."""
     generator = torch.Generator().manual_seed(2)
+
+    def fill(tensor: Tensor, low: float) -> None:
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
+
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
-            values = torch.rand(4, module.num_features, generator=generator)
-            module.running_mean.copy_(values[0] - 0.5)
-            module.running_var.copy_(values[1] + 0.5)
-            module.weight.copy_(values[2] + 0.5)
-            module.bias.copy_(values[3] - 0.5)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            fill(module.running_mean, -0.5)
+            fill(module.running_var, 0.5)
+    for parameter in model.parameters():
+        first = parameter.flatten()[0]
+        if (parameter == first).all():
+            fill(parameter, -0.5 if first == 0 else 0.5)
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -220,6 +226,7 @@ def main(args: Args) -> None:
     if args.rounds < 1 or not args.batches or min(args.batches) < 1:
         raise InputError("--rounds and --batches must be 1 or more")
     device = choose_device(args.device)
+    keep_freed_memory()
     make_folder(args.out)
     facts = {
         "command": command(),

@@ -224,7 +224,7 @@ class _Pass(NamedTuple):
         """`(N, K)`."""
         sums = [sink.total + (gradient * self.images).sum(dim=(1, 2, 3)) for sink, gradient in self.results]
         missed = (self.logits.gather(1, self.target) - torch.stack(sums, dim=1)).abs()
-        return missed / self.logits.abs().amax(dim=1, keepdim=True)
+        return missed / self.logits.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(missed.dtype).tiny)
 
 
 def _target_columns(target: int | Tensor | None, images: int) -> Tensor | None:

@@ -21,6 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from atomic_files import make_folder, write_json, write_whole
+from cpu_kernels import keep_freed_memory
 from explain_images import (
     ROOT,
     Explained,
@@ -54,6 +55,7 @@ def main(args: Args) -> None:
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size} is too small: give 1 or more")
     device = choose_device(args.device)
+    keep_freed_memory()
     make_folder(args.out)
     pictures = picture_reader(args)
     networks = load_networks(args, device)

@@ -22,6 +22,7 @@ import tyro
 from tqdm import tqdm
 
 from atomic_files import make_folder, write_json, write_whole
+from cpu_kernels import keep_freed_memory
 from explain_images import (
     ROOT,
     NetworkArgs,
@@ -62,6 +63,7 @@ def main(args: Args) -> None:
     """
     check(args)
     device = choose_device(args.device)
+    keep_freed_memory()
     make_folder(args.out)
     pictures = picture_reader(args, args.masks)
     networks = load_networks(args, device)

@@ -415,6 +415,15 @@ def test_an_unknown_product_is_reported_once_and_can_be_made_a_unit():
     assert FullGrad(model, composites=["Gate"]).completeness_error(images()).max() < 1e-6
 
 
+def test_a_network_whose_logits_are_all_zero_is_complete():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model[1].bias)
+    explanation = FullGrad(model).explain(images(size=8))
+    assert (explanation.completeness_error == 0).all()
+    assert (explanation.maps == 0).all()
+
+
 @pytest.mark.parametrize(
     ("x", "target", "message"),
     [
