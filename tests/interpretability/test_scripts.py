@@ -1,0 +1,251 @@
+"""The command lines, as a user runs them: from another folder, with small inputs."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from PIL import Image
+
+import interpret_fullgrad
+import plot_segmentation_map
+from models import InputError, create_model
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "interpretability"
+
+
+def run(script: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(FOLDER / script), *map(str, arguments)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "2"} | environment
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """images/{a.png, b.jpg} of 60x40 with a bright square, and masks/ of the square."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    rng = np.random.default_rng(0)
+    for name, left in (("a.png", 5), ("b.jpg", 35)):
+        pixels, mask = rng.integers(0, 90, (40, 60, 3), dtype=np.uint8), np.zeros((40, 60, 4), np.uint8)
+        pixels[10:30, left : left + 20] += 150
+        mask[10:30, left : left + 20, 3] = 255
+        Image.fromarray(pixels).save(folder / "images" / name)
+        Image.fromarray(mask).save(folder / "masks" / f"{name[0]}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "small.pt"
+    torch.save(create_model("s3net_tiny_k96", 3, growth_rate=4).state_dict(), path)
+    return path
+
+
+SMALL = ("--random-weights", "--networks", "squeezenet1_0", "resnet18", "--image-size", 64, "--device", "cpu")
+
+
+def test_interpret_writes_maps_overlays_figure_and_report(photographs, tmp_path):
+    done = run("interpret_fullgrad.py", photographs / "images", *SMALL, "--faithfulness", "--out", "made", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "made"
+    assert "resnet18" in done.stdout
+    assert "2 maps" in done.stdout
+    report = json.loads((out / "saliency.json").read_text())
+    assert [(row["network"], row["image"]) for row in report["maps"]] == [
+        (network, image) for network in ("squeezenet1_0", "resnet18") for image in ("a", "b")
+    ]
+    for row in report["maps"]:
+        saliency = np.load(out / "maps" / row["network"] / f"{row['image']}.npy")
+        assert saliency.shape == (64, 64)
+        assert saliency.min() >= 0
+        assert saliency.max() > 0
+        assert Image.open(out / "overlays" / row["network"] / f"{row['image']}.png").size == (64, 64)
+        assert row["completeness_error"] < 1e-4
+        assert row["target"] == row["prediction"] < 1000
+        assert 0 < row["probability"] <= 1
+        assert row["seconds"] > 0
+    assert Image.open(out / "figure.png").size[0] > 600  # an image and two networks wide
+    faithfulness = json.loads((out / "faithfulness.json").read_text())["networks"]["resnet18"]
+    assert set(faithfulness) == {"FullGrad", "centred Gaussian", "edge map"}
+    assert len(faithfulness["FullGrad"]["deletion"]) == 21
+    assert len(faithfulness["edge map"]["insertion_area"]) == 2
+    first = [row["probability"] for row in report["maps"] if row["network"] == "resnet18"]
+    assert faithfulness["FullGrad"]["deletion"][0] == pytest.approx(np.mean(first), rel=1e-4)
+    assert faithfulness["FullGrad"]["insertion"][-1] == pytest.approx(np.mean(first), rel=1e-4)
+    assert not list(out.rglob(".*"))  # no temporary file is left
+
+
+def test_a_target_and_a_checkpoint_of_another_size(photographs, checkpoint, tmp_path):
+    image = photographs / "images" / "a.png"
+    model = create_model("s3net_tiny_k96", 3)
+    torch.save(model.state_dict(), tmp_path / "full.pt")
+    arguments = ("--num-classes", 3, "--target", 2, "--image-size", 32, "--device", "cpu", "--out", tmp_path / "out")
+    done = run("interpret_fullgrad.py", image, "--checkpoint", "s3net_tiny_k96=full.pt", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "out" / "saliency.json").read_text())["maps"]
+    assert (row["target"], row["target_name"]) == (2, "class 2")
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.asarray(Image.open(image).resize((32, 32), Image.Resampling.BILINEAR)) / 255.0)
+        x = (pixels.permute(2, 0, 1).float() - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+            [0.229, 0.224, 0.225]
+        ).view(3, 1, 1)
+        expected = model.eval()(x[None]).softmax(1)[0, 2].item()
+    assert row["probability"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_segmentation_scores(photographs, tmp_path):
+    arguments = ("--masks", photographs / "masks", *SMALL, "--percentile", 85, "--out", tmp_path / "out")
+    done = run("plot_segmentation_map.py", photographs / "images", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "average precision" in done.stdout
+    methods = ["squeezenet1_0", "resnet18", "centred Gaussian", "edge map"]
+    with (tmp_path / "out" / "dice.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(methods) * 2 * 20
+    assert {int(row["percentile"]) for row in rows} == set(range(80, 100))
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert list(scores["mean"]) == methods
+    for method in methods:
+        ours = [float(row["dice"]) for row in rows if row["method"] == method and row["percentile"] == "85"]
+        assert scores["mean"][method]["dice_at"] == pytest.approx(np.mean(ours), abs=1e-6)
+    # the square's 400 of 2400 pixels are its upper and its outer edge off centre: the Gaussian knows where it looks
+    assert scores["mean"]["centred Gaussian"]["pointing"] == 0
+    for name in ("segmentation.png", "dice.png"):
+        assert Image.open(tmp_path / "out" / name).size[0] > 500
+
+
+def test_without_arguments_the_network_is_trained_once(tmp_path):
+    """On a copy of the repository, so that its runs/ is the copy's; with a single epoch."""
+    for source in (*ROOT.glob("*.py"), *FOLDER.glob("*.py")):
+        target = tmp_path / "copy" / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = source.read_text()
+        target.write_text(text.replace("EPOCHS, BATCH, PEAK_LR = 24,", "EPOCHS, BATCH, PEAK_LR = 1,"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "copy")}
+    times = []
+    for script, made in (
+        ("interpret_fullgrad.py", "fullgrad/figure.png"),
+        ("plot_segmentation_map.py", "segmentation/segmentation.png"),
+    ):
+        command = [sys.executable, str(tmp_path / "copy" / "interpretability" / script)]
+        done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert Image.open(tmp_path / "copy" / "runs" / made).size[0] > 400
+        (weights,) = (tmp_path / "copy" / "runs" / "digits_network").iterdir()
+        times.append(weights.stat().st_mtime_ns)
+    assert times[0] == times[1]
+    assert list(elsewhere.iterdir()) == []
+
+
+# ---- Bad input: one line, exit code 2 ----
+
+
+@pytest.mark.parametrize("script", ["interpret_fullgrad.py", "plot_segmentation_map.py", "benchmark.py"])
+def test_an_error_is_one_line_and_exit_code_2(script, tmp_path):
+    done = run(script, "--device", "cuda:99", "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no device 'cuda:99' here: give cpu, or leave --device out\n"
+    assert done.stdout == ""
+
+
+def refused(script: ModuleType, *arguments: object, cwd: Path) -> str:
+    """The error of a command line, in this process; the test above has the way out of it."""
+    words = [*map(str, arguments), "--device", "cpu", "--out", str(cwd / "out")]
+    with pytest.raises(InputError) as raised:
+        script.main(tyro.cli(script.Args, args=words))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_a_file_that_is_no_image(tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
+    arguments = (tmp_path / "text.png", "--random-weights", "--networks", "squeezenet1_0")
+    line = refused(interpret_fullgrad, *arguments, cwd=tmp_path)
+    assert f"{tmp_path}/text.png is no image that can be read" in line
+
+
+def test_a_network_without_weights(photographs, tmp_path, monkeypatch):
+    image = photographs / "images" / "a.png"
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def no_network(*_, **__):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    line = refused(interpret_fullgrad, image, "--networks", "squeezenet1_0", cwd=tmp_path)
+    assert "the weights of squeezenet1_0 cannot be downloaded (urlopen error Name or service not known)" in line
+    assert "https://download.pytorch.org/models/squeezenet1_0" in line
+    assert f"put it in {tmp_path}/hub" in line
+    assert "--checkpoint squeezenet1_0=FILE" in line
+    line = refused(interpret_fullgrad, image, "--networks", "s3net_imagenet_large", cwd=tmp_path)
+    assert "s3net_imagenet_large has no weights to download: train it with generalizability/train_s3net.py" in line
+
+
+def test_a_class_that_is_not_there(photographs, tmp_path):
+    arguments = ("--random-weights", "--networks", "squeezenet1_0", "--image-size", 64, "--target", 1000)
+    line = refused(interpret_fullgrad, photographs / "images", *arguments, cwd=tmp_path)
+    assert "there is no class 1000: this network has the classes 0 to 999" in line
+
+
+def test_a_checkpoint_that_does_not_fit(photographs, checkpoint, tmp_path):
+    arguments = ("--networks", "s3net_tiny_k96", "--checkpoint", checkpoint, "--num-classes", 3)
+    line = refused(interpret_fullgrad, photographs / "images", *arguments, cwd=tmp_path)
+    assert f"{checkpoint} does not fit this network: blocks.0.layers.0.0.conv.weight has shape" in line
+
+
+def test_a_mask_that_is_missing_or_of_another_shape(photographs, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    Image.new("L", (60, 40), 255).save(masks / "a.png")
+    arguments = (photographs / "images", "--masks", masks, "--random-weights", "--networks", "squeezenet1_0")
+    line = refused(plot_segmentation_map, *arguments, cwd=tmp_path)
+    assert f"there is no mask for {photographs}/images/b.jpg: put one in {masks}/b.png" in line
+    Image.new("L", (40, 40), 255).save(masks / "b.png")
+    line = refused(plot_segmentation_map, *arguments, cwd=tmp_path)
+    assert f"{masks}/b.png is 40x40, but its image {photographs}/images/b.jpg is 60x40" in line
+    line = refused(plot_segmentation_map, photographs / "images", cwd=tmp_path)
+    assert "there are images but no masks: pass --masks DIR" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("missing.jpg", "--networks", "squeezenet1_0"), "there is no image missing.jpg"),
+        (("--networks", "resnet81"), "there is no network 'resnet81': did you mean resnet18"),
+        (("--networks", "squeezenet1_0", "--checkpoint", "none.pt"), "there is no checkpoint none.pt"),
+        (("--random-weights", "--batch-size", 0), "--batch-size 0 is too small"),
+    ],
+)
+def test_other_bad_input(arguments, message, tmp_path):
+    assert message in refused(interpret_fullgrad, *arguments, cwd=tmp_path)
+
+
+def test_the_benchmark_writes_what_it_prints(tmp_path):
+    arguments = ("--networks", "squeezenet1_0", "--batches", 1, 2, "--rounds", 1, "--image-size", 64)
+    done = run("benchmark.py", *arguments, "--device", "cpu", "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    speed = json.loads((tmp_path / "out" / "speed.json").read_text())
+    assert [(row["network"], row["batch"]) for row in speed["rows"]] == [("squeezenet1_0", 1), ("squeezenet1_0", 2)]
+    for row in speed["rows"]:
+        seconds = row["seconds_a_map"]
+        assert row["times_as_fast_as_published"] == pytest.approx(seconds["published"] / seconds["ours"])
+        assert 0 < row["largest_difference"] < 1e-5  # the same formula, computed in another order
+    errors = json.loads((tmp_path / "out" / "completeness.json").read_text())["errors"]
+    assert errors["squeezenet1_0"]["float32"] < 1e-4
+    assert errors["squeezenet1_0"]["float64"] < 1e-9
+    assert "squeezenet1_0" in done.stdout
