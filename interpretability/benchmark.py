@@ -13,7 +13,6 @@ BatchNorm statistics. Prints tables and writes `speed.json` and `completeness.js
 
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from explained_networks import load_network
 from full_grad import FullGrad
 from interpret_fullgrad import command
 from models import InputError, list_models
+from script_main import run_main
 
 PIECEWISE_LINEAR = (
     "alexnet", "vgg11", "vgg19", "vgg16_bn", "squeezenet1_0", "resnet18", "resnet50", "resnext50_32x4d",
@@ -260,8 +260,4 @@ def print_speed(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, Args, __doc__)

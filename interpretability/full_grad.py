@@ -30,10 +30,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from models import InputError
+from module_bias import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    LINEARS,
+    WITHOUT_BIAS,
+    Bias,
+    channel_axis_of,
+    float_tensors,
+    module_bias,
+)
 
 # Modules with children that are one unit of eq. 2, since they multiply their own branches or never call their
 # children: classes, or the names of classes (so that timm need not be installed).
@@ -56,27 +64,6 @@ COMPOSITES: tuple[type | str, ...] = (
 
 INCOMPLETE = 1e-3  # relative error of eq. 1 from which `saliency` warns
 PSI_EPS = 1e-6  # of psi's division, as published
-
-_CONVOLUTIONS = {
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
-}  # fmt: skip
-_LINEARS = {nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear}
-_BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
-# Dm(z)[z] = m(z): linear without a bias, or positively homogeneous (Euler's theorem). Nothing to record.
-_WITHOUT_BIAS = {
-    nn.Identity, nn.Sequential, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-    nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU,
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d, nn.PixelShuffle, nn.PixelUnshuffle,
-    nn.ChannelShuffle, nn.Fold, nn.Unfold, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
-}  # fmt: skip
-# Dm(z) is diagonal, so that Dm(z)[z] is one ordinary backward step.
-_ELEMENTWISE = {
-    nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.GELU, nn.Mish, nn.Sigmoid, nn.LogSigmoid,
-    nn.Tanh, nn.ELU, nn.SELU, nn.CELU, nn.Softplus, nn.Softsign, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink,
-    nn.Threshold,
-}  # fmt: skip
 
 
 class IncompleteWarning(UserWarning):
@@ -256,31 +243,13 @@ def _check_classes(target: Tensor | None, logits: Tensor) -> Tensor:
 # ---- What is done with a bias and the gradient at its place ---------------------------------------------------------
 
 
-class _Bias(NamedTuple):
-    """b_m of eq. 2: one value a channel, `(C,)`, or of the whole output's shape; and where the channels are."""
-
-    values: Tensor
-    channel_axis: int
-
-    def per_channel(self) -> bool:
-        return self.values.dim() == 1
-
-    def times(self, gradient: Tensor) -> Tensor:
-        """The bias-gradient, in the shape of the module's output."""
-        if not self.per_channel():
-            return gradient * self.values
-        shape = [1] * gradient.dim()
-        shape[self.channel_axis] = -1
-        return gradient * self.values.view(shape)
-
-
 class _Total:
     """The sum of all bias-gradients, for each image."""
 
     def __init__(self, images: Tensor) -> None:
         self.total = images.new_zeros(len(images))
 
-    def add(self, name: str, gradient: Tensor, bias: _Bias) -> None:
+    def add(self, name: str, gradient: Tensor, bias: Bias) -> None:
         """Take one bias-gradient in."""
         if bias.per_channel():
             channels = gradient.movedim(bias.channel_axis, 1)  # (N, C) of a vector, else (N, C, places)
@@ -296,7 +265,7 @@ class _Terms(_Total):
         super().__init__(images)
         self.terms: dict[str, Tensor] = {}
 
-    def add(self, name: str, gradient: Tensor, bias: _Bias) -> None:
+    def add(self, name: str, gradient: Tensor, bias: Bias) -> None:
         self.terms[name] = bias.times(gradient)
 
 
@@ -311,7 +280,7 @@ class _SaliencySum(_Total):
         super().__init__(images)
         self.planes: dict[tuple[int, int], Tensor] = {}
 
-    def add(self, name: str, gradient: Tensor, bias: _Bias) -> None:
+    def add(self, name: str, gradient: Tensor, bias: Bias) -> None:
         super().add(name, gradient, bias)
         if gradient.dim() == 4:
             plane = _summed_psi(gradient, bias)
@@ -334,7 +303,7 @@ def psi(terms: Tensor) -> Tensor:
     return shifted / (shifted.amax(dims, keepdim=True) + PSI_EPS)
 
 
-def _summed_psi(gradient: Tensor, bias: _Bias) -> Tensor:
+def _summed_psi(gradient: Tensor, bias: Bias) -> Tensor:
     """`psi(bias.times(gradient)).sum(over channels)` of an `(N, C, H, W)` (or channels-last) gradient: `(N, H, W)`."""
     if not bias.per_channel():
         return psi(bias.times(gradient)).sum(dim=bias.channel_axis)
@@ -345,100 +314,6 @@ def _summed_psi(gradient: Tensor, bias: _Bias) -> Tensor:
     highest = (rows.amax(2) * scale).amax(1)[:, None]
     summed = ((scale @ rows) - len(scale) * lowest) / (highest - lowest + PSI_EPS)
     return summed.unflatten(1, gradient.movedim(bias.channel_axis, 1).shape[2:])
-
-
-# ---- b_m of a module -------------------------------------------------------------------------------------------------
-
-
-def _bias(module: nn.Module, args: tuple, kwargs: dict, outputs: list[Tensor]) -> list[_Bias | None]:
-    """b_m for each tensor that the module gave: eq. 2, in closed form where there is one."""
-    kind = type(module)
-    if kind in _WITHOUT_BIAS or not outputs:
-        return [None] * len(outputs)
-    if not any(z.requires_grad for z in _tensors((args, kwargs))):  # the image does not reach it: all of it is bias
-        return [_Bias(output.detach(), 1) for output in outputs]
-    if kind in _CONVOLUTIONS:
-        return [_channel_bias(module.bias, 1)]
-    if kind in _LINEARS:
-        return [_channel_bias(module.bias, -1)]
-    if kind in _BATCH_NORMS and module.running_mean is not None:
-        return [_channel_bias(_batch_norm_bias(module), 1)]
-    if kind in _ELEMENTWISE and len(args) == 1 and not kwargs:
-        values = [_elementwise_bias(module, args[0])]
-    else:
-        values = _implicit_bias(module, args, kwargs)
-    axis = _channel_axis(module, args, outputs[0])
-    return [_Bias(value, axis) if value.any() else None for value in values]
-
-
-def _channel_bias(values: Tensor | None, axis: int) -> _Bias | None:
-    return None if values is None else _Bias(values.detach(), axis)
-
-
-def _batch_norm_bias(norm: nn.modules.batchnorm._BatchNorm) -> Tensor:
-    """The bias of z -> gamma * (z - mean) / sqrt(var + eps) + beta, `(C,)`."""
-    bias = -norm.running_mean * torch.rsqrt(norm.running_var + norm.eps)
-    return torch.addcmul(norm.bias, norm.weight, bias) if norm.affine else bias
-
-
-def _elementwise_bias(module: nn.Module, z: Tensor) -> Tensor:
-    """m(z) - m'(z) z: the Jacobian is diagonal, so the backward step along z gives m'(z) z."""
-    z = z.detach().requires_grad_()
-    value = module.forward(z)
-    (along,) = torch.autograd.grad(value, z, z.detach())
-    return _without_rounding(value.detach(), along)
-
-
-def _implicit_bias(module: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
-    """m(z) - Dm(z)[z] by forward-mode differentiation, over all tensors that the image reaches."""
-    leaves, layout = tree_flatten((args, kwargs))
-    moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-
-    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        filled = list(leaves)
-        for i, tensor in zip(moving, tensors, strict=True):
-            filled[i] = tensor
-        positional, named = tree_unflatten(filled, layout)
-        return tuple(_tensors(module.forward(*positional, **named)))
-
-    z = tuple(leaves[i].detach() for i in moving)
-    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # the fused kernels have no forward mode
-        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # of torch by torch
-        try:
-            values, along = torch.func.jvp(run, z, z)
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ):  # autograd functions that define no forward mode: two backward steps
-            values, along = torch.autograd.functional.jvp(run, z, z)
-    return [_without_rounding(value.detach(), tangent.detach()) for value, tangent in zip(values, along, strict=True)]
-
-
-def _without_rounding(value: Tensor, along: Tensor) -> Tensor:
-    """`value - along`; exactly 0 for images where that is rounding only, which psi would blow up to [0, 1]."""
-    bias = value - along
-    dims = tuple(range(1, bias.dim()))
-    noise = 32 * torch.finfo(value.dtype).eps * value.abs().amax(dims, keepdim=True)
-    return bias * (bias.abs().amax(dims, keepdim=True) > noise)
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    """The floating-point tensors in arguments or results, in order."""
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _channel_axis(module: nn.Module, args: tuple, output: Tensor) -> int:
-    """Where a module's 4-D output has its channels: 1, or -1 in networks that compute channels last (ConvNeXt, Swin).
-
-    Linear and LayerNorm act on the last axis; what follows them keeps their layout as long as it gets their output
-    directly.
-    """
-    if isinstance(module, nn.LayerNorm):
-        channels = module.normalized_shape[-1]
-        if output.shape[-1] != channels or (output.shape[1] == channels and type(module) is not nn.LayerNorm):
-            return 1  # subclasses that permute, such as torchvision's LayerNorm2d
-        return -1
-    return -1 if args and getattr(args[0], "_channels_are_last", False) else 1
 
 
 # ---- Recording a pass ------------------------------------------------------------------------------------------------
@@ -470,21 +345,21 @@ class _Recording:
         run = self.runs[name] = self.runs.get(name, 0) + 1
         if run > 1:
             name = f"{name}#{run}"
-        outputs = _tensors(output)
-        for i, (tensor, bias) in enumerate(zip(outputs, _bias(module, args, kwargs, outputs), strict=True)):
+        outputs = float_tensors(output)
+        for i, (tensor, bias) in enumerate(zip(outputs, module_bias(module, args, kwargs, outputs), strict=True)):
             if bias is not None:
                 self._watch(name if i == 0 else f"{name}[{i}]", tensor, bias)
         if outputs and outputs[0].dim() == 4:
-            last = type(module) in _LINEARS or _channel_axis(module, args, outputs[0]) == -1
-            outputs[0]._channels_are_last = last and type(module) not in _CONVOLUTIONS
+            last = type(module) in LINEARS or channel_axis_of(module, args, outputs[0]) == -1
+            outputs[0]._channels_are_last = last and type(module) not in CONVOLUTIONS
 
-    def _watch(self, name: str, tensor: Tensor, bias: _Bias) -> None:
+    def _watch(self, name: str, tensor: Tensor, bias: Bias) -> None:
         if not tensor.requires_grad:
             self.constants.append(tensor.requires_grad_())
         tensor.register_hook(lambda gradient: self._receive(name, gradient, bias))
 
     @torch.no_grad()
-    def _receive(self, name: str, gradient: Tensor, bias: _Bias) -> None:
+    def _receive(self, name: str, gradient: Tensor, bias: Bias) -> None:
         self.sink.add(name, gradient, bias)
 
     def backward(self, f: Tensor, x: Tensor, keep: bool) -> Tensor:
@@ -509,7 +384,7 @@ def _recorded(model: nn.Module, composites: tuple[type | str, ...]) -> Iterator[
         undo.callback(_set_requires_grad, parameters, wanted)
         model.eval()
         _set_requires_grad(parameters, [False] * len(parameters))  # only grad_x is needed: half of a backward pass
-        closed_form = _WITHOUT_BIAS | _CONVOLUTIONS | _LINEARS | _BATCH_NORMS
+        closed_form = WITHOUT_BIAS | CONVOLUTIONS | LINEARS | BATCH_NORMS
         for name, unit in _units(model, composites):
             if type(unit) not in closed_form:
                 _keep_inputs(unit, undo)

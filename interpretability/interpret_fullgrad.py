@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
 from atomic_files import make_folder, write_json, write_whole
@@ -36,6 +35,7 @@ from explained_networks import Network
 from models import InputError
 from pictures import Picture
 from saliency_figures import draw_faithfulness, draw_maps, save_overlay
+from script_main import run_main
 
 
 @dataclass
@@ -114,8 +114,4 @@ def command() -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, Args, __doc__)

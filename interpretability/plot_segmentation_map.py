@@ -11,7 +11,6 @@ must beat: a centred Gaussian, which never saw the image, and the image's edges,
 """
 
 import csv
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +37,7 @@ from map_scores import PERCENTILES, score_map
 from models import InputError
 from pictures import Picture
 from saliency_figures import draw_dice, draw_faithfulness, draw_segmentations
+from script_main import run_main
 
 
 @dataclass
@@ -159,8 +159,4 @@ def print_table(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, Args, __doc__)

@@ -249,3 +249,11 @@ def test_the_benchmark_writes_what_it_prints(tmp_path):
     assert errors["squeezenet1_0"]["float32"] < 1e-4
     assert errors["squeezenet1_0"]["float64"] < 1e-9
     assert "squeezenet1_0" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["benchmark.py", "interpret_fullgrad.py", "plot_segmentation_map.py"])
+def test_flags_that_cannot_be_parsed_are_one_line(script):
+    folder = Path(__file__).parents[2] / "interpretability"
+    done = subprocess.run([sys.executable, folder / script, "--nope", "2"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Unrecognized options: --nope") and len(done.stderr.splitlines()) == 1
