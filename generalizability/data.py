@@ -46,6 +46,28 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def hold_out(self, count: int) -> tuple["ImageSet", "ImageSet"]:
+        """All but `count` images, and those: a validation set that leaves the test images for the end.
+
+        The split is always the same and gives every class its share.
+
+        Raises:
+            InputError: where `count` leaves a class without an image in one of the two.
+        """
+        classes = len(self.classes)
+        if not classes <= count <= len(self) - classes:
+            raise InputError(
+                f"--hold-out {count} is not possible: give a number from {classes}, one image a class, to "
+                f"{max(classes, len(self) - classes)}"
+            )
+        from sklearn.model_selection import train_test_split
+
+        halves = train_test_split(np.arange(len(self)), test_size=count, random_state=0, stratify=self.labels)
+        kept, held = (torch.from_numpy(half) for half in halves)
+        return tuple(
+            ImageSet(self.images[half], self.labels[half], self.classes, self.skipped) for half in (kept, held)
+        )
+
     def subset(self, count: int | None) -> "ImageSet":
         """The first `count` images of a fixed random order, so that every class has its share; all of them for None.
 

@@ -53,7 +53,7 @@ from engine import (
     set_random_state,
     start_workers,
 )
-from models import InputError, load_weights, nearest_names
+from models import CONNECTIONS, InputError, load_weights, nearest_names
 from recipes import RECIPES
 from reporting import TensorBoardLog, describe, diverged, epoch_line, network_facts, relative, summarize
 from runs import Progress, Run, RunConfig, read_metadata
@@ -86,6 +86,8 @@ class Args:
     """Layers of a CIFAR network in all; depth - 4 is divisible by 3."""
     drop_rate: flag(float, "FLOAT", NETWORK) = None
     """Dropout after each layer, 0 to below 1."""
+    connections: flag(str, f"{{{','.join(CONNECTIONS)}}}", "sparse") = None
+    """An S3-Net's connections: its own, or for an ablation no shortcuts, or every layer reading all before it."""
     num_classes: flag(int, "INT", "the data's") = None
     """Outputs of the network."""
 
@@ -105,6 +107,8 @@ class Args:
     """Height and width in pixels that the images of --dataset folder are brought to."""
     seed: flag(int, "INT", "0") = None
     """Decides the initial weights, the order of the images and their augmentation."""
+    hold_out: flag(int, "N", "the data set's own validation images") = None
+    """Validate on so many of the training images instead, and don't train on them: for choosing settings."""
     limit_train: flag(int, "N", "all") = None
     """Train on so many of the training images only."""
     limit_val: flag(int, "N", "all") = None
@@ -160,6 +164,7 @@ def main(args: Args, amp_given: bool) -> int:
     args.dataset = started.dataset if started else args.dataset or DEFAULT_DATASET
     if started:
         args.image_size, args.limit_train, args.limit_val = started.image_size, started.limit_train, started.limit_val
+        args.hold_out = started.hold_out
     data = read_data(args, workers)
     if started:
         check_same_data(data, started, run.folder)
@@ -172,9 +177,9 @@ def main(args: Args, amp_given: bool) -> int:
 
 # ---- From flags to a run ------------------------------------------------------------------------------------------
 
-NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate")
+NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate", "connections")
 LOWEST = {
-    **dict.fromkeys(("epochs", "batch_size", "num_classes", "limit_train", "limit_val"), 1),
+    **dict.fromkeys(("epochs", "batch_size", "num_classes", "hold_out", "limit_train", "limit_val"), 1),
     **dict.fromkeys(("momentum", "weight_decay", "seed", "workers"), 0),
     "image_size": 4,
 }
@@ -259,6 +264,8 @@ def read_data(args: Args, workers: Workers) -> tuple[ImageSet, ImageSet]:
     halves = workers.together(lambda: halves or read())
     if workers.is_main and (skipped := sum(half.skipped for half in halves)):
         print(f"left out {skipped} unreadable images", flush=True)
+    if args.hold_out is not None:
+        halves = workers.together(lambda: halves[0].hold_out(args.hold_out))
     return tuple(half.subset(limit) for half, limit in zip(halves, (args.limit_train, args.limit_val), strict=True))
 
 
@@ -280,6 +287,7 @@ def resolve_config(args: Args, amp_given: bool, data: tuple[ImageSet, ImageSet],
         amp=args.amp if amp_given else Precision.pays(device),
         limit_train=args.limit_train,
         limit_val=args.limit_val,
+        hold_out=args.hold_out,
         train_images=len(train),
         val_images=len(val),
         classes=train.classes,
