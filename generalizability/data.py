@@ -9,7 +9,6 @@ DataLoader by the factor given there.
 """
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,13 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from image_files import class_images, class_names, decode_image, same_classes
 from models import InputError, nearest_names
-
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 @dataclass
@@ -156,13 +153,11 @@ def _load_folder(data_dir: Path, image_size: int, workers: int, skip_unreadable:
         raise InputError(
             f"{data_dir} has no images: it needs train/<class>/* and val/<class>/* (or test/<class>/*); pass --data-dir"
         )
-    classes = _class_names(train_dir)
-    if different := sorted(set(classes) ^ set(_class_names(val_dir))):
-        inside, outside = (train_dir, val_dir) if different[0] in classes else (val_dir, train_dir)
-        raise InputError(
-            f"class {different[0]!r} is in {inside} but not in {outside}: give both the same class folders"
-        )
-    return tuple(_read_images(half, classes, image_size, workers, skip_unreadable) for half in (train_dir, val_dir))
+    classes = same_classes(class_names(train_dir), class_names(val_dir), train_dir, val_dir)
+    return tuple(
+        _read_images(half, class_images(half, classes), classes, image_size, workers, skip_unreadable)
+        for half in (train_dir, val_dir)
+    )
 
 
 DATASETS: dict[str, Callable[[Path, int, int, bool], tuple[ImageSet, ImageSet]]] = {
@@ -172,22 +167,9 @@ DATASETS: dict[str, Callable[[Path, int, int, bool], tuple[ImageSet, ImageSet]]]
 }
 
 
-def _class_names(folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not names:
-        raise InputError(f"{folder} has no class folders: put the images into {folder}/<class>/")
-    return names
-
-
-def _read_images(folder: Path, classes: list[str], size: int, workers: int, skip_unreadable: bool) -> ImageSet:
-    files = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    ]
-    if not files:
-        raise InputError(f"{folder} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in its class folders")
+def _read_images(
+    folder: Path, files: list[tuple[Path, int]], classes: list[str], size: int, workers: int, skip_unreadable: bool
+) -> ImageSet:
     _check_memory(len(files) * 3 * size * size, f"{len(files):,} images of {size}x{size} in {folder}")
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     readable = torch.ones(len(files), dtype=torch.bool)
@@ -218,40 +200,6 @@ def _read_images(folder: Path, classes: list[str], size: int, workers: int, skip
             raise InputError(f"none of the {skipped} images in {folder} can be read")
         images, labels = images[readable], labels[readable]
     return ImageSet(images, labels, classes, skipped)
-
-
-def decode_image(path: Path, size: int) -> np.ndarray:
-    """An image file of any size and mode as uint8 `(size, size, 3)`: short side resized, centre cropped.
-
-    Transparent pixels become white; 16-bit values are scaled to 8; a JPEG's orientation is applied.
-
-    Raises:
-        InputError: the file cannot be read as an image; the message names it.
-    """
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
-            image = to_rgb(ImageOps.exif_transpose(image))
-            if image.size != (size, size):
-                image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-            return np.array(image)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{path} cannot be read as an image: remove or repair it, or pass --skip-unreadable"
-        ) from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        if values.max(initial=0) > 255:
-            values = values * (255 / 65535)
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def _check_memory(needed: int, what: str) -> None:
