@@ -31,9 +31,10 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from baselines import create_network
+from batches import TrainingBatches
 from command_line import run_script
 from cpu_kernels import keep_freed_memory
-from data import ImageSet, TrainingBatches
+from data import ImageSet
 from engine import Precision, Trainer, start_workers
 from models import InputError
 from recipes import RECIPES

@@ -57,6 +57,7 @@ class RunConfig:
     val_images: int
     classes: list[str]
     hold_out: int | None = None
+    accumulate: int = 1
 
 
 @dataclass

@@ -31,7 +31,6 @@ from baselines import create_network
 from command_line import run_script
 from data import DATASETS
 from models import InputError, nearest_names
-from recipes import RECIPES
 from runs import make_folder
 from same_budget_report import read_summary, write_report
 
@@ -59,7 +58,7 @@ class Args:
     """Epochs of the comparison."""
     batch_size: int = 128
     """Images a step, everywhere."""
-    peaks: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8)
+    peaks: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6)
     """Peak learning rates that the search tries."""
     search_epochs: int = 8
     """Epochs of each run of the search."""
