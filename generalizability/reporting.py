@@ -16,7 +16,8 @@ from runs import Progress, Run, RunConfig
 
 def describe(run: Run, config: RunConfig, facts: dict, trainer: Trainer, progress: Progress) -> str:
     """A few lines on what is about to run."""
-    options = "".join(f" {key}={value}" for key, value in config.model_options.items())
+    # Numbers and names; RandWire's graphs would fill the screen.
+    options = "".join(f" {key}={value}" for key, value in config.model_options.items() if not isinstance(value, list))
     workers = trainer.workers
     begins = f"resuming after epoch {progress.epoch}" if progress.epoch or progress.step else "starting"
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
@@ -72,7 +73,11 @@ def network_facts(model: nn.Module, image_size: int, device: torch.device) -> di
 
 
 def multiply_adds(model: nn.Module, image_size: int, device: torch.device) -> int:
-    """Multiply-adds of the convolutions and matrix products for one image, as it is evaluated."""
+    """Multiply-adds of the convolutions and matrix products for one image, as it is evaluated.
+
+    What works element by element (BatchNorm, activations, gates, sums) and pools or resizes is not counted, as is
+    usual; a convolution's products with its zero padding are.
+    """
     counter = FlopCounterMode(display=False)
     model.eval()
     with counter, torch.no_grad():
