@@ -20,13 +20,27 @@ def digit_photos(count, size):
         yield image.resize(size, Image.Resampling.BICUBIC), int(labels[i])
 
 
-def real_photos(count, size):
-    """ImageNet's images of the shared data, `(image, wnid)`, cut to a square where `size` is one."""
+def real_photos(crops, size, cifar_classes=0, cifar_images=0):
+    """Real images, `(image, class name)`: cut from ImageNet's of the shared data, and of CIFAR-100 enlarged.
+
+    `crops` squares are cut from each of the 60 ImageNet images at places of a fixed random order; each is resized.
+    """
     files = sorted((SHARED / "imagenet_sample").glob("*/*.JPEG"))
     if not files:
         pytest.skip("no shared data here")
-    for path in files[:count]:
-        yield Image.open(path).convert("RGB").resize(size, Image.Resampling.BICUBIC), path.parent.name
+    places = np.random.default_rng(0)
+    for path in files:
+        photo = Image.open(path).convert("RGB")
+        side = min(photo.size) * 2 // 3
+        for left, top in places.random((crops, 2)) * (np.array(photo.size) - side):
+            yield (
+                photo.crop((left, top, left + side, top + side)).resize(size, Image.Resampling.BICUBIC),
+                path.parent.name,
+            )
+    cifar = Path(__file__).parents[2] / "data" / "cifar100" / "train"
+    for folder in sorted(cifar.iterdir())[:cifar_classes] if cifar_classes else []:
+        for path in sorted(folder.iterdir())[:cifar_images]:
+            yield Image.open(path).convert("RGB").resize(size, Image.Resampling.BICUBIC), folder.name
 
 
 def make_tiny_imagenet(root, photos):

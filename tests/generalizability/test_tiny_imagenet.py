@@ -2,15 +2,18 @@
 
 import hashlib
 import http.server
+import json
 import threading
 import zipfile
 
 import pytest
 import torch
 import torch.nn.functional as F
-from image_trees import digit_photos, make_tiny_imagenet
+from image_trees import digit_photos, make_tiny_imagenet, real_photos
 
 import tiny_imagenet
+import train_s3net
+from arguments import Args
 from batches import EvaluationBatches
 from data import load_dataset
 from models import InputError
@@ -49,6 +52,16 @@ def test_images_are_enlarged_to_what_the_network_sees(tree):
     expected = F.interpolate(val.images.float(), (96, 96), mode="bilinear", align_corners=False)
     assert images.shape == (20, 3, 96, 96) and torch.allclose(images, expected, atol=1e-3)
     assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_s3net_learns_real_images(tmp_path, capsys):
+    tree = make_tiny_imagenet(tmp_path, real_photos(4, (64, 64)))
+    flags = {"dataset": "tinyimagenet", "data_dir": tree, "growth_rate": 8, "image_size": 64, "epochs": 3}
+    flags |= {"batch_size": 16, "schedule": "onecycle", "device": "cpu", "out": tmp_path / "run"}
+    assert train_s3net.main(Args(**flags), amp_given=False) == 0
+    assert "s3net_tiny_k108 growth_rate=8: " in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] - 0.2
 
 
 def test_a_zip_is_checked_and_unpacked(archive, tree):
