@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import DatasetFolder
@@ -78,7 +78,7 @@ def _is_image(path: str) -> bool:
 
 
 def read_rgb(path: str) -> Image.Image:
-    """An image file as 8-bit RGB, its orientation applied.
+    """An image file as 8-bit RGB, turned as it is stored, as the published evaluations read it.
 
     Raises:
         InputError: the file cannot be read as an image; the message names it.
@@ -86,7 +86,7 @@ def read_rgb(path: str) -> Image.Image:
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(image)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(
             f"{path} cannot be read as an image: remove or repair it, or pass --skip-unreadable"

@@ -104,24 +104,12 @@ def main(args: Args, amp_given: bool) -> int:
     workers = start_workers(args.device)
     out = args.out or default_out(args.checkpoint)
     workers.from_main(lambda: check_out(out, args.overwrite))
-    said = read_metadata(args.checkpoint)
-    images = open_images(args.images, TenCrops(args.resize, args.crop))
-    names = output_names(args, said)
-    labels = output_labels(names, images.classes, some_only=args.classes is not None)
-    network = make_network(args, said, names, images.classes)
-    scorer = Scorer(
-        network.model.to(workers.device, memory_format=torch.channels_last).eval(),
-        Precision(workers.device, args.amp if amp_given else Precision.pays(workers.device)),
-        workers.device,
-        labels,
-        said.get("mean", IMAGENET_MEAN),
-        said.get("std", IMAGENET_STD),
-    )
+    images, network, scorer = workers.together(lambda: prepare(args, amp_given, workers.device))
     started = time.perf_counter()
     counts = count_errors(args, images, scorer, workers)
     seconds = time.perf_counter() - started
     if workers.is_main:
-        results = describe_network(args, said, network, workers.device) | describe_images(args, images, scorer, counts)
+        results = describe_network(args, network, workers.device) | describe_images(args, images, scorer, counts)
         results |= describe_work(counts, seconds, scorer.precision, workers)
         write_atomically(out, lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
         print(table(results))
@@ -130,6 +118,28 @@ def main(args: Args, amp_given: bool) -> int:
 
 
 # ---- What to evaluate ---------------------------------------------------------------------------------------------
+
+
+def prepare(args: Args, amp_given: bool, device: torch.device) -> tuple[Dataset, "Network", "Scorer"]:
+    """Open the images and the checkpoint; what the flags leave open, the checkpoint says.
+
+    Raises:
+        InputError: either cannot be read, or they do not fit together.
+    """
+    said = read_metadata(args.checkpoint)
+    images = open_images(args.images, TenCrops(args.resize, args.crop))
+    names = output_names(args, said)
+    labels = output_labels(names, images.classes, some_only=args.classes is not None)
+    network = make_network(args, said, names, images.classes)
+    scorer = Scorer(
+        network.model.to(device, memory_format=torch.channels_last).eval(),
+        Precision(device, args.amp if amp_given else Precision.pays(device)),
+        device,
+        labels,
+        said.get("mean", IMAGENET_MEAN),
+        said.get("std", IMAGENET_STD),
+    )
+    return images, network, scorer
 
 
 def check_flags(args: Args) -> None:
@@ -222,12 +232,13 @@ def first_difference(one: list[str], other: list[str]) -> tuple[int, str, str] |
 
 @dataclass
 class Network:
-    """The checkpoint's network with its weights, by what name and options it was built, and its number of outputs."""
+    """The checkpoint's network with its weights, how it was built, and the data set that it was trained on."""
 
     name: str
     options: dict
     outputs: int
     model: nn.Module
+    dataset: str | None
 
 
 def make_network(args: Args, said: dict, names: list[str] | None, folders: list[str]) -> Network:
@@ -257,7 +268,7 @@ def make_network(args: Args, said: dict, names: list[str] | None, folders: list[
             f"{error}; it was taken to have the {outputs} classes of the images as outputs: if it has others, pass "
             "--classes FILE with the class names of all of them in order"
         ) from error
-    return Network(name, options, outputs, model)
+    return Network(name, options, outputs, model, said.get("dataset"))
 
 
 def read_options(text: str) -> dict:
@@ -377,13 +388,13 @@ def wilson_interval(errors: int, count: int) -> tuple[float, float]:
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
-def describe_network(args: Args, said: dict, network: Network, device: torch.device) -> dict:
+def describe_network(args: Args, network: Network, device: torch.device) -> dict:
     """What the JSON file says of the network."""
     return {
         "kind": RESULT_KIND,
         "command": shlex.join(["python", *sys.argv]),
         "checkpoint": {"path": str(args.checkpoint), "sha256": file_digest(args.checkpoint)},
-        "dataset": args.dataset or said.get("dataset"),
+        "dataset": args.dataset or network.dataset,
         "model": network.name,
         "model_options": network.options,
         "outputs": network.outputs,
