@@ -120,9 +120,9 @@ def main(args: Args) -> None:
         "comparison.json": lambda path: path.write_text(json.dumps(comparison, indent=2) + "\n"),
         "scatter.png": lambda path: draw_scatter({title(d): scatter_points(rows) for d, rows in tables.items()}, path),
     }
-    print(markdown, flush=True)
     for name, write in written.items():
         write_atomically(args.out / name, write)
+    print(markdown)
     print(f"written to {relative(args.out)}: {', '.join(written)}")
 
 
@@ -438,9 +438,11 @@ def percent(value: float | None, deviation: float | None = None) -> str:
 
 
 def count(value: float | None) -> str:
-    """A large number in millions or billions."""
+    """A large number in thousands, millions or billions."""
     if value is None:
         return ""
+    if value < 1e5:
+        return f"{value / 1e3:.1f}k"
     return f"{value / 1e9:.1f}G" if value >= 1e9 else f"{value / 1e6:.2f}".removesuffix("0") + "M"
 
 
