@@ -356,11 +356,14 @@ def count_errors(args: Args, images: Dataset, scorer: Scorer, workers: Workers) 
         for name, count in scorer.errors(batch).items():
             totals[name] += count
 
-    with progress_bar(workers, "10 crops", steps) as bar:
-        for _ in range(steps):
-            workers.together(step)
-            bar.update()
-            bar.set_postfix_str(f"error {100 * totals['ten_crops_top1'] / max(1, totals['images']):.1f}%")
+    try:
+        with progress_bar(workers, "10 crops", steps) as bar:
+            for _ in range(steps):
+                workers.together(step)
+                bar.update()
+                bar.set_postfix_str(f"error {100 * totals['ten_crops_top1'] / max(1, totals['images']):.1f}%")
+    finally:
+        batches = None  # ends its reading processes now; left to the garbage collector, that can take 5 s
     summed = dict(zip(COUNTS, map(int, workers.reduce([float(totals[name]) for name in COUNTS])), strict=True))
     if not summed["images"]:
         raise InputError(f"none of the {summed['skipped']} images in {args.images} can be read")
