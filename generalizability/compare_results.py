@@ -183,7 +183,7 @@ def sizes_of(config: dict) -> dict[str, int]:
     meta = torch.device("meta")
     with meta:
         model = create_network(config["model"], config["num_classes"], **config["model_options"])
-    return network_facts(model, (config["image_size"],) * 2, meta)
+    return network_facts(model, config["image_size"], meta)
 
 
 def read_json(path: Path) -> dict:

@@ -3,20 +3,20 @@
 A crop is uint8 until it is on the device that classifies it: a quarter of the bytes to hand over between processes.
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import DatasetFolder
 from torchvision.transforms import Resize, TenCrop
 from torchvision.transforms.functional import pil_to_tensor
 
-from data import IMAGE_SUFFIXES, to_rgb
+from disk_images import ImageFolder
+from image_files import read_rgb
+from image_lmdb import ImageFolderLMDB
 from models import InputError
 
 CENTRE = 4  # of TenCrop's order: four corners, the centre, and the five of the mirrored image
@@ -51,46 +51,20 @@ def open_images(path: Path, transform: TenCrops) -> Dataset:
         raise InputError(f"there is no {path}: pass --images with an LMDB file or a folder of <class>/*")
     path = next((path / name for name in ("val.lmdb", "val", "test") if (path / name).exists()), path)
     if path.is_file():
-        from data import ImageFolderLMDB  # needs the package lmdb, which images in folders do not
-
         return ImageFolderLMDB(path, transform)
     return FolderImages(path, transform)
 
 
-class FolderImages(DatasetFolder):
-    """`<class>/*`, classes in alphabetical order; hidden files and folders do not count."""
+class FolderImages(ImageFolder, Dataset):
+    """`<class>/*`, classes in alphabetical order, as a Dataset of `(transform(image), label)`."""
 
     def __init__(self, folder: Path, transform: TenCrops) -> None:
-        super().__init__(folder, read_rgb, transform=transform, is_valid_file=_is_image, allow_empty=True)
-        if not self.samples:
-            raise InputError(f"{folder} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in its class folders")
+        super().__init__(folder)
+        self.transform = transform
 
-    def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
-        """The class folders' names and labels, for DatasetFolder."""
-        names = sorted(p.name for p in Path(directory).iterdir() if p.is_dir() and not p.name.startswith("."))
-        if not names:
-            raise InputError(f"{directory} has no class folders: put the images into {directory}/<class>/")
-        return names, {name: label for label, name in enumerate(names)}
-
-
-def _is_image(path: str) -> bool:
-    return Path(path).suffix.lower() in IMAGE_SUFFIXES and not Path(path).name.startswith(".")
-
-
-def read_rgb(path: str) -> Image.Image:
-    """An image file as 8-bit RGB, turned as it is stored, as the published evaluations read it.
-
-    Raises:
-        InputError: the file cannot be read as an image; the message names it.
-    """
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
-            return to_rgb(image)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{path} cannot be read as an image: remove or repair it, or pass --skip-unreadable"
-        ) from error
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        encoded, label = self.encoded(index)
+        return self.transform(read_rgb(encoded, self.name(index), orient=False)), label
 
 
 class _Chosen(Dataset):

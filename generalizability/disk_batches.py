@@ -45,7 +45,7 @@ class Decoder(Dataset):
         label, problem = 0, None
         try:
             encoded, label = self.source.encoded(index)
-            image = read_rgb(encoded, self.source.name(index))
+            image = read_rgb(encoded, self.source.name(index), orient=False)
             image = self.centre(image) if seed is None else self.random_crop(image, seed)
         except InputError as error:
             image, problem = Image.new("RGB", (self.image_size, self.image_size)), str(error)

@@ -59,10 +59,11 @@ def same_classes(train: list[str], val: list[str], train_at: Path, val_at: Path)
     return train
 
 
-def read_rgb(file: Path | bytes | memoryview, name: str | Path | None = None) -> Image.Image:
+def read_rgb(file: Path | bytes | memoryview, name: str | Path | None = None, orient: bool = True) -> Image.Image:
     """An image file, or its bytes, of any mode as 8-bit RGB.
 
-    Transparent pixels become white; 16-bit values are scaled to 8; a JPEG's orientation is applied.
+    Transparent pixels become white; 16-bit values are scaled to 8; a JPEG's orientation is applied where `orient` asks
+    for it. (ImageNet's networks are trained and evaluated on images as they are stored, as torchvision reads them.)
 
     Raises:
         InputError: it cannot be read as an image; the message calls it `name`, by default its path.
@@ -70,7 +71,7 @@ def read_rgb(file: Path | bytes | memoryview, name: str | Path | None = None) ->
     try:
         with warnings.catch_warnings(), Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
             warnings.simplefilter("ignore")
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image) if orient else image)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(
             f"{name or file} cannot be read as an image: remove or repair it, or pass --skip-unreadable"

@@ -9,10 +9,22 @@ from matplotlib.figure import Figure
 
 from runs import write_atomically
 
-KEPT = (
-    "model model_options seed epochs parameters multiply_adds last_val_error last_val_top5_error "
-    "best_val_error best_epoch total_seconds precision device versions"
-).split()
+KEPT = [
+    "model",
+    "model_options",
+    "seed",
+    "epochs",
+    "parameters",
+    "multiply_adds",
+    "last_val_error",
+    "last_val_top5_error",
+    "best_val_error",
+    "best_epoch",
+    "total_seconds",
+    "precision",
+    "device",
+    "versions",
+]
 
 
 def read_summary(folder: Path) -> dict:

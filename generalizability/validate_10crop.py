@@ -31,6 +31,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from arguments import flag
 from baselines import create_network, list_networks
 from command_line import run_script
 from cpu_kernels import keep_freed_memory
@@ -40,7 +41,6 @@ from models import InputError, load_weights, nearest_names
 from recipes import IMAGENET_MEAN, IMAGENET_STD
 from reporting import network_facts, relative
 from runs import make_folder, read_metadata, write_atomically
-from train_s3net import flag
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT_KIND = "validate_10crop"
@@ -401,7 +401,7 @@ def describe_network(args: Args, network: Network, device: torch.device) -> dict
         "model": network.name,
         "model_options": network.options,
         "outputs": network.outputs,
-        **network_facts(network.model, (args.crop, args.crop), device),
+        **network_facts(network.model, args.crop, device),
     }
 
 
