@@ -189,9 +189,11 @@ def build(args: Args, workers: int) -> Contents:
                 fill(partial, args, contents, total, workers)
             finish(partial, args.out)
         except (lmdb.Error, OSError) as error:
+            # LMDB calls a write that a full disk cut short an input/output error
             reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
             raise InputError(
-                f"{partial} cannot be written ({reason}): make room, and run the same command again to go on"
+                f"{partial} cannot be written ({reason}; is the disk full?): make room, and run the same command again "
+                "to go on"
             ) from error
     return contents
 
