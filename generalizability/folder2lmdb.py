@@ -331,7 +331,7 @@ def describe(path: Path, contents: Contents) -> str:
     """What was built, in a few lines."""
     filled = sum(count > 0 for count in contents.counts)
     lines = [
-        f"{path}: {len(contents):,} images of {filled:,} classes, {path.stat().st_size / 1e9:,.3f} GB",
+        f"{path}: {len(contents):,} images of {filled:,} classes, {path.stat().st_size / 1e6:,.1f} MB",
         f"digest {contents.digest}",
     ]
     if filled < len(contents.classes):
