@@ -81,11 +81,17 @@ class Layer(nn.Sequential):
         super().__init__(*units)
 
 
+CONNECTIONS = ("sparse", "chain", "dense")
+
+
 class Block(nn.Module):
     """The sparse shortcut topology (Figure 1): a chain whose outputs all meet in one aggregation.
 
-    Maps `(N, in_channels, H, W)` to `(N, in_channels + num_layers * growth_rate, H, W)`, in the order
-    [block input, layer 1, ..., layer L].
+    Maps `(N, in_channels, H, W)` to `(N, out_channels, H, W)`: `in_channels + num_layers * growth_rate` channels in
+    the order [block input, layer 1, ..., layer L].
+
+    `connections` is "sparse", or one of two ablations of the same layers: "chain" has no shortcuts, so that the block
+    gives what its last layer gives; in "dense" each layer reads the concatenation of all before it, as in a DenseNet.
     """
 
     def __init__(
@@ -95,18 +101,22 @@ class Block(nn.Module):
         growth_rate: int,
         bn_size: int | None = None,
         drop_rate: float = 0.0,
+        connections: str = "sparse",
     ) -> None:
         super().__init__()
+        self.connections = connections
         widths = [in_channels] + [growth_rate] * (num_layers - 1)  # the chain: layer i reads only layer i-1
+        if connections == "dense":
+            widths = [in_channels + i * growth_rate for i in range(num_layers)]
         self.layers = nn.ModuleList(Layer(width, growth_rate, bn_size, drop_rate) for width in widths)
-        self.out_channels = in_channels + num_layers * growth_rate
+        self.out_channels = growth_rate if connections == "chain" else in_channels + num_layers * growth_rate
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the chain and concatenate what every layer gave."""
         outputs = [x]
         for layer in self.layers:
-            outputs.append(layer(outputs[-1]))
-        return concatenate(outputs)  # the shortcuts
+            outputs.append(layer(concatenate(outputs) if self.connections == "dense" else outputs[-1]))
+        return outputs[-1] if self.connections == "chain" else concatenate(outputs)  # the shortcuts
 
 
 class S3Net(nn.Module):
@@ -120,6 +130,7 @@ class S3Net(nn.Module):
         compression: share of its channels that a transition keeps, in (0, 1].
         stem: "cifar" (3x3, stride 1) or "imagenet" (7x7, stride 2, and a 3x3 max pool, stride 2).
         drop_rate: dropout after each layer, in [0, 1).
+        connections: "sparse", the topology itself; "chain" or "dense" for an ablation (see `Block`).
         num_classes: outputs of the classifier.
 
     Input `(N, 3, H, W)`, normalised as in training; output logits `(N, num_classes)`. H and W may be anything that
@@ -139,6 +150,7 @@ class S3Net(nn.Module):
         compression: float = 1.0,
         stem: str = "cifar",
         drop_rate: float = 0.0,
+        connections: str = "sparse",
         num_classes: int = 100,
     ) -> None:
         super().__init__()
@@ -150,13 +162,15 @@ class S3Net(nn.Module):
             raise InputError(f"compression is {compression}: give a number above 0 and at most 1")
         if not 0 <= drop_rate < 1:
             raise InputError(f"drop_rate is {drop_rate}: give a number from 0 to below 1")
+        if connections not in CONNECTIONS:
+            raise InputError(f"connections is {connections!r}: give {', '.join(CONNECTIONS)}")
 
         self.growth_rate = growth_rate
         channels = num_init_features
         self.stem = _stem(stem, channels)
         self.blocks, self.transitions = nn.ModuleList(), nn.ModuleList()
         for i, num_layers in enumerate(block_config):
-            self.blocks.append(Block(num_layers, channels, growth_rate, bn_size, drop_rate))
+            self.blocks.append(Block(num_layers, channels, growth_rate, bn_size, drop_rate, connections))
             channels = self.blocks[-1].out_channels
             if i + 1 < len(block_config):
                 kept = int(channels * compression)
@@ -242,7 +256,7 @@ def create_model(name: str, num_classes: int | None = None, **options) -> S3Net:
     if name not in NETWORKS:
         raise InputError(f"there is no network {name!r}: {nearest_names(name, NETWORKS)}")
     settings = NETWORKS[name] if name == "s3net_cifar" else _IMAGENET | NETWORKS[name]
-    known = {*settings, "block_config", "bn_size", "compression", "drop_rate", "stem"}
+    known = {*settings, "block_config", "bn_size", "compression", "connections", "drop_rate", "stem"}
     for option in options:
         if option not in known:
             raise InputError(f"{name} has no option {option!r}: {nearest_names(option, known)}")

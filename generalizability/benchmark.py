@@ -32,9 +32,10 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from baselines import create_network
+from batches import TrainingBatches
 from command_line import run_script
 from cpu_kernels import keep_freed_memory
-from data import ImageSet, TrainingBatches
+from data import ImageSet
 from decoding_benchmark import benchmark_decoding, print_decoding
 from engine import Precision, Trainer, start_workers
 from models import InputError

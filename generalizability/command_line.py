@@ -16,6 +16,10 @@ from models import InputError
 Args = TypeVar("Args")
 
 
+class LocalError(InputError):
+    """An InputError that is raised in one of several processes, which speaks for itself whatever its rank."""
+
+
 def run_script(main: Callable[[Args], int | None], arguments: type[Args], description: str) -> None:
     """Parse the command line into the dataclass `arguments`, call `main` with it, and exit with what it returns.
 
@@ -25,7 +29,7 @@ def run_script(main: Callable[[Args], int | None], arguments: type[Args], descri
     try:
         code = main(parse(arguments, description))
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):  # of several processes one speaks
             print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:

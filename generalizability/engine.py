@@ -17,12 +17,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import EvaluationBatches, ImageSet, TrainingBatches
+from batches import EvaluationBatches, TrainingBatches
+from data import ImageSet
+from disk_batches import DiskEvaluationBatches, DiskTrainingBatches
+from disk_images import DiskImages
 from models import InputError
 from runs import Progress, RunConfig
 
 T = TypeVar("T")
-EVAL_BATCH = 500
+
+
+def eval_batch(image_size: int) -> int:
+    """Images of that size that are evaluated at a time."""
+    return 500 if image_size <= 64 else 100
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,11 @@ def start_workers(device: str | None) -> Workers:
         return Workers(0, 1, chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    # Where torchrun restarts the processes its store may still hold the addresses of those before.
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return Workers(dist.get_rank(), dist.get_world_size(), chosen)
 
 
@@ -174,6 +185,9 @@ class Trainer:
         precision: number format of the forward pass.
         workers: this process among the others.
         stop_requested: asked now and then; training then ends after the current step.
+        accumulate: parts that a process's share of a batch is computed in, one after the other.
+        checkpoint: called after every `checkpoint_every` steps of an epoch but its last, in all processes.
+        checkpoint_every: steps; 0 for never.
     """
 
     model: nn.Module
@@ -182,8 +196,11 @@ class Trainer:
     precision: Precision
     workers: Workers
     stop_requested: Callable[[], bool] = lambda: False
+    accumulate: int = 1
+    checkpoint: Callable[[], None] = lambda: None
+    checkpoint_every: int = 0
 
-    def train_epoch(self, batches: TrainingBatches, progress: Progress) -> bool:
+    def train_epoch(self, batches: TrainingBatches | DiskTrainingBatches, progress: Progress) -> bool:
         """Train on from where the progress stands, and add to it, until the epoch ends or a stop is asked for.
 
         Returns whether the epoch was finished.
@@ -202,7 +219,9 @@ class Trainer:
         with bar:
             for images, labels, weights, whole_batch in batches.epoch(progress.epoch, progress.step):
                 pending.append((*self._step(images, labels, weights, whole_batch), whole_batch))
-                if len(pending) < interval and progress.step + len(pending) < len(batches):
+                step = progress.step + len(pending)
+                due = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
+                if len(pending) < interval and step < len(batches) and not due:
                     continue
                 self._settle(pending, progress, progress.epoch * len(batches))
                 now = time.perf_counter()
@@ -210,8 +229,13 @@ class Trainer:
                 bar.update(len(pending))
                 bar.set_postfix_str(progress.describe_epoch(self.workers.world_size), refresh=False)
                 pending = []
-                if progress.step < len(batches) and self.should_stop():
+                if progress.step == len(batches):
+                    break
+                if self.should_stop():
                     return False
+                if due:
+                    self.checkpoint()
+                    started = time.perf_counter()
         return True
 
     def should_stop(self) -> bool:
@@ -220,19 +244,27 @@ class Trainer:
 
     def _step(self, images: Tensor, labels: Tensor, weights: Tensor, batch_images: int) -> tuple[Tensor, Tensor]:
         """One update; returns this process's summed loss and number of errors, still on the device."""
-        with self.precision.autocast():
-            logits = self.model(images)
-        losses = F.cross_entropy(logits.float(), labels, reduction="none") * weights
-        total = losses.sum()
-        # DDP averages over processes; their parts of a batch may differ in size, so scale to the mean over its images.
-        scaler, loss = self.precision.scaler, total * (self.workers.world_size / batch_images)
         self.optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(self.optimizer)
-        scaler.update()
+        # Fewer parts where there are fewer images; every process takes the gradients' exchange with its last one.
+        parts = list(zip(*(t.chunk(self.accumulate) for t in (images, labels, weights)), strict=True))
+        sums = [self._add_gradient(*part, batch_images, last=part is parts[-1]) for part in parts]
+        self.precision.scaler.step(self.optimizer)
+        self.precision.scaler.update()
         self.scheduler.step()
-        errors = ((logits.detach().argmax(dim=1) != labels) * weights).sum()
-        return total.detach(), errors
+        total, errors = (torch.stack(column).sum() for column in zip(*sums, strict=True))
+        return total, errors
+
+    def _add_gradient(
+        self, images: Tensor, labels: Tensor, weights: Tensor, batch_images: int, last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one part of a step; processes exchange gradients with the last."""
+        with nullcontext() if last or self.workers.world_size == 1 else self.model.no_sync():
+            with self.precision.autocast():
+                logits = self.model(images)
+            total = (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
+            # DDP averages over processes; their parts of a batch may differ in size, so scale to the mean of images.
+            self.precision.scaler.scale(total * (self.workers.world_size / batch_images)).backward()
+        return total.detach(), ((logits.detach().argmax(dim=1) != labels) * weights).sum()
 
     def _settle(self, pending: list[tuple[Tensor, Tensor, int]], progress: Progress, steps_before: int) -> None:
         """Check the pending steps and add them to the progress."""
@@ -284,22 +316,31 @@ SCHEDULES = {
 
 
 def make_batches(
-    config: RunConfig, data: tuple[ImageSet, ImageSet], workers: Workers
-) -> tuple[TrainingBatches, EvaluationBatches]:
-    """The run's training and evaluation batches on this process's device."""
+    config: RunConfig, data: tuple[ImageSet, ImageSet] | tuple[DiskImages, DiskImages], workers: Workers, readers: int
+) -> tuple[TrainingBatches, EvaluationBatches] | tuple[DiskTrainingBatches, DiskEvaluationBatches]:
+    """The run's batches on this process's device; `readers` processes decode images that are on disk."""
     train, val = data
-    common = {"device": workers.device, "mean": config.mean, "std": config.std}
-    training = TrainingBatches(
-        train,
-        config.batch_size,
-        flip=config.flip,
-        crop_padding=config.crop_padding,
-        seed=config.seed,
-        rank=workers.rank,
-        world_size=workers.world_size,
-        **common,
-    )
-    return training, EvaluationBatches(val, EVAL_BATCH, **common)
+    common = {"mean": config.mean, "std": config.std, "image_size": config.image_size, "flip": config.flip}
+    mine = {"seed": config.seed, "rank": workers.rank, "world_size": workers.world_size}
+    evaluation = make_evaluation_batches(val, workers, config.mean, config.std, config.image_size, readers)
+    if isinstance(train, DiskImages):
+        return DiskTrainingBatches(
+            train, config.batch_size, workers.device, workers=readers, **common, **mine
+        ), evaluation
+    return TrainingBatches(
+        train, config.batch_size, workers.device, crop_padding=config.crop_padding, **common, **mine
+    ), evaluation
+
+
+def make_evaluation_batches(
+    val: ImageSet | DiskImages, workers: Workers, mean: list[float], std: list[float], image_size: int, readers: int
+) -> EvaluationBatches | DiskEvaluationBatches:
+    """Batches of validation images on this process's device."""
+    if isinstance(val, DiskImages):
+        return DiskEvaluationBatches(
+            val, eval_batch(image_size), workers.device, mean, std, image_size, workers=readers
+        )
+    return EvaluationBatches(val, eval_batch(image_size), workers.device, mean, std, image_size)
 
 
 def make_trainer(model: nn.Module, config: RunConfig, steps: int, compile_it: bool, workers: Workers) -> Trainer:
@@ -327,6 +368,7 @@ def make_trainer(model: nn.Module, config: RunConfig, steps: int, compile_it: bo
         scheduler=SCHEDULES[config.schedule](optimizer, config, config.epochs * steps),
         precision=Precision(workers.device, config.amp),
         workers=workers,
+        accumulate=config.accumulate,
     )
 
 
@@ -337,13 +379,15 @@ def progress_bar(workers: Workers, what: str, total: int, initial: int = 0) -> t
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: EvaluationBatches, trainer: Trainer) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, batches: EvaluationBatches | DiskEvaluationBatches, trainer: Trainer
+) -> dict[str, float]:
     """Mean cross-entropy, top-1 and top-5 error in percent, every image counted once over all processes.
 
     With fewer than 6 classes the top-5 error is that of as many guesses as there are classes, 0.
     """
     model.eval()
-    workers, loss, errors, errors_top5 = trainer.workers, 0.0, 0.0, 0.0
+    workers, loss, errors, errors_top5, count = trainer.workers, 0.0, 0.0, 0.0, 0
     with progress_bar(workers, "evaluating", len(range(workers.rank, len(batches), workers.world_size))) as bar:
         for images, labels in batches.part(workers.rank, workers.world_size):
             with trainer.precision.autocast():
@@ -353,9 +397,11 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, trainer: Trainer) -> 
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             errors += len(labels) - hits[:, 0].sum().item()
             errors_top5 += len(labels) - hits.sum().item()
+            count += len(labels)
             bar.update()
-    loss, errors, errors_top5 = workers.reduce([loss, errors, errors_top5])
-    count = len(batches.labels)
+    loss, errors, errors_top5, count = workers.reduce([loss, errors, errors_top5, count])
+    if not count:
+        raise InputError("none of the validation images can be read")
     return {
         "val_loss": loss / count,
         "val_error": 100 * errors / count,

@@ -29,7 +29,7 @@ import lmdb
 from tqdm import tqdm
 
 from command_line import run_script
-from data import IMAGE_SUFFIXES, _class_names
+from image_files import IMAGE_SUFFIXES, class_names
 from image_lmdb import (
     Contents,
     ImageFolderLMDB,
@@ -81,7 +81,7 @@ def read_classes(images: Path, file: Path | None) -> list[str]:
     """
     if not images.is_dir():
         raise InputError(f"there is no folder {images}: pass --images DIR with the images in DIR/<class>/")
-    folders = _class_names(images)
+    folders = class_names(images)
     if file is None:
         return folders
     try:

@@ -35,6 +35,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from image_files import to_rgb
 from models import InputError
 
 FORMAT, VERSION = "image-folder-lmdb", 1
@@ -95,8 +96,6 @@ def decode(encoded: bytes) -> Image.Image:
     Raises:
         InputError: they cannot be decoded; the message says why.
     """
-    from data import to_rgb  # not above: data.py offers this file's class as its own
-
     try:
         with Image.open(BytesIO(encoded)) as image:
             return to_rgb(image)

@@ -16,9 +16,11 @@ from runs import Progress, Run, RunConfig
 
 def describe(run: Run, config: RunConfig, facts: dict, trainer: Trainer, progress: Progress) -> str:
     """A few lines on what is about to run."""
-    options = "".join(f" {key}={value}" for key, value in config.model_options.items())
+    # Numbers and names; RandWire's graphs would fill the screen.
+    options = "".join(f" {key}={value}" for key, value in config.model_options.items() if not isinstance(value, list))
     workers = trainer.workers
     begins = f"resuming after epoch {progress.epoch}" if progress.epoch or progress.step else "starting"
+    parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     if progress.step:
         begins += f" and {progress.step} batches"
     return (
@@ -26,7 +28,7 @@ def describe(run: Run, config: RunConfig, facts: dict, trainer: Trainer, progres
         f"{facts['multiply_adds'] / 1e6:,.1f}M multiply-adds an image\n"
         f"{config.dataset}: {config.train_images:,} training and {config.val_images:,} validation images, "
         f"{len(config.classes)} classes\n"
-        f"{config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g} {config.schedule}, "
+        f"{config.epochs} epochs, batch {config.batch_size}{parts}, lr {config.lr:g} {config.schedule}, "
         f"{workers.world_size} process{'es' if workers.world_size > 1 else ''} on {workers.device.type}, "
         f"{precision_name(trainer)}; {begins} in {relative(run.folder)}"
     )
@@ -64,18 +66,22 @@ class TensorBoardLog:
         self.writer.flush()
 
 
-def network_facts(model: nn.Module, image_size: tuple[int, int], device: torch.device) -> dict[str, int]:
-    """The network's parameters, and its multiply-adds for one image `(3, *image_size)`."""
+def network_facts(model: nn.Module, image_size: int, device: torch.device) -> dict[str, int]:
+    """The network's parameters, and its multiply-adds for one image `(3, image_size, image_size)`."""
     parameters = sum(p.numel() for p in model.parameters())
     return {"parameters": parameters, "multiply_adds": multiply_adds(model, image_size, device)}
 
 
-def multiply_adds(model: nn.Module, image_size: tuple[int, int], device: torch.device) -> int:
-    """Multiply-adds of the convolutions and matrix products for one image, as it is evaluated."""
+def multiply_adds(model: nn.Module, image_size: int, device: torch.device) -> int:
+    """Multiply-adds of the convolutions and matrix products for one image, as it is evaluated.
+
+    What works element by element (BatchNorm, activations, gates, sums) and pools or resizes is not counted, as is
+    usual; a convolution's products with its zero padding are.
+    """
     counter = FlopCounterMode(display=False)
     model.eval()
     with counter, torch.no_grad():
-        model(torch.zeros(1, 3, *image_size, device=device))
+        model(torch.zeros(1, 3, image_size, image_size, device=device))
     return counter.get_total_flops() // 2
 
 

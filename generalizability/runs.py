@@ -56,6 +56,8 @@ class RunConfig:
     train_images: int
     val_images: int
     classes: list[str]
+    hold_out: int | None = None
+    accumulate: int = 1
 
 
 @dataclass
@@ -151,7 +153,8 @@ class Run:
         path = self.folder / "config.json"
         try:
             values = json.loads(path.read_text())
-            return RunConfig(**{field.name: values[field.name] for field in fields(RunConfig)})
+            known = {field.name for field in fields(RunConfig)}
+            return RunConfig(**{name: value for name, value in values.items() if name in known})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is missing or damaged: start a new run with another --out") from error
 

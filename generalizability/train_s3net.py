@@ -17,29 +17,34 @@ The error of saved weights:
 """
 
 import json
-import math
 import os
-import shlex
-import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Annotated
+from dataclasses import asdict
 
 import torch
-import tyro
 from torch import nn
 
+from arguments import (
+    DEFAULT_DATASET,
+    NETWORK_FLAGS,
+    ROOT,
+    Args,
+    Halves,
+    check_flags,
+    check_same_data,
+    check_same_recipe,
+    check_tools,
+    default_folder,
+    resolve_config,
+    resume_command,
+)
 from baselines import create_network, list_networks
 from command_line import run_script
 from cpu_kernels import keep_freed_memory
-from data import DATASETS, EvaluationBatches, ImageSet, load_dataset
+from data import load_dataset
 from engine import (
-    EVAL_BATCH,
-    SCHEDULES,
     NonFiniteLossError,
     Precision,
     StopSignal,
@@ -48,94 +53,16 @@ from engine import (
     average_buffers,
     evaluate,
     make_batches,
+    make_evaluation_batches,
     make_trainer,
     random_state,
     set_random_state,
     start_workers,
 )
-from models import InputError, load_weights, nearest_names
-from recipes import RECIPES
+from models import InputError, load_weights
+from recipes import RECIPES, recipe_for
 from reporting import TensorBoardLog, describe, diverged, epoch_line, network_facts, relative, summarize
 from runs import Progress, Run, RunConfig, read_metadata
-
-ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_DATASET = "cifar100"
-
-
-def flag(kind: type, shown: str, default: str) -> type:
-    """The type of a flag that may be left out; --help shows `shown` for its value and says what it then is."""
-    return Annotated[kind | None, tyro.conf.arg(metavar=shown, help_behavior_hint=f"(default: {default})")]
-
-
-RECIPE, NETWORK = "the data set's recipe", "the network's own"
-
-
-@dataclass
-class Args:
-    """Train S3-Net, or a network to compare it with, on images."""
-
-    dataset: flag(str, f"{{{','.join(DATASETS)}}}", DEFAULT_DATASET) = None
-    """Images to train on: scikit-learn's digits (embedded), CIFAR-100, or your own in class folders."""
-    data_dir: flag(Path, "DIR", "data/<dataset>") = None
-    """Where the images are: cifar-100-python/, or train/<class>/* and val/<class>/* (or test/<class>/*)."""
-    model: flag(str, "NAME", RECIPE) = None
-    """Network to train; --list-models names them."""
-    growth_rate: flag(int, "INT", NETWORK) = None
-    """Channels that each layer gives (k)."""
-    depth: flag(int, "INT", NETWORK) = None
-    """Layers of a CIFAR network in all; depth - 4 is divisible by 3."""
-    drop_rate: flag(float, "FLOAT", NETWORK) = None
-    """Dropout after each layer, 0 to below 1."""
-    num_classes: flag(int, "INT", "the data's") = None
-    """Outputs of the network."""
-
-    epochs: flag(int, "INT", RECIPE) = None
-    """Passes over the training images."""
-    batch_size: flag(int, "INT", RECIPE) = None
-    """Images a step, over all processes together."""
-    lr: flag(float, "FLOAT", RECIPE) = None
-    """Learning rate of SGD: the peak one for onecycle, else the first."""
-    momentum: flag(float, "FLOAT", RECIPE) = None
-    """Momentum of SGD."""
-    weight_decay: flag(float, "FLOAT", RECIPE) = None
-    """L2 penalty."""
-    schedule: flag(str, f"{{{','.join(SCHEDULES)}}}", RECIPE) = None
-    """Course of the learning rate: a tenth after each milestone, up and down, or down a half cosine."""
-    image_size: flag(int, "INT", RECIPE) = None
-    """Height and width in pixels that the images of --dataset folder are brought to."""
-    seed: flag(int, "INT", "0") = None
-    """Decides the initial weights, the order of the images and their augmentation."""
-    limit_train: flag(int, "N", "all") = None
-    """Train on so many of the training images only."""
-    limit_val: flag(int, "N", "all") = None
-    """Evaluate on so many of the validation images only."""
-
-    device: flag(str, "{cpu,cuda,cuda:N,mps}", "a GPU if there is one") = None
-    """Where to compute. Under torchrun, cuda gives each process the GPU of its LOCAL_RANK."""
-    amp: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: where it is faster)")] = True
-    """Mixed precision: bfloat16, or float16 with a gradient scaler on CUDA devices that lack it."""
-    compile: bool = False
-    """Compile the network with torch.compile (on a CPU it needs a C++ compiler)."""
-    workers: int = 0
-    """Threads that decode image files; 0 for as many as there are processors."""
-    skip_unreadable: bool = False
-    """Leave out image files that cannot be read, and count them, instead of stopping."""
-
-    out: flag(Path, "DIR", "runs/<dataset>-<model>-s<seed>") = None
-    """Folder of the run."""
-    resume: bool = False
-    """Go on with the run in --out (start it if there is none yet)."""
-    overwrite: bool = False
-    """Replace a run that is already in --out."""
-    tensorboard: bool = False
-    """Also write the metrics as TensorBoard events, into <out>/tensorboard."""
-
-    eval_only: bool = False
-    """Measure the error of --checkpoint and stop."""
-    checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Weights for --eval-only: ours (.safetensors, .pt) or the ones that the paper's authors published."""
-    list_models: bool = False
-    """Print the networks' names and stop."""
 
 
 def main(args: Args, amp_given: bool) -> int:
@@ -160,6 +87,7 @@ def main(args: Args, amp_given: bool) -> int:
     args.dataset = started.dataset if started else args.dataset or DEFAULT_DATASET
     if started:
         args.image_size, args.limit_train, args.limit_val = started.image_size, started.limit_train, started.limit_val
+        args.hold_out = started.hold_out
     data = read_data(args, workers)
     if started:
         check_same_data(data, started, run.folder)
@@ -170,16 +98,6 @@ def main(args: Args, amp_given: bool) -> int:
     return train(args, run, config, data, workers)
 
 
-# ---- From flags to a run ------------------------------------------------------------------------------------------
-
-NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate")
-LOWEST = {
-    **dict.fromkeys(("epochs", "batch_size", "num_classes", "limit_train", "limit_val"), 1),
-    **dict.fromkeys(("momentum", "weight_decay", "seed", "workers"), 0),
-    "image_size": 4,
-}
-
-
 def open_run(args: Args, amp_given: bool, run: Run) -> RunConfig | None:
     """The configuration of the run that is to be resumed, or None where a new one is to be started.
 
@@ -188,9 +106,10 @@ def open_run(args: Args, amp_given: bool, run: Run) -> RunConfig | None:
             flag differs from what the run was started with.
     """
     run.check_writable()  # before the data are read, which may take a while
-    if not run.exists() or args.overwrite:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun started all processes anew
+    if not run.exists() or (args.overwrite and not restarted):
         return None
-    if not args.resume:
+    if not args.resume and not restarted:
         raise InputError(
             f"{relative(run.folder)} already holds a run: pass --resume to go on with it, --overwrite to replace it, "
             "or another --out"
@@ -200,135 +119,51 @@ def open_run(args: Args, amp_given: bool, run: Run) -> RunConfig | None:
     return started
 
 
-def check_flags(args: Args) -> None:
-    """Raises InputError for a name that there is not (with the nearest ones), or a number out of its range."""
-    for what, name, known in (
-        ("data set", args.dataset, DATASETS),
-        ("network", args.model, list_networks()),
-        ("schedule", args.schedule, SCHEDULES),
-    ):
-        if name is not None and name not in known:
-            raise InputError(f"there is no {what} {name!r}: {nearest_names(name, known)}")
-    for key, lowest in LOWEST.items():
-        value = getattr(args, key)
-        if value is not None and not lowest <= value < math.inf:
-            raise InputError(f"--{key.replace('_', '-')} {value} is not possible: give a number of {lowest} or more")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        raise InputError(f"--lr {args.lr} is not possible: give a number above 0")
-
-
-def check_tools(args: Args, workers: Workers) -> None:
-    """Raises InputError where a flag needs something that is not installed."""
-    if args.tensorboard and find_spec("tensorboard") is None:
-        raise InputError("TensorBoard is not installed: pip install tensorboard, or leave out --tensorboard")
-    if args.compile and workers.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
-        raise InputError("--compile on a CPU needs a C++ compiler, and there is none: leave it out")
-
-
-def default_folder(args: Args) -> Path:
-    """`runs/<dataset>-<model>-s<seed>` beside this experiment's folder."""
-    dataset = args.dataset or DEFAULT_DATASET
-    return ROOT / "runs" / f"{dataset}-{args.model or RECIPES[dataset].model}-s{args.seed or 0}"
-
-
-def resume_command(args: Args, folder: Path) -> str:
-    """The command that goes on with this run, from the same working directory."""
-    flags = [flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite")]
-    if args.out is None:
-        flags += ["--out", str(relative(folder))]
-    program = ["python"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
-    return shlex.join([*program, sys.argv[0], *flags, "--resume"])
-
-
-def read_data(args: Args, workers: Workers) -> tuple[ImageSet, ImageSet]:
+def read_data(args: Args, workers: Workers) -> Halves:
     """The images that the flags name. One process of each node reads first: it may have to download."""
     first_of_node = int(os.environ.get("LOCAL_RANK", 0)) == 0
 
-    def read() -> tuple[ImageSet, ImageSet]:
+    def read() -> Halves:
         return load_dataset(
             args.dataset,
             args.data_dir or ROOT / "data" / args.dataset,
-            args.image_size or RECIPES[args.dataset].image_size,
-            args.workers,
-            args.skip_unreadable,
+            image_size=args.image_size or RECIPES[args.dataset].image_size,
+            workers=max(1, reader_count(args)),
+            skip_unreadable=args.skip_unreadable,
+            download=args.download,
         )
 
     halves = workers.together(lambda: read() if first_of_node else None)
     halves = workers.together(lambda: halves or read())
     if workers.is_main and (skipped := sum(half.skipped for half in halves)):
         print(f"left out {skipped} unreadable images", flush=True)
+    if args.hold_out is not None:
+        halves = workers.together(lambda: halves[0].hold_out(args.hold_out))
     return tuple(half.subset(limit) for half, limit in zip(halves, (args.limit_train, args.limit_val), strict=True))
 
 
-def resolve_config(args: Args, amp_given: bool, data: tuple[ImageSet, ImageSet], device: torch.device) -> RunConfig:
-    """Fill in what the flags leave open from the data set's recipe.
-
-    Raises:
-        InputError: a value is out of its range, or does not fit the data.
-    """
-    train, val = data
-    recipe = asdict(RECIPES[args.dataset])
-    given = {key: getattr(args, key) for key in recipe if getattr(args, key, None) is not None}
-    config = RunConfig(
-        dataset=args.dataset,
-        **recipe | given,
-        model_options={key: getattr(args, key) for key in NETWORK_FLAGS if getattr(args, key) is not None},
-        num_classes=len(train.classes) if args.num_classes is None else args.num_classes,
-        seed=args.seed or 0,
-        amp=args.amp if amp_given else Precision.pays(device),
-        limit_train=args.limit_train,
-        limit_val=args.limit_val,
-        train_images=len(train),
-        val_images=len(val),
-        classes=train.classes,
-    )
-    if config.num_classes < len(config.classes):
-        raise InputError(
-            f"--num-classes {config.num_classes} is too small: the data have {len(config.classes)} classes"
-        )
-    return RunConfig(**json.loads(json.dumps(asdict(config))))  # tuples become lists, as in config.json
-
-
-def check_same_recipe(args: Args, amp_given: bool, started: RunConfig) -> None:
-    """Raises InputError where a given flag differs from what the run was started with; the message names it."""
-    before = asdict(started) | {key: started.model_options.get(key) for key in NETWORK_FLAGS}
-    for key, value in before.items():
-        asked = getattr(args, key, None) if key != "amp" or amp_given else None
-        if asked is not None and asked != value:
-            flag = "--" + key.replace("_", "-")
-            default = "its default" if value is None else value
-            raise InputError(
-                f"{flag} {asked} changes the recipe of the run, which was started with {default}: "
-                f"leave {flag} out to resume, or start a new run with another --out"
-            )
-
-
-def check_same_data(data: tuple[ImageSet, ImageSet], started: RunConfig, folder: Path) -> None:
-    """Raises InputError where the data are not those that the run was started on."""
-    now = (len(data[0]), len(data[1]), data[0].classes)
-    if now != (started.train_images, started.val_images, started.classes):
-        raise InputError(
-            f"the data are not those that {relative(folder)} was started on ({started.train_images} + "
-            f"{started.val_images} images of {len(started.classes)} classes then, {now[0]} + {now[1]} of {len(now[2])} "
-            "now): pass the same --data-dir, or start a new run with another --out"
-        )
+def reader_count(args: Args) -> int:
+    """How many workers decode images for this process."""
+    if args.workers is not None:
+        return args.workers
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # ---- Training -----------------------------------------------------------------------------------------------------
 
 
-def train(args: Args, run: Run, config: RunConfig, data: tuple[ImageSet, ImageSet], workers: Workers) -> int:
+def train(args: Args, run: Run, config: RunConfig, data: Halves, workers: Workers) -> int:
     """Train from the run's checkpoint, or from the start, to the last epoch; returns the exit code."""
     torch.manual_seed(config.seed)
     model = create_network(config.model, config.num_classes, **config.model_options)
     model.to(workers.device, memory_format=torch.channels_last)
-    facts = network_facts(model, data[0].images.shape[-2:], workers.device)
-    batches, val_batches = make_batches(config, data, workers)
+    facts = network_facts(model, config.image_size, workers.device)
+    batches, val_batches = make_batches(config, data, workers, reader_count(args))
     trainer = make_trainer(model, config, len(batches), args.compile, workers)
     trainer.stop_requested = stop = StopSignal()
     progress = load_progress(run, model, trainer)
+    trainer.checkpoint = lambda: save_progress(run, config, model, trainer, progress)
+    trainer.checkpoint_every = args.checkpoint_every or 0
     log = TensorBoardLog(run.folder, progress) if args.tensorboard and workers.is_main else None
     if workers.is_main:
         print(describe(run, config, facts, trainer, progress), flush=True)
@@ -422,8 +257,8 @@ def evaluate_checkpoint(args: Args, amp_given: bool, workers: Workers) -> int:
         raise InputError("--eval-only needs the weights: pass --checkpoint FILE")
     said = read_metadata(args.checkpoint)
     args.dataset = args.dataset or said.get("dataset", DEFAULT_DATASET)
-    recipe = RECIPES[args.dataset]
-    args.image_size = args.image_size or said.get("image_size")
+    recipe = recipe_for(args.dataset)
+    args.image_size = args.image_size or said.get("image_size", recipe.image_size)
     _, val = read_data(args, workers)
     num_classes = args.num_classes or said.get("num_classes", len(val.classes))
     if num_classes < len(val.classes):
@@ -435,11 +270,8 @@ def evaluate_checkpoint(args: Args, amp_given: bool, workers: Workers) -> int:
     model.to(workers.device, memory_format=torch.channels_last)
     mean, std = said.get("mean", recipe.mean), said.get("std", recipe.std)
     precision = Precision(workers.device, args.amp if amp_given else Precision.pays(workers.device))
-    metrics = evaluate(
-        model,
-        EvaluationBatches(val, EVAL_BATCH, workers.device, mean, std),
-        Trainer(model, None, None, precision, workers),
-    )
+    batches = make_evaluation_batches(val, workers, mean, std, args.image_size, reader_count(args))
+    metrics = evaluate(model, batches, Trainer(model, None, None, precision, workers))
     if workers.is_main:
         print(
             f"{network} on {args.dataset}: error {metrics['val_error']:.2f}%, top-5 error "

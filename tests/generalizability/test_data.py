@@ -10,7 +10,9 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import CIFAR100
 
-from data import EvaluationBatches, ImageSet, TrainingBatches, decode_image, flip_and_crop, load_dataset
+from batches import EvaluationBatches, TrainingBatches, flip_and_crop
+from data import ImageSet, load_dataset
+from image_files import decode_image
 from models import InputError
 
 CPU = torch.device("cpu")

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_trees import digit_photos, make_imagenet
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import engine
 import runs
 import train_s3net
+from arguments import Args
 from models import InputError
-from train_s3net import Args
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "train_s3net.py"
 TINY = ["--dataset", "digits", "--growth-rate", "4", "--depth", "7", "--device", "cpu", "--drop-rate", "0.1"]
@@ -185,19 +187,28 @@ def test_two_processes_count_every_image_once_and_agree_with_one(tmp_path):
     assert measured["val_loss"] == pytest.approx(row["val_loss"], rel=1e-5)
 
 
-def test_two_processes_resume_exactly(tmp_path):
-    flags = [*TINY, "--limit-train", "310", "--limit-val", "60", "--epochs", "2"]
+def test_two_processes_killed_in_mid_epoch_resume_exactly_under_torchrun_and_by_hand(tmp_path):
+    flags = [*TINY, "--limit-train", "310", "--limit-val", "60", "--epochs", "2", "--batch-size", "8"]
     completed(torchrun(2, *flags, "--out", tmp_path / "whole"))
-    run_folder = runs.Run(tmp_path / "parts")
-    arguments = torchrun(2, *flags, "--out", run_folder.folder)
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    for line in process.stdout:
-        if "epoch   1/2" in line:
-            break
-    subprocess.run(["pkill", "-KILL", "-f", str(run_folder.folder)], check=True)  # torchrun and its two processes
+    folder = tmp_path / "parts"
+    arguments = torchrun(2, *flags, "--checkpoint-every", 2, "--out", folder)
+    process = subprocess.Popen(
+        [*arguments[:3], "--max-restarts=1", *arguments[3:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    while not (folder / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    subprocess.run(["pkill", "-KILL", "--newest", "-f", str(folder)], check=True)  # one of the two: torchrun restarts
+    assert any("resuming after epoch 0 and" in line for line in process.stdout)
+    subprocess.run(["pkill", "-KILL", "-f", str(folder)], check=True)  # torchrun and its two processes
     process.wait()
-    completed(torchrun(2, *flags, "--out", run_folder.folder, "--resume"))
-    assert_same_run(run_folder.folder, tmp_path / "whole")
+    progress = torch.load(folder / "last.pt", weights_only=True)["progress"]
+    assert progress["epoch"] == 0 and progress["step"] % 2 == 0 and 0 < progress["step"] < 39
+    completed([*arguments, "--resume"])
+    assert_same_run(folder, tmp_path / "whole")
 
 
 def test_two_processes_say_an_error_once_and_none_waits_forever(tmp_path):
@@ -235,6 +246,30 @@ def test_it_runs_from_any_directory_on_own_images(tmp_path):
     assert "left out 1 unreadable image" in done.stdout
     assert "16 training and 16 validation images, 2 classes" in done.stdout
     assert (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_images_on_disk_killed_in_mid_epoch_resume_exactly(tmp_path, monkeypatch):
+    tree = make_imagenet(tmp_path / "data", digit_photos(60, (50, 40)))
+    flags = {"dataset": "imagenet", "data_dir": tree, "image_size": 32, "model": "s3net_imagenet_small"}
+    flags |= {"growth_rate": 4, "epochs": 3, "batch_size": 8, "drop_rate": 0.1, "device": "cpu", "workers": 1}
+    assert train_s3net.main(Args(out=tmp_path / "whole", **flags), amp_given=False) == 0
+    first, *_, last = metrics(tmp_path / "whole")
+    assert last["train_loss"] < first["train_loss"]
+    saves, save = [], runs.Run.save
+
+    def save_and_die(self, state):
+        save(self, state)
+        saves.append(state["progress"]["step"])
+        if len(saves) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Run, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train_s3net.main(Args(out=tmp_path / "parts", checkpoint_every=2, **flags), amp_given=False)
+    assert saves == [2, 4, 0, 2]
+    monkeypatch.undo()
+    assert train_s3net.main(Args(out=tmp_path / "parts", resume=True, **flags), amp_given=False) == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 # -- Bad input: one line, exit code 2 --
@@ -349,7 +384,7 @@ def test_weights_of_another_network_are_refused(reference, tmp_path):
     ],
 )  # fmt: skip
 def test_tools_that_are_not_installed(tmp_path, monkeypatch, flag, finder, message):
-    monkeypatch.setattr(f"train_s3net.{finder}", lambda name: None)
+    monkeypatch.setattr(f"arguments.{finder}", lambda name: None)
     assert refusal(tmp_path, **{flag: True}) == message
 
 
@@ -391,7 +426,7 @@ def test_the_paper_recipe_is_the_default():
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr)
     steps = 782
-    schedule = train_s3net.SCHEDULES[recipe.schedule](optimizer, recipe, recipe.epochs * steps)
+    schedule = engine.SCHEDULES[recipe.schedule](optimizer, recipe, recipe.epochs * steps)
     rates = []
     for _ in range(recipe.epochs):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -1,0 +1,125 @@
+"""Error against the size of networks, every point labelled and no label on another."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+STYLES = {  # measured here?: how such a point looks
+    True: {"marker": "o", "color": "tab:red", "markersize": 8, "label": "measured here"},
+    False: {"marker": "D", "color": "tab:blue", "markersize": 6, "markerfacecolor": "white", "label": "quoted"},
+}
+PANELS = {"parameters": "parameters", "multiply_adds": "multiply-adds for one image"}
+LABEL_SIZE = 8.5  # points
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network: its label, top-1 error in percent, its sizes (None where unknown), and who measured it."""
+
+    label: str
+    error: float
+    parameters: float | None
+    multiply_adds: float | None
+    measured_here: bool
+
+
+def draw_scatter(data_sets: dict[str, Sequence[Point]], path: Path) -> None:
+    """Draw two panels for each data set, by its title: error against parameters and against multiply-adds."""
+    figure = Figure(figsize=(15, 6.4 * len(data_sets)), layout="constrained")
+    FigureCanvasAgg(figure)  # knows how large a text is
+    grid = figure.subplots(len(data_sets), 2, squeeze=False)
+    panels = []
+    for (title, points), row in zip(data_sets.items(), grid, strict=True):
+        for (quantity, name), axes in zip(PANELS.items(), row, strict=True):
+            known = [p for p in points if getattr(p, quantity)]
+            unknown = ", ".join(p.label for p in points if p not in known)
+            axes.set(title=title, ylabel="top-1 error (%)")
+            remark = textwrap.fill(f"(not known of {unknown})", 105) if unknown else ""
+            axes.set_xlabel(f"{name}\n{remark}", fontsize="small")
+            _draw_panel(axes, known, quantity)
+            panels.append((axes, [(getattr(p, quantity), p.error, p.label) for p in known]))
+    handles = [Line2D([], [], linestyle="", **style) for style in STYLES.values()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
+    figure.draw_without_rendering()  # places the axes: what is a pixel's place now stays so
+    figure.set_layout_engine("none")
+    for axes, labelled in panels:
+        _place_labels(axes, labelled)
+    figure.savefig(path, dpi=figure.dpi)
+
+
+def _draw_panel(axes: Axes, points: Sequence[Point], quantity: str) -> None:
+    if not points:
+        axes.set(xticks=[], yticks=[])
+        return
+    for measured_here, style in STYLES.items():
+        chosen = [p for p in points if p.measured_here == measured_here]
+        if chosen:
+            axes.plot([getattr(p, quantity) for p in chosen], [p.error for p in chosen], linestyle="", **style)
+    errors = [p.error for p in points]
+    axes.margins(0.12, 0.12)
+    axes.set_xscale("log")
+    smallest, largest = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if largest > 5 * smallest else range(1, 10)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if min(errors) > 0 and max(errors) > 2 * min(errors):  # one bad run must not press the others together
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+
+
+def _place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write each label at the nearest place around its point that is free, with a line to it where that is far."""
+    if not points:
+        return
+    renderer, pixel = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
+    places = axes.transData.transform([(x, y) for x, y, _ in points])
+    inside = axes.get_window_extent(renderer)
+    taken = [Bbox.from_bounds(x - 6 * pixel, y - 6 * pixel, 12 * pixel, 12 * pixel) for x, y in places]
+    for (x, y), (_, _, label) in zip(places, points, strict=True):
+        text = axes.text(0, 0, label, transform=None, fontsize=LABEL_SIZE, ha="center", va="center")
+        size = text.get_window_extent(renderer)
+        box = min(_boxes_around(x, y, size.width, size.height, pixel), key=lambda box: _overlap(box, taken, inside))
+        taken.append(box)
+        middle = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
+        text.set_transform(axes.transData)  # the file may have another resolution
+        text.set_position(axes.transData.inverted().transform(middle))
+        end = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
+        if math.dist((x, y), end) > 12 * pixel:
+            ends = axes.transData.inverted().transform([(x, y), end])
+            axes.plot(*ends.T, color="gray", linewidth=0.6, zorder=1, scalex=False, scaley=False)
+
+
+def _boxes_around(x: float, y: float, width: float, height: float, pixel: float) -> list[Bbox]:
+    """Boxes of a label's size around a point, the nearest first, in pixels."""
+    boxes = []
+    for distance in range(7, 100, 6):
+        for turn in range(16):
+            angle = 2 * math.pi * turn / 16
+            middle_x = x + math.cos(angle) * (distance * pixel + width / 2)
+            middle_y = y + math.sin(angle) * (distance * pixel + height / 2)
+            boxes.append(Bbox.from_bounds(middle_x - width / 2, middle_y - height / 2, width, height))
+    return boxes
+
+
+def _overlap(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
+    """How many square pixels of a box are on others, or outside of the axes."""
+    shared = sum(_shared_area(box, other) for other in taken)
+    return shared + box.width * box.height - _shared_area(box, inside)
+
+
+def _shared_area(one: Bbox, other: Bbox) -> float:
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return max(0.0, width) * max(0.0, height)

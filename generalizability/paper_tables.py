@@ -1,0 +1,84 @@
+"""The tables of the paper (arXiv 1811.09003) that our runs are held against: the numbers as it prints them.
+
+`measured` marks the rows that the paper's authors trained themselves; the others stand in its tables with the error
+that their own papers gave.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One line of one of the tables.
+
+    Attributes:
+        dataset: as train_s3net.py names it.
+        network, setting: as the paper names them.
+        error: top-1 error in percent.
+        measured: whether the paper's authors trained it.
+        parameters: as the table prints them; None where it prints none.
+        code_parameters: of the network that the published code builds, where there is one.
+        multiply_adds: for one image, counted here in our network of the same setting, where there is one.
+    """
+
+    dataset: str
+    network: str
+    setting: str
+    error: float
+    measured: bool
+    parameters: float | None = None
+    code_parameters: int | None = None
+    multiply_adds: int | None = None
+
+    @property
+    def prints_fewer(self) -> bool:
+        """Whether the table prints fewer parameters than the code has, by more than it rounds."""
+        known = self.parameters is not None and self.code_parameters is not None
+        return known and self.code_parameters - self.parameters > 0.05e6
+
+
+PAPER_ROWS = [
+    # CIFAR-100. The code's networks have 100 outputs.
+    PaperRow("cifar100", "S3-Net", "k=12, depth=40", 29.80, True, 0.2e6, 272_836, 42_780_192),
+    PaperRow("cifar100", "S3-Net", "k=24, depth=40", 26.46, True, 0.8e6, 927_244, 156_207_840),
+    PaperRow("cifar100", "S3-Net", "k=40, depth=40", 24.16, True, 2.2e6, 2_400_556, 418_663_392),
+    PaperRow("cifar100", "S3-Net", "k=64, depth=40", 23.30, True, 5.9e6, 5_897_884, 1_050_672_480),
+    PaperRow("cifar100", "S3-Net", "k=64, depth=70", 22.76, True, 15.4e6, 15_372_444, 2_412_702_560),
+    PaperRow("cifar100", "NIN", "dropout", 35.68, False),
+    PaperRow("cifar100", "FractalNet", "dropout", 35.34, False, 38.6e6),
+    PaperRow("cifar100", "ResNet", "stochastic depth", 37.80, False, 1.7e6),
+    PaperRow("cifar100", "DIANet", "", 23.02, False),
+    PaperRow("cifar100", "SpinalNet", "", 35.01, False),
+    PaperRow("cifar100", "LP-BNN", "", 23.02, False),
+    PaperRow("cifar100", "ResNet-1001", "", 22.71, False, 17.8e6),
+    PaperRow("cifar100", "DenseNet", "k=12, depth=40", 27.55, False, 1.0e6, None, 227_448_576),
+    PaperRow("cifar100", "DenseNet", "k=12, depth=100", 23.79, False, 7.0e6),
+    PaperRow("cifar100", "DenseNet", "k=24, depth=100", 23.42, False, 27.2e6),
+    # Tiny ImageNet, every network trained with one script. The code's networks have 1000 outputs.
+    PaperRow("tinyimagenet", "MobileNetV2", "lr 0.1", 43.76, True, None, 3_504_872),
+    PaperRow("tinyimagenet", "EfficientNet-B0", "lr 0.1", 42.91, True, None, 5_288_548),
+    PaperRow("tinyimagenet", "OctResNet-50", "lr 0.1", 47.45, True, None, 25_557_032),
+    PaperRow("tinyimagenet", "LambdaResNet-50", "lr 0.1", 58.71, True, None, 14_998_056),
+    PaperRow("tinyimagenet", "SE-ResNet-50", "lr 0.05 (0.005 in its code)", 53.98, True, None, 28_071_976),
+    PaperRow("tinyimagenet", "ScaleNet-50", "lr 0.01", 48.59, True, None, 31_483_618),
+    PaperRow("tinyimagenet", "GhostNet", "lr 0.1", 44.01, True, None, 5_183_016),
+    PaperRow("tinyimagenet", "RandWire-WS", "regular, lr 0.01", 42.11, True, None, 31_619_209),
+    PaperRow("tinyimagenet", "S3-Net", "k=96, lr 0.1", 43.02, True, 5.0e6, 5_021_608, 4_838_509_248),
+    PaperRow("tinyimagenet", "S3-Net B", "k=108, lr 0.1", 41.98, True, 10.6e6, 10_600_800, 11_996_583_632),
+    # ImageNet, networks of few parameters
+    PaperRow("imagenet", "S3-Net", "k=96, depth=45", 25.2, True, 9.2e6, 9_405_560, 8_026_999_808),
+    PaperRow("imagenet", "DenseNet-121", "", 25.4, False, 7.98e6),
+    PaperRow("imagenet", "MobileNetV2", "", 25.3, False, 6.9e6),
+    PaperRow("imagenet", "ShuffleNet", "", 26.3, False, 5.4e6),
+    PaperRow("imagenet", "NASNet-B", "", 27.2, False),
+    PaperRow("imagenet", "NASNet-C", "", 27.5, False),
+    PaperRow("imagenet", "Amoeba-A", "", 25.5, False),
+    PaperRow("imagenet", "Amoeba-B", "", 26.0, False),
+    PaperRow("imagenet", "PNAS", "", 25.8, False),
+    PaperRow("imagenet", "DARTS", "", 26.9, False),
+    PaperRow("imagenet", "FBNet-A", "", 27.0, False),
+    PaperRow("imagenet", "RandWire-WS", "", 25.3, False, 5.6e6),
+    PaperRow("imagenet", "Proxyless-R", "", 25.4, False),
+    PaperRow("imagenet", "RegNetX-600MF", "", 25.9, False),
+    PaperRow("imagenet", "DeiT-Ti", "", 25.4, False),
+]

@@ -1,0 +1,301 @@
+"""S3-Net, a ResNet and a DenseNet of its size under one budget, and S3-Net without its shortcuts or with dense ones.
+
+    python same_budget.py                           # all of it on CIFAR-100: about 12 hours on 2 cores
+    python same_budget.py --only search comparison --seeds 1
+    python same_budget.py --dataset digits --epochs 4 --search-epochs 1 --ablation-epochs 2 --seeds 1
+
+Three parts, each made of runs of train_s3net.py that are resumed where they stand; a finished one is not repeated:
+
+search      each network, one short run for each peak learning rate, on a part of the training images, judged on
+            training images that were held out: the test images are not looked at.
+comparison  each network with its own best peak: the same images, augmentation, batch, epochs and one-cycle schedule.
+ablation    S3-Net's layers with its shortcuts, with none (a chain) and with dense connections, at the same width and
+            at about the same number of parameters; a part of the training images, S3-Net's peak for all.
+
+Writes results.json, tables.md, curves.png, search.png and ablation.png into --out, beside the runs.
+"""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from baselines import create_network
+from command_line import run_script
+from data import DATASETS
+from models import InputError, nearest_names
+from runs import make_folder
+from same_budget_report import read_summary, write_report
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("search", "comparison", "ablation")
+
+
+@dataclass
+class Args:
+    """S3-Net, a ResNet and a DenseNet of its size under one budget, and an ablation of the shortcuts."""
+
+    only: tuple[Literal["search", "comparison", "ablation"], ...] = PARTS
+    """The parts to run; `comparison` and `ablation` need the runs of `search`."""
+    dataset: Literal["cifar100", "digits"] = "cifar100"
+    """Images to train on."""
+    data_dir: Path | None = None
+    """Where they are; data/<dataset> by default."""
+    growth_rate: int = 12
+    """S3-Net's growth rate."""
+    depth: int = 40
+    """S3-Net's depth."""
+    seeds: int = 3
+    """Runs of each network in the comparison: seeds 0, 1, ..."""
+    epochs: int = 30
+    """Epochs of the comparison."""
+    batch_size: int = 128
+    """Images a step, everywhere."""
+    peaks: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6)
+    """Peak learning rates that the search tries."""
+    search_epochs: int = 8
+    """Epochs of each run of the search."""
+    search_images: int | None = 10_000
+    """Training images of the search."""
+    hold_out: int = 5_000
+    """Training images that judge the search's runs."""
+    ablation_epochs: int = 20
+    """Epochs of each run of the ablation."""
+    ablation_images: int | None = 10_000
+    """Training images of the ablation."""
+    jobs: int = 1
+    """Runs at a time; with more than 1, each computes in one thread on a CPU."""
+    device: str | None = None
+    """Where to compute; a GPU if there is one by default."""
+    out: Path = ROOT / "runs" / "same_budget"
+    """Folder for the runs and the results."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """One side: what it is called, and the flags that choose it."""
+
+    title: str
+    flags: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """Its part of a run folder's name."""
+        return "-".join(flag.removeprefix("--") for flag in self.flags)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of train_s3net.py."""
+
+    folder: Path
+    flags: tuple[str, ...]
+
+    def finished(self) -> bool:
+        """Whether it has been run to its end."""
+        return (self.folder / "summary.json").is_file()
+
+
+def main(args: Args) -> None:
+    """Run what is missing, then write the report on what there is.
+
+    Raises:
+        InputError: a flag is out of its range, a run fails, or the search is missing.
+    """
+    check(args)
+    make_folder(args.out)
+    networks = compared_networks(args)
+    report = {"search": search_jobs(args, networks)}
+    if "search" in args.only:
+        run_jobs(args, report["search"].values(), "search")
+    peaks = best_peaks(networks, report["search"])
+    report["comparison"] = comparison_jobs(args, networks, peaks)
+    report["ablation"] = ablation_jobs(args, peaks[networks[0].title])
+    if "comparison" in args.only:
+        first_seeds = [job for (_, seed), job in report["comparison"].items() if seed == 0]
+        run_jobs(args, first_seeds, "comparison, seed 0")
+    if "ablation" in args.only:
+        run_jobs(args, report["ablation"].values(), "ablation")
+    if "comparison" in args.only:
+        run_jobs(args, report["comparison"].values(), "comparison, other seeds")
+    write_report(args.out, report, peaks)
+
+
+def check(args: Args) -> None:
+    """Raises InputError for a number out of its range."""
+    for name in ("seeds", "epochs", "batch_size", "search_epochs", "ablation_epochs", "hold_out", "jobs"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not possible: give 1 or more")
+    if not args.peaks or min(args.peaks) <= 0:
+        raise InputError("--peaks needs one or more learning rates above 0")
+    if args.dataset not in DATASETS:
+        raise InputError(f"there is no data set {args.dataset!r}: {nearest_names(args.dataset, DATASETS)}")
+
+
+# ---- What is compared ---------------------------------------------------------------------------------------------
+
+
+def compared_networks(args: Args) -> list[Network]:
+    """S3-Net, ResNet-20, and the DenseNet of S3-Net's growth rate that is nearest to it in parameters."""
+    k, depth = args.growth_rate, args.depth
+    target = parameters("s3net_cifar", growth_rate=k, depth=depth)
+    dense = min(
+        range(7, depth + 1, 3), key=lambda d: abs(parameters("densenet_cifar", growth_rate=k, depth=d) - target)
+    )
+    return [
+        Network(f"S3-Net k={k}, depth={depth}", s3net_flags(k, depth)),
+        Network("ResNet-20", ("--model", "resnet20_cifar")),
+        Network(
+            f"DenseNet k={k}, depth={dense}",
+            ("--model", "densenet_cifar", "--growth-rate", str(k), "--depth", str(dense)),
+        ),
+    ]
+
+
+def ablated_networks(args: Args) -> list[Network]:
+    """S3-Net, and its layers as a chain and densely connected: at its growth rate, and with about its parameters."""
+    k, depth = args.growth_rate, args.depth
+    target = parameters("s3net_cifar", growth_rate=k, depth=depth)
+    networks = [Network(f"sparse shortcuts, k={k}", s3net_flags(k, depth))]
+    for connections, title in (("chain", "no shortcuts"), ("dense", "dense connections")):
+        same_size = min(
+            range(1, 4 * k),
+            key=lambda width, c=connections: abs(
+                parameters("s3net_cifar", growth_rate=width, depth=depth, connections=c) - target
+            ),
+        )
+        for width in sorted({k, same_size}):
+            flags = (*s3net_flags(width, depth), "--connections", connections)
+            networks.append(Network(f"{title}, k={width}", flags))
+    return networks
+
+
+def s3net_flags(growth_rate: int, depth: int) -> tuple[str, ...]:
+    """The flags of an S3-Net."""
+    return ("--model", "s3net_cifar", "--growth-rate", str(growth_rate), "--depth", str(depth))
+
+
+def parameters(name: str, **options) -> int:
+    """How many parameters a network with 100 classes has."""
+    with torch.device("meta"):
+        model: nn.Module = create_network(name, 100, **options)
+    return sum(p.numel() for p in model.parameters())
+
+
+# ---- The runs -----------------------------------------------------------------------------------------------------
+
+
+def search_jobs(args: Args, networks: list[Network]) -> dict[tuple[str, float], Job]:
+    """A short run for every network and peak learning rate."""
+    budget = ["--hold-out", str(args.hold_out), "--epochs", str(args.search_epochs), "--seed", "1000"]
+    budget += ["--limit-train", str(args.search_images)] if args.search_images else []
+    return {
+        (network.title, peak): make_job(args, f"search/{network.folder}-lr-{peak:g}", network, peak, budget)
+        for network in networks
+        for peak in args.peaks
+    }
+
+
+def comparison_jobs(args: Args, networks: list[Network], peaks: dict[str, float]) -> dict[tuple[str, int], Job]:
+    """The full run of every network and seed, with the network's best peak."""
+    return {
+        (network.title, seed): make_job(
+            args,
+            f"comparison/{network.folder}-s{seed}",
+            network,
+            peaks[network.title],
+            ["--epochs", str(args.epochs), "--seed", str(seed)],
+        )
+        for seed in range(args.seeds)
+        for network in networks
+    }
+
+
+def ablation_jobs(args: Args, peak: float) -> dict[tuple[str, int], Job]:
+    """A run of every kind of connections."""
+    budget = ["--epochs", str(args.ablation_epochs), "--seed", "0"]
+    budget += ["--limit-train", str(args.ablation_images)] if args.ablation_images else []
+    return {
+        (network.title, 0): make_job(args, f"ablation/{network.folder}", network, peak, budget)
+        for network in ablated_networks(args)
+    }
+
+
+def make_job(args: Args, name: str, network: Network, peak: float, budget: list[str]) -> Job:
+    """The command line of one run."""
+    folder = args.out / name
+    flags = ["--dataset", args.dataset, *network.flags, "--schedule", "onecycle", "--lr", f"{peak:g}"]
+    flags += ["--batch-size", str(args.batch_size), *budget, "--out", str(folder)]
+    flags += ["--data-dir", str(args.data_dir)] if args.data_dir else []
+    flags += ["--device", args.device] if args.device else []
+    return Job(folder, tuple(flags))
+
+
+def run_jobs(args: Args, jobs, what: str) -> None:
+    """Run the jobs that aren't finished, some at a time.
+
+    Raises:
+        InputError: one of them failed; the others that had begun are finished first.
+    """
+    missing = [job for job in jobs if not job.finished()]
+    with (
+        tqdm(total=len(missing), desc=what, unit="run", disable=None) as bar,
+        ThreadPoolExecutor(args.jobs) as pool,
+    ):
+
+        def one(job: Job) -> None:
+            run_training(job, one_thread=args.jobs > 1)
+            bar.update()
+
+        running = [pool.submit(one, job) for job in missing]
+        try:
+            for future in running:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def run_training(job: Job, one_thread: bool) -> None:
+    """Train to the end, from where it stands; the output goes to log.txt in the run's folder.
+
+    Raises:
+        InputError: the run failed; the message ends with its last line.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    threads = {"OMP_NUM_THREADS": "1"} if one_thread else {}
+    command = [sys.executable, str(Path(__file__).with_name("train_s3net.py")), *job.flags, "--resume"]
+    log = job.folder / "log.txt"
+    with log.open("a") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads).returncode
+    if code:
+        lines = log.read_text().strip().splitlines() or ["it said nothing"]
+        raise InputError(f"the run in {job.folder} ended with exit code {code}: {lines[-1]}")
+
+
+def best_peaks(networks: list[Network], search: dict[tuple[str, float], Job]) -> dict[str, float]:
+    """The peak learning rate of each network whose last error on the held-out images is lowest.
+
+    Raises:
+        InputError: a run of the search isn't finished.
+    """
+    if any(not job.finished() for job in search.values()):
+        raise InputError("the search for the learning rates is not finished: run it first, with --only search")
+    errors = {key: read_summary(job.folder)["last_val_error"] for key, job in search.items()}
+    return {
+        network.title: min(
+            (peak for title, peak in search if title == network.title), key=lambda p: errors[network.title, p]
+        )
+        for network in networks
+    }
+
+
+if __name__ == "__main__":
+    run_script(main, Args, __doc__)

@@ -1,0 +1,190 @@
+"""What same_budget.py found: results.json, tables.md and the pictures, from the folders of its finished runs."""
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from runs import write_atomically
+
+KEPT = (
+    "model model_options seed epochs parameters multiply_adds last_val_error last_val_top5_error "
+    "best_val_error best_epoch total_seconds precision device versions"
+).split()
+
+
+def read_summary(folder: Path) -> dict:
+    """A finished run's summary.json."""
+    return json.loads((folder / "summary.json").read_text())
+
+
+def write_report(out: Path, jobs: dict[str, dict], peaks: dict[str, float]) -> None:
+    """Write everything that the finished ones of the jobs allow.
+
+    Args:
+        out: folder to write to.
+        jobs: for "search", "comparison" and "ablation" the jobs by network and peak, or by network and seed.
+        peaks: the peak learning rate chosen for each network.
+    """
+    rows = {part: [row(*key, job) for key, job in of.items() if job.finished()] for part, of in jobs.items()}
+    unfinished = sum(not job.finished() for of in jobs.values() for job in of.values())
+    results = {"peaks": peaks, "unfinished_runs": unfinished, **rows}
+    write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    tables = "\n".join([search_table(rows["search"]), comparison_table(rows["comparison"]), ablation_table(rows)])
+    write_atomically(out / "tables.md", lambda path: path.write_text(tables))
+    for part, draw in (("search", draw_search), ("comparison", draw_comparison), ("ablation", draw_ablation)):
+        if rows[part]:
+            name = "curves.png" if part == "comparison" else f"{part}.png"
+            write_atomically(out / name, lambda path, d=draw, p=part: save_figure(d(rows[p]), path))
+    print(tables)
+    print(f"written to {out}" + (f"; {unfinished} runs are still to be done" if unfinished else ""))
+
+
+def row(network: str, peak_or_seed: float, job) -> dict:
+    """A run's line of results.json: what it was, its summary, its command and its curves."""
+    summary = read_summary(job.folder)
+    history = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    places = ("--out", "--data-dir", "--device")
+    flags = [f for i, f in enumerate(job.flags) if f not in places and (i == 0 or job.flags[i - 1] not in places)]
+    return {
+        "network": network,
+        "peak_lr": float(job.flags[job.flags.index("--lr") + 1]),
+        **{name: summary[name] for name in KEPT},
+        "images_per_second": round(statistics.median(line["images_per_second"] for line in history), 1),
+        "command": " ".join(["python train_s3net.py", *flags]),
+        "val_error": [round(line["val_error"], 3) for line in history],
+        "train_error": [round(line["train_error"], 3) for line in history],
+    }
+
+
+# ---- Tables -------------------------------------------------------------------------------------------------------
+
+
+def search_table(rows: list[dict]) -> str:
+    """Held-out error by network and peak learning rate."""
+    peaks = sorted({row["peak_lr"] for row in rows})
+    lines = ["| held-out error, % | " + " | ".join(f"peak {peak:g}" for peak in peaks) + " |", rule(len(peaks))]
+    for name, of in by_network(rows):
+        errors = {row["peak_lr"]: row["last_val_error"] for row in of}
+        best = min(errors.values())
+        cells = [
+            f"**{errors[p]:.2f}**" if errors.get(p) == best else f"{errors.get(p, float('nan')):.2f}" for p in peaks
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def comparison_table(rows: list[dict]) -> str:
+    """Error, size, cost and speed of each network, over its seeds."""
+    lines = [
+        "| | peak lr | seeds | error, % | top-5 error, % | parameters | multiply-adds | images/s | hours |",
+        rule(8),
+    ]
+    for name, of in by_network(rows):
+        lines.append(
+            f"| {name} | {of[0]['peak_lr']:g} | {len(of)} | {spread(of, 'last_val_error')} | "
+            f"{spread(of, 'last_val_top5_error')} | {of[0]['parameters']:,} | {of[0]['multiply_adds'] / 1e6:.1f}M | "
+            f"{statistics.median(r['images_per_second'] for r in of):.0f} | "
+            f"{statistics.median(r['total_seconds'] for r in of) / 3600:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def ablation_table(rows: dict[str, list[dict]]) -> str:
+    """Error and size of each kind of connections."""
+    lines = ["| | parameters | multiply-adds | error, % | training error, % |", rule(4)]
+    for row in rows["ablation"]:
+        lines.append(
+            f"| {row['network']} | {row['parameters']:,} | {row['multiply_adds'] / 1e6:.1f}M | "
+            f"{row['last_val_error']:.2f} | {row['train_error'][-1]:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def rule(numbers: int) -> str:
+    """The line under a table's head: a name and so many numbers."""
+    return "|---|" + "--:|" * numbers
+
+
+def spread(rows: list[dict], key: str) -> str:
+    """Mean and, of several seeds, standard deviation."""
+    values = [row[key] for row in rows]
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def by_network(rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
+    """The rows of each network, in the order of first appearance."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["network"], []).append(row)
+    return list(groups.items())
+
+
+# ---- Pictures -----------------------------------------------------------------------------------------------------
+
+
+def draw_search(rows: list[dict]) -> Figure:
+    """Held-out error against the peak learning rate."""
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, of in by_network(rows):
+        of = sorted(of, key=lambda row: row["peak_lr"])
+        axes.plot([row["peak_lr"] for row in of], [row["last_val_error"] for row in of], marker="o", label=name)
+    ticks = sorted({row["peak_lr"] for row in rows})
+    axes.set(xscale="log", xlabel="peak learning rate", ylabel="error on held-out training images (%)")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def draw_comparison(rows: list[dict]) -> Figure:
+    """Validation and training error of each network over the epochs, a line for each seed."""
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
+    for axes, quantity, title in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("val_error", "train_error"),
+        ("test images", "training images"),
+        strict=True,
+    ):
+        draw_curves(axes, by_network(rows), quantity)
+        axes.set(title=title, xlabel="epoch")
+    figure.axes[0].set_ylabel("top-1 error (%)")
+    figure.axes[0].legend()
+    return figure
+
+
+def draw_ablation(rows: list[dict]) -> Figure:
+    """Validation error of each kind of connections over the epochs, and at the end against parameters."""
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
+    curves, sizes = figure.subplots(1, 2, sharey=True)
+    draw_curves(curves, by_network(rows), "val_error")
+    curves.set(xlabel="epoch", ylabel="top-1 error on test images (%)")
+    curves.legend(fontsize="small")
+    for row in rows:
+        sizes.plot(row["parameters"], row["last_val_error"], "o")
+        sizes.annotate(
+            row["network"], (row["parameters"], row["last_val_error"]), (0, 7), textcoords="offset points", ha="center"
+        )
+    sizes.set(xscale="log", xlabel="parameters", title="after the last epoch")
+    sizes.margins(x=0.35, y=0.15)
+    sizes.grid(alpha=0.3)
+    return figure
+
+
+def draw_curves(axes, groups: list[tuple[str, list[dict]]], quantity: str) -> None:
+    """A colour for each network, a line for each of its runs."""
+    for i, (name, of) in enumerate(groups):
+        for j, row in enumerate(of):
+            label = name if j == 0 else None
+            axes.plot(range(1, len(row[quantity]) + 1), row[quantity], color=f"C{i}", label=label, alpha=0.8)
+    axes.grid(alpha=0.3)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """As PNG."""
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,274 @@
+"""Runs in one table beside the paper's rows."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.axes
+import pytest
+import torch
+from PIL import Image
+
+import compare_results
+import error_scatter
+from baselines import create_network
+from compare_results import Args
+from models import InputError
+from paper_tables import PAPER_ROWS
+from reporting import multiply_adds
+
+SCRIPT = Path(__file__).parents[2] / "generalizability" / "compare_results.py"
+
+
+def write_run(folder, errors=(40.0, 30.0, 31.0), seed=0, dataset="cifar100", epochs=None, **config):
+    """A run's folder with the top-1 errors of its epochs; unfinished where there are fewer of them than epochs."""
+    epochs = epochs or len(errors)
+    config = {
+        "dataset": dataset,
+        "model": "s3net_cifar",
+        "model_options": {"growth_rate": 12},
+        "num_classes": 100,
+        "epochs": epochs,
+        "lr": 0.2,
+        "seed": seed,
+        "image_size": 32,
+        "limit_train": None,
+        "limit_val": None,
+        "classes": ["a", "b"],
+        **config,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = [{"epoch": i + 1, "val_error": error, "val_top5_error": error / 4} for i, error in enumerate(errors)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if len(errors) == epochs:
+        (folder / "summary.json").write_text(json.dumps({"parameters": 272836, "multiply_adds": 42780192}))
+    return folder
+
+
+def compare(tmp_path, *runs):
+    """The CSV's rows measured here, all rows, and the Markdown."""
+    compare_results.main(Args(runs, tmp_path / "out"))
+    with (tmp_path / "out" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row["source"] == "measured here"], rows, (tmp_path / "out" / "table.md").read_text()
+
+
+def test_seeds_are_aggregated_with_mean_and_deviation(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / f"s{seed}", (40.0, 30.0, last), seed) for seed, last in ((0, 31.0), (1, 33.0), (2, 35.0))
+    ]
+    (row,), _, markdown = compare(tmp_path, *runs)
+    assert (float(row["last_error"]), float(row["last_error_std"])) == (33.0, 2.0)  # sample deviation of 31, 33, 35
+    assert (float(row["best_error"]), float(row["best_error_std"])) == (30.0, 0.0)
+    assert (float(row["last_top5_error"]), float(row["best_top5_error"])) == (8.25, 7.5)
+    assert (row["seeds"], row["epochs_done"], row["epochs"]) == ("0 1 2", "3", "3")
+    cells = "| 0.27M | 42.78M | 33.00 ± 2.00 | 30.00 ± 0.00 | 8.25 | 3/3 | 3 | measured here |"
+    assert f"| s3net_cifar | k=12, depth=40 {cells}" in markdown.splitlines()
+    assert markdown in capsys.readouterr().out
+    assert row["runs"].split() == [str(run) for run in runs]
+
+
+def test_the_papers_rows_of_the_data_set_stand_beside_in_order(tmp_path):
+    _, rows, markdown = compare(tmp_path, write_run(tmp_path / "run", (25.0,)))
+    assert len(rows) == 16 and {row["dataset"] for row in rows} == {"cifar100"}
+    errors = [float(row["last_error"]) for row in rows]
+    assert errors == sorted(errors) and 25.0 in errors
+    sources = [row["source"] for row in rows]
+    assert sources.count("quoted (paper)") == 5 and sources.count("quoted there from its own paper") == 10
+    assert (
+        markdown.startswith("## CIFAR-100\n") and "| S3-Net | k=64, depth=70 | 15.4M | 2.4G [2] | 22.76 |" in markdown
+    )
+
+
+def test_a_footnote_tells_where_the_paper_prints_fewer_parameters(tmp_path):
+    _, _, markdown = compare(tmp_path, write_run(tmp_path / "run"))
+    (note,) = [line for line in markdown.splitlines() if line.startswith("[1]")]
+    assert note == (
+        "[1] The paper prints fewer parameters than its code, and ours, builds: k=40, depth=40: 2,400,556; "
+        "k=24, depth=40: 927,244; k=12, depth=40: 272,836."
+    )
+    marked = [line.split(" | ")[1] for line in markdown.splitlines() if "M [1]" in line]
+    assert marked == ["k=40, depth=40", "k=24, depth=40", "k=12, depth=40"]
+
+
+def test_other_recipes_are_never_aggregated_and_show_what_differs(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", lr=0.2),
+        write_run(tmp_path / "b", lr=0.1, seed=1),
+        write_run(tmp_path / "c", limit_train=300, seed=2),
+    ]
+    rows, _, _ = compare(tmp_path, *runs)
+    assert [row["seeds"] for row in rows] == ["0", "1", "2"]
+    assert [row["setting"] for row in rows] == [
+        "k=12, depth=40, lr=0.2",
+        "k=12, depth=40, lr=0.1",
+        "k=12, depth=40, 300 training images, lr=0.2",
+    ]
+
+
+def test_unfinished_runs_are_listed_apart_with_their_epoch(tmp_path):
+    whole = write_run(tmp_path / "whole", (50.0, 41.0))
+    begun = write_run(tmp_path / "begun", (20.0,), seed=1, epochs=2)
+    empty = write_run(tmp_path / "empty", (), seed=2, epochs=2)
+    rows, every, markdown = compare(tmp_path, whole, begun, empty)
+    assert [(row["epochs_done"], row["finished"], row["last_error"]) for row in rows] == [
+        ("2", "True", "41.0"),
+        ("1", "False", "20.0"),
+        ("0", "False", ""),
+    ]
+    assert every[-2:] == rows[1:]  # at the end, however low the error
+    assert (rows[1]["parameters"], rows[1]["multiply_adds"]) == ("272836", "42780192")  # counted without a summary
+    assert markdown.count("| measured here, unfinished |") == 2 and "| 0/2 | 1 |" in markdown
+
+
+def test_a_data_set_that_the_paper_has_not(tmp_path):
+    runs = [write_run(tmp_path / "run", (0.0,), dataset="digits"), write_run(tmp_path / "other")]
+    _, rows, markdown = compare(tmp_path, *runs)
+    assert [row["network"] for row in rows if row["dataset"] == "digits"] == ["s3net_cifar"]
+    digits, cifar = markdown.split("\n\n## CIFAR-100\n")
+    assert digits.startswith("## scikit-learn's digits") and "quoted" not in digits and "quoted" in cifar
+    single, double = tmp_path / "single", Image.open(tmp_path / "out" / "scatter.png").size
+    compare_results.main(Args((runs[0],), single))
+    assert Image.open(single / "scatter.png").size == (double[0], double[1] // 2)
+
+
+def test_results_of_the_crops_stand_beside_the_papers(tmp_path):
+    (tmp_path / "crops.json").write_text(json.dumps(crop_results()))
+    rows, every, markdown = compare(tmp_path, tmp_path / "crops.json")
+    assert [(row["setting"], row["last_error"]) for row in rows] == [
+        ("k=96, 10 crops", "25.0"),
+        ("k=96, centre crop", "26.0"),
+    ]
+    assert (rows[0]["interval_low"], rows[0]["interval_high"], rows[0]["last_top5_error"]) == ("24.5", "25.5", "8.0")
+    assert "| 25.00 (24.50 to 25.50) [3] |" in markdown
+    assert "[3] With the 95% interval over the images (Wilson score)." in markdown
+    assert len(every) == 2 + sum(row.dataset == "imagenet" for row in PAPER_ROWS)
+
+
+def crop_results():
+    crops = {
+        name: {"top1_error": error, "top1_interval": [error - 0.5, error + 0.5], "top5_error": 8.0}
+        for name, error in (("centre_crop", 26.0), ("ten_crops", 25.0))
+    }
+    about = {"kind": "validate_10crop", "dataset": "imagenet", "model": "s3net_imagenet_small", "model_options": {}}
+    return (
+        about | {"parameters": 9405560, "multiply_adds": 8026999808, "images": {"limit": None, "count": 50000}} | crops
+    )
+
+
+def test_json_holds_every_row(tmp_path):
+    compare(tmp_path, write_run(tmp_path / "run"))
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+    assert len(rows) == 16
+    (ours,) = [row for row in rows if row["source"] == "measured here"]
+    assert (ours["seeds"], ours["last_error"], ours["best_error"]) == ([0], 31.0, 30.0)
+
+
+# -- The paper's numbers --
+
+
+def test_the_tables_are_whole():
+    by_dataset = {
+        name: [row for row in PAPER_ROWS if row.dataset == name] for name in ("cifar100", "tinyimagenet", "imagenet")
+    }
+    assert {name: len(rows) for name, rows in by_dataset.items()} == {
+        "cifar100": 15,
+        "tinyimagenet": 10,
+        "imagenet": 15,
+    }
+    sums = {name: round(sum(row.error for row in rows), 2) for name, rows in by_dataset.items()}
+    assert sums == {"cifar100": 413.82, "tinyimagenet": 466.52, "imagenet": 390.1}
+    assert [row.setting for row in PAPER_ROWS if row.prints_fewer] == [
+        "k=12, depth=40",
+        "k=24, depth=40",
+        "k=40, depth=40",
+        "k=96, depth=45",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "setting", "size"),
+    [
+        ("s3net_cifar", {"growth_rate": 64, "depth": 70}, "k=64, depth=70", 32),
+        ("s3net_tiny_k96", {}, "k=96, lr 0.1", 224),
+        ("s3net_imagenet_small", {}, "k=96, depth=45", 224),
+    ],
+)
+def test_parameters_and_multiply_adds_are_those_of_our_networks(model, options, setting, size):
+    (row,) = [row for row in PAPER_ROWS if row.setting == setting and row.network.startswith("S3-Net")]
+    meta = torch.device("meta")
+    with meta:
+        network = create_network(model, 100 if row.dataset == "cifar100" else 1000, **options)
+    assert row.code_parameters == sum(p.numel() for p in network.parameters())
+    assert row.multiply_adds == multiply_adds(network, (size, size), meta)
+
+
+# -- The picture --
+
+
+def test_no_label_lies_on_another_or_outside(tmp_path, monkeypatch):
+    runs = [
+        write_run(tmp_path / f"lr{lr}", (error,), lr=lr)
+        for lr, error in ((0.1, 29.9), (0.2, 30.4), (0.3, 30.6), (0.4, 86.0))
+    ]
+    panels, place = [], error_scatter._place_labels
+    monkeypatch.setattr(error_scatter, "_place_labels", lambda axes, points: (place(axes, points), panels.append(axes)))
+    compare_results.main(Args(tuple(runs), tmp_path / "out"))
+    assert len(panels) == 2 and len(panels[0].texts) == 15  # 11 of the paper's rows have parameters
+    for axes in panels:
+        assert isinstance(axes, matplotlib.axes.Axes) and axes.get_xscale() == "log"
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+        frame = axes.get_window_extent()
+        assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1 for b in boxes)
+    filled = {line.get_marker(): len(line.get_xdata()) for line in panels[0].lines if line.get_marker() != "None"}
+    assert filled == {"o": 4, "D": 11}  # measured here, quoted
+
+
+# -- Bad input: one line, exit code 2 --
+
+
+def refusal(tmp_path, *runs):
+    with pytest.raises(InputError) as error:
+        compare_results.main(Args(runs, tmp_path / "out"))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    return str(error.value)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    assert refusal(tmp_path, tmp_path / "absent") == f"there is no {tmp_path / 'absent'}: give the folder of a run"
+    assert refusal(tmp_path, tmp_path) == f"{tmp_path} is no folder of a run: it has no config.json"
+    assert refusal(tmp_path).startswith("give one or more runs to compare")
+    (tmp_path / "config.json").write_text('{"dataset": "digits"}')
+    assert refusal(tmp_path, tmp_path).endswith("is not of a run of train_s3net.py: it has no epochs")
+    (tmp_path / "config.json").write_text("{")
+    assert refusal(tmp_path, tmp_path).endswith("config.json is damaged, or no JSON file")
+    (tmp_path / "other.json").write_text('{"kind": "benchmark"}')
+    assert refusal(tmp_path, tmp_path / "other.json").endswith("nor a result of validate_10crop.py")
+    (tmp_path / "other.json").write_text('{"kind": "validate_10crop"}')
+    assert refusal(tmp_path, tmp_path / "other.json").endswith("is damaged: run validate_10crop.py again")
+
+
+def test_damaged_metrics_are_named(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text('{"epoch": 1, "val_')
+    assert refusal(tmp_path, run).endswith("metrics.jsonl is damaged: resume the run, which writes it anew")
+
+
+def test_the_same_run_counts_once(tmp_path):
+    one, copy = write_run(tmp_path / "one"), write_run(tmp_path / "copy")
+    assert len(compare(tmp_path, one, one)[0]) == 1
+    with pytest.raises(InputError, match=r"one and .*copy are the same run \(seed 0\): leave one of them out"):
+        compare_results.main(Args((one, copy), tmp_path / "out"))
+
+
+def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT, "absent"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "error: there is no absent: give the folder of a run\n",
+    )

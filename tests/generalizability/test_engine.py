@@ -1,0 +1,47 @@
+"""A step in parts, and checkpoints in mid-epoch."""
+
+import pytest
+import torch
+from torch import nn
+
+from batches import TrainingBatches
+from data import ImageSet
+from engine import Precision, Trainer, Workers
+from runs import Progress
+
+CPU = torch.device("cpu")
+
+
+def make_trainer(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))  # no BatchNorm
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return Trainer(model, optimizer, scheduler, Precision(CPU, mixed=False), Workers(0, 1, CPU), **options)
+
+
+def make_batches(count, batch_size):
+    images = torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    data = ImageSet(images, torch.arange(count) % 3, ["a", "b", "c"])
+    return TrainingBatches(data, batch_size, CPU, (0.5,) * 3, (0.3,) * 3, flip=True, crop_padding=0.1, seed=2)
+
+
+@pytest.mark.parametrize("parts", [3, 5, 100])
+def test_a_step_in_parts_is_the_whole_step(parts):
+    whole, divided = make_trainer(), make_trainer(accumulate=parts)
+    progress, same = Progress(), Progress()
+    whole.train_epoch(make_batches(23, 10), progress)  # batches of 10, 10 and 3 images
+    divided.train_epoch(make_batches(23, 10), same)
+    assert same.losses == pytest.approx(progress.losses, rel=1e-5) and same.errors == progress.errors
+    assert len(same.losses) == 3 and same.images == 23
+    for expected, got in zip(whole.model.parameters(), divided.model.parameters(), strict=True):
+        assert torch.allclose(expected, got, atol=1e-6)
+    assert not torch.allclose(expected, list(make_trainer().model.parameters())[-1], atol=1e-3)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, []), (1, [1, 2, 3, 4]), (2, [2, 4]), (5, []), (9, [])])
+def test_checkpoints_come_after_every_so_many_steps_but_the_last(every, expected):
+    progress, steps = Progress(), []
+    trainer = make_trainer(checkpoint=lambda: steps.append(progress.step), checkpoint_every=every)
+    assert trainer.train_epoch(make_batches(25, 5), progress)
+    assert steps == expected and progress.step == 5

@@ -1,0 +1,113 @@
+"""The comparison under one budget: what it runs, in which order, and what it reports. Training itself is elsewhere."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+import same_budget
+from models import InputError
+from same_budget import Args, ablated_networks, compared_networks, main
+
+SPEED = {"resnet20_cifar": 20.0, "s3net_cifar": 10.0, "densenet_cifar": 5.0}
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Instead of training, write what a run writes, with an error that depends on its flags; the runs in order."""
+    runs = []
+
+    def train(job, one_thread):
+        flags = dict(zip(job.flags[::2], job.flags[1::2], strict=True))
+        runs.append(job.folder)
+        job.folder.mkdir(parents=True)
+        error = 60 + abs(float(flags["--lr"]) - 0.4) * SPEED[flags["--model"]] + int(flags["--seed"]) % 1000
+        error += {"chain": 9, "dense": -4}.get(flags.get("--connections"), 0)
+        rows = [
+            {"val_error": error + 5 - i, "train_error": error - i, "images_per_second": SPEED[flags["--model"]]}
+            for i in range(6)
+        ]
+        (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        summary = dict.fromkeys(same_budget_keys(), 1) | {
+            "last_val_error": error,
+            "last_val_top5_error": error / 2,
+            "parameters": 272_836,
+            "multiply_adds": 63_000_000,
+            "total_seconds": 7200,
+        }
+        (job.folder / "summary.json").write_text(json.dumps(summary))
+
+    monkeypatch.setattr(same_budget, "run_training", train)
+    return runs
+
+
+def same_budget_keys():
+    from same_budget_report import KEPT
+
+    return KEPT
+
+
+def test_the_densenet_is_the_nearest_in_parameters():
+    names = [network.title for network in compared_networks(Args())]
+    assert names == ["S3-Net k=12, depth=40", "ResNet-20", "DenseNet k=12, depth=22"]  # 272,836; 275,572; 291,676
+
+
+def test_ablated_networks_have_the_same_width_or_size():
+    names = [network.title for network in ablated_networks(Args())]
+    # 272,836; 51,196 and 278,809; 238,510 and 1,100,476 parameters
+    assert names == [
+        "sparse shortcuts, k=12",
+        "no shortcuts, k=12",
+        "no shortcuts, k=29",
+        "dense connections, k=5",
+        "dense connections, k=12",
+    ]
+
+
+def test_everything_is_run_once_and_reported(trained, tmp_path, capsys):
+    args = Args(out=tmp_path, seeds=2, peaks=(0.2, 0.4, 0.8))
+    main(args)
+    assert len(trained) == len(set(trained)) == 9 + 6 + 5
+    assert [folder.parent.name for folder in trained] == 9 * ["search"] + 3 * ["comparison"] + 5 * ["ablation"] + 3 * [
+        "comparison"
+    ]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["peaks"].values()) == {0.4} and results["unfinished_runs"] == 0
+    first = results["comparison"][0]
+    assert first["peak_lr"] == 0.4 and first["val_error"] == [65, 64, 63, 62, 61, 60]
+    assert first["command"].startswith("python train_s3net.py --dataset cifar100 --model s3net_cifar --growth-rate 12")
+    assert str(tmp_path) not in json.dumps(results)
+    printed = capsys.readouterr().out
+    assert printed.startswith((tmp_path / "tables.md").read_text())
+    assert "| S3-Net k=12, depth=40 | 62.00 | **60.00** | 64.00 |" in printed
+    assert "| ResNet-20 | 0.4 | 2 | 60.50 ± 0.71 | 30.25 ± 0.35 | 272,836 | 63.0M | 20 | 2.00 |" in printed
+    assert "| no shortcuts, k=12 | 272,836 | 63.0M | 69.00 | 64.00 |" in printed
+    for name in ("curves", "search", "ablation"):
+        assert Image.open(tmp_path / f"{name}.png").width > 500
+    trained.clear()
+    main(args)
+    assert trained == []
+
+
+def test_the_best_peak_is_each_networks_own_and_needs_the_search(trained, tmp_path):
+    with pytest.raises(InputError, match="search for the learning rates is not finished"):
+        main(Args(out=tmp_path, only=("comparison",)))
+    assert trained == []
+    main(Args(out=tmp_path, only=("search",), peaks=(0.1, 1.6)))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["peaks"].values()) == {0.1} and results["comparison"] == []
+    assert results["unfinished_runs"] == 9 + 5
+
+
+def test_a_run_that_fails_is_named_with_its_last_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(InputError, match=r"lr-0\.1 ended with exit code 1: it said nothing"):
+        main(Args(out=tmp_path, peaks=(0.1,)))
+
+
+@pytest.mark.parametrize(("flags", "message"), [({"seeds": 0}, "--seeds 0"), ({"peaks": ()}, "--peaks needs")])
+def test_numbers_out_of_range(tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        main(Args(out=tmp_path / "new", **flags))
+    assert not (tmp_path / "new").exists()
