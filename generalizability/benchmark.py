@@ -1,7 +1,8 @@
 """How fast S3-Net trains here, beside a plain reading of the published formulation and beside the baselines.
 
-    python benchmark.py                       # everything: about 10 minutes on 2 cores
+    python benchmark.py                       # everything: about 13 minutes on 2 cores
     python benchmark.py --only data           # only the augmentation, beside PIL and a DataLoader
+    python benchmark.py --only decoding       # only LMDB, beside an image folder and the bare decoder
     python benchmark.py --compile             # also S3-Net under torch.compile, with what compiling costs
 
 Every side runs in a fresh process, the sides take turns, and each figure is the median over the rounds. A step is
@@ -35,6 +36,7 @@ from batches import TrainingBatches
 from command_line import run_script
 from cpu_kernels import keep_freed_memory
 from data import ImageSet
+from decoding_benchmark import benchmark_decoding, print_decoding
 from engine import Precision, Trainer, start_workers
 from models import InputError
 from recipes import RECIPES
@@ -52,9 +54,9 @@ NETWORKS = {  # what is measured: name -> (network, options)
 
 @dataclass
 class Args:
-    """Measure training speed, memory, and the speed of the augmentation."""
+    """Measure training speed, memory, and the speed of the augmentation and of reading encoded images."""
 
-    only: Literal["all", "training", "data"] = "all"
+    only: Literal["all", "training", "data", "decoding"] = "all"
     """What to measure."""
     rounds: int = 3
     """How often each side is run."""
@@ -64,6 +66,8 @@ class Args:
     """Also measure S3-Net compiled."""
     device: str | None = None
     """Where to train: cpu, cuda or mps; a GPU if there is one by default."""
+    images: Path | None = None
+    """Images for "decoding", in <class>/*; crops of two photographs by default."""
     out: Path = ROOT / "runs" / "benchmark"
     """Folder for benchmark.json."""
 
@@ -317,6 +321,9 @@ def main(args: Args) -> None:
         results["data"] = benchmark_data(args.rounds)
         for name, rate in results["data"]["images_per_second"].items():
             print(f"{name:34}{rate:12,.0f} images/s")
+    if args.only in ("all", "decoding"):
+        results["decoding"] = benchmark_decoding(5 * args.rounds, args.images)
+        print_decoding(results["decoding"])
     if args.only in ("all", "training"):
         results["training"] = benchmark_training(args)
         print_training(results["training"])

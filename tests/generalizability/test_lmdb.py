@@ -1,0 +1,394 @@
+"""Image folders as LMDB files: building, going on after a kill, reading in workers, and what bad input gets."""
+
+import hashlib
+import json
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import ConcatDataset, DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+import decoding_benchmark
+import folder2lmdb
+from data import ImageFolderLMDB
+from folder2lmdb import Args, main
+from image_lmdb import Contents, append_records, make_record, reopen_unfinished
+from models import InputError
+
+FOLDER = Path(__file__).parents[2] / "generalizability"
+SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "imagenet_sample"
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Three classes of 7, 5 and 4 JPEG files, one of them in a subfolder, and files that are no images."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for name, count in {"cat": 7, "dog": 5, "eel": 4}.items():
+        (folder / name).mkdir()
+        for i in range(count):
+            pixels = np.random.default_rng(len(name) * 100 + i).integers(256, size=(40, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{name}{i}.JPEG")
+    (folder / "eel" / "deep").mkdir()
+    (folder / "eel" / "eel0.JPEG").rename(folder / "eel" / "deep" / "eel0.JPEG")
+    (folder / "cat" / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def small_transactions(monkeypatch):
+    """A transaction every three or four of the photographs."""
+    monkeypatch.setattr(folder2lmdb, "TRANSACTION_BYTES", 12_000)
+
+
+@pytest.fixture(scope="module")
+def built(photographs, tmp_path_factory):
+    file = tmp_path_factory.mktemp("built") / "train.lmdb"
+    assert main(Args(file, photographs, workers=2)) == 0
+    return file
+
+
+def copy_tree(photographs, folder):
+    for path in photographs.rglob("*.JPEG"):
+        target = folder / path.relative_to(photographs)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return folder
+
+
+# -- What is in the file --
+
+
+def test_the_file_holds_the_untouched_bytes_labels_and_names(photographs, built):
+    data = ImageFolderLMDB(built)
+    assert len(data) == 16 and data.classes == ["cat", "dog", "eel"] and data.class_to_idx["eel"] == 2
+    assert data.labels.dtype == np.int64 and data.labels.tolist() == [0] * 7 + [1] * 5 + [2] * 4
+    assert [data.name(i) for i in (0, 7, 12, -1)] == ["cat/cat0.JPEG", "dog/dog0.JPEG", "eel/deep/eel0.JPEG",
+                                                     "eel/eel3.JPEG"]  # fmt: skip
+    for i in range(len(data)):
+        assert data.encoded(i) == ((photographs / data.name(i)).read_bytes(), data.labels[i])
+    with pytest.raises(IndexError):
+        data[16]
+
+
+def test_items_are_those_of_image_folder(photographs, built):
+    transform = transforms.Compose([transforms.CenterCrop(32), transforms.ToTensor()])
+    theirs = ImageFolder(str(photographs), transform)
+    places = {path: i for i, (path, _) in enumerate(theirs.samples)}
+    data = ImageFolderLMDB(built, transform)
+    assert len(theirs) == len(data)
+    for i in range(len(data)):
+        image, label = theirs[places[str(photographs / data.name(i))]]
+        assert data[i][0].equal(image) and data[i][1] == label
+    image, _ = ImageFolderLMDB(built)[0]
+    assert image.mode == "RGB" and image.size == (60, 40)
+
+
+def test_the_file_is_as_documented(built):
+    with lmdb.open(str(built), subdir=False, readonly=True, lock=False, max_dbs=1) as environment:
+        images = environment.open_db(b"images", create=False)
+        with environment.begin() as transaction:
+            info = json.loads(transaction.get(b"info"))
+            record = transaction.get((8).to_bytes(8, "big"), db=images)
+            records = [value for _, value in transaction.cursor(images)]
+    assert info["format"] == "image-folder-lmdb" and info["version"] == 1 and info["counts"] == [7, 5, 4]
+    assert record[:19] == b"\1\0\0\0" + b"\x0d\0" + b"dog/dog1.JPEG" and record[19:21] == b"\xff\xd8"
+    digest = b""
+    for value in records:
+        digest = hashlib.sha256(digest + hashlib.sha256(value).digest()).digest()
+    assert info["digest"] == digest.hex()
+
+
+# -- The same input gives the same bytes --
+
+
+def test_building_twice_gives_the_same_bytes(photographs, built, tmp_path):
+    assert main(Args(tmp_path / "again.lmdb", photographs, workers=1)) == 0
+    assert (tmp_path / "again.lmdb").read_bytes() == built.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["again.lmdb"]
+
+
+def test_a_killed_build_goes_on_to_the_same_bytes(photographs, tmp_path, small_transactions):
+    assert main(Args(tmp_path / "whole.lmdb", photographs)) == 0
+    slow = (  # as the script, with a pause after the second transaction
+        "import time, folder2lmdb as f; f.TRANSACTION_BYTES = 12_000\n"
+        "append, done = f.append_records, []\n"
+        "def slowly(*given):\n"
+        "    append(*given); done.append(1)\n"
+        "    if len(done) == 2: print('paused', flush=True); time.sleep(60)\n"
+        "f.append_records = slowly; f.run_script(f.main, f.Args, '')"
+    )
+    target, partial = tmp_path / "killed.lmdb", tmp_path / "killed.lmdb.partial"
+    command = [sys.executable, "-c", slow, "--images", photographs, "--out", target]
+    process = subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "paused\n"
+    with pytest.raises(InputError, match=r"killed.lmdb.partial is being written by another process"):
+        main(Args(target, photographs))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < len(reopen_unfinished(partial)) < 16 and not target.exists()
+    with pytest.raises(InputError, match="is not finished"):
+        ImageFolderLMDB(partial)
+    with partial.open("ab") as file:  # what a transaction that was cut off leaves behind
+        file.write(b"\xaa" * 9000)
+    assert main(Args(target, photographs)) == 0
+    assert target.read_bytes() == (tmp_path / "whole.lmdb").read_bytes() and not partial.exists()
+
+
+def test_transactions_cut_off_anywhere_give_the_same_bytes(tmp_path):
+    """Enough small records for branch pages that split, with an aborted write between the transactions."""
+
+    def write(path, abort):
+        contents = Contents(["a"], [0])
+        for start in range(0, 9000, 1500):
+            records = [make_record(f"a/{i}", 0, bytes([i % 251]) * (i % 97)) for i in range(start, start + 1500)]
+            contents.counts[0] += len(records)
+            if abort:
+                with lmdb.open(str(path), subdir=False, lock=False, max_dbs=1) as environment:
+                    transaction = environment.begin(write=True)
+                    transaction.put(b"zzz", b"x" * 50_000)
+                    transaction.abort()
+            append_records(path, records, contents)
+        return path.read_bytes()
+
+    assert write(tmp_path / "one", abort=False) == write(tmp_path / "two", abort=True)
+
+
+def test_a_full_disk_leaves_what_can_be_gone_on_with(photographs, built, tmp_path, small_transactions):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (45_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"partial cannot be written \(.*is the disk full\?\): make room"):
+            main(Args(tmp_path / "train.lmdb", photographs))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.lmdb.partial"]
+    assert 0 < len(reopen_unfinished(tmp_path / "train.lmdb.partial")) < 16
+    assert main(Args(tmp_path / "train.lmdb", photographs)) == 0
+    assert ImageFolderLMDB(tmp_path / "train.lmdb").digest == ImageFolderLMDB(built).digest
+
+
+def test_an_interrupted_build_says_how_to_go_on(photographs, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(folder2lmdb, "append_records", interrupt)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(Args(tmp_path / "train.lmdb", photographs)) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "interrupted: run the same command again to go on\n"
+    assert not (tmp_path / "train.lmdb").exists()
+
+
+# -- Images that cannot be decoded --
+
+
+def test_an_unreadable_image_stops_the_build_or_is_left_out(photographs, tmp_path, capsys, small_transactions):
+    folder, file = copy_tree(photographs, tmp_path / "images"), tmp_path / "val.lmdb"
+    bad = folder / "dog" / "dog3.JPEG"
+    bad.write_bytes(bad.read_bytes()[:900])
+    with pytest.raises(InputError, match=r"dog3.JPEG cannot be decoded \(.*truncated.*\): repair or remove it"):
+        main(Args(file, folder))
+    assert not file.exists()
+    assert main(Args(file, folder, skip_unreadable=True, verify=True)) == 0  # goes on
+    printed = capsys.readouterr()
+    assert f"left out: {bad} cannot be decoded" in printed.err
+    assert "1 images that cannot be decoded were left out: dog/dog3.JPEG" in printed.out
+    assert "is sound: 15 images decoded" in printed.out
+    data = ImageFolderLMDB(file)
+    assert data.skipped == ["dog/dog3.JPEG"] and data.labels.tolist() == [0] * 7 + [1] * 4 + [2] * 4
+    assert main(Args(tmp_path / "at_once.lmdb", folder, skip_unreadable=True)) == 0
+    assert (tmp_path / "at_once.lmdb").read_bytes() == file.read_bytes()
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
+    append_records(tmp_path / "f", [make_record("a/b.jpg", 0, b"no image")], Contents(["a"], [1], complete=True))
+    with pytest.raises(InputError, match=r"a/b.jpg in .*f cannot be decoded: no image format that Pillow knows"):
+        ImageFolderLMDB(tmp_path / "f")[0]
+
+
+# -- The listing and the classes --
+
+
+def test_a_build_does_not_go_on_with_other_images(photographs, tmp_path, small_transactions):
+    folder, file = copy_tree(photographs, tmp_path / "images"), tmp_path / "train.lmdb"
+    last = folder / "eel" / "eel3.JPEG"
+    good = last.read_bytes()
+    last.write_bytes(b"")
+    with pytest.raises(InputError, match="eel3"):
+        main(Args(file, folder))
+    last.write_bytes(good)
+    (folder / "cat" / "cat00.JPEG").write_bytes(good)
+    with pytest.raises(InputError, match=r"not those that .*partial was begun with: pass --overwrite"):
+        main(Args(file, folder))
+    assert main(Args(file, folder, overwrite=True)) == 0
+    assert ImageFolderLMDB(file).name(1) == "cat/cat00.JPEG"
+    with pytest.raises(InputError, match="is there already: pass --overwrite"):
+        main(Args(file, folder))
+
+
+def test_classes_file_fixes_the_order(photographs, tmp_path, capsys):
+    names = tmp_path / "classes.txt"
+    names.write_text("eel\tan eel\nbee\tno folder\ndog\ncat\n")
+    assert main(Args(tmp_path / "a.lmdb", photographs, names)) == 0
+    data = ImageFolderLMDB(tmp_path / "a.lmdb")
+    assert data.classes == ["eel", "bee", "dog", "cat"] and data.labels.tolist() == [0] * 4 + [2] * 5 + [3] * 7
+    assert data.encoded(0)[1] == 0 and data.name(0) == "eel/deep/eel0.JPEG"
+    assert "1 of the 4 classes have no images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat\ndog\n", "eel is not one of the 2 classes"),
+        ("cat\ndog\ncat\neel\n", "names 'cat' twice"),
+        ("\n", "is empty"),
+        (None, "cannot be read"),
+    ],
+)
+def test_wrong_classes_file(photographs, tmp_path, text, message):
+    names = tmp_path / "classes.txt"
+    if text is not None:
+        names.write_text(text)
+    with pytest.raises(InputError, match=message):
+        main(Args(tmp_path / "a.lmdb", photographs, names))
+    assert not list(tmp_path.glob("a.lmdb*"))
+
+
+def test_wrong_flags(photographs, tmp_path):
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    for args, message in [
+        (Args(tmp_path / "a"), "nothing to do"),
+        (Args(tmp_path / "a", tmp_path / "none"), "there is no folder"),
+        (Args(tmp_path / "a", tmp_path / "empty"), "has no images"),
+        (Args(tmp_path, photographs), "is a folder"),
+        (Args(tmp_path / "a", photographs, workers=-1), "--workers -1"),
+        (Args(tmp_path / "a", verify=True), "cannot be opened"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            main(args)
+
+
+# -- Reading in other processes --
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_open_the_file_themselves(built, start):
+    data = ConcatDataset([ImageFolderLMDB(built, np.asarray), ImageFolderLMDB(built, np.mean)])  # two of one file
+    expected = [(np.sum(values), label) for values, label in data]  # the parent has read, too
+    loader = DataLoader(data, 4, num_workers=2, multiprocessing_context=start, collate_fn=list)
+    assert [(np.sum(values), label) for batch in loader for values, label in batch] == expected
+
+
+def test_a_pickle_holds_no_images(built):
+    data = ImageFolderLMDB(built)
+    pickled = pickle.dumps(data)
+    assert len(pickled) < 2000 and pickle.loads(pickled).encoded(3) == data.encoded(3)
+
+
+def test_a_file_replaced_while_in_use_is_noticed(photographs, tmp_path):
+    def write(image):
+        append_records(
+            tmp_path / "f", [make_record("a/b.jpg", 0, image)], Contents(["a"], [1], [], image.hex(), "", True)
+        )
+
+    write(b"\x01")
+    pickled = pickle.dumps(ImageFolderLMDB(tmp_path / "f"))
+    (tmp_path / "f").unlink()
+    write(b"\x02")
+    with pytest.raises(InputError, match="was replaced by another file"):
+        pickle.loads(pickled).encoded(0)
+
+
+# -- Files that are not what they should be --
+
+
+def test_files_that_cannot_be_used(built, tmp_path):
+    content = built.read_bytes()
+    (tmp_path / "truncated").write_bytes(content[: len(content) // 2])
+    (tmp_path / "stub").write_bytes(content[:100])
+    (tmp_path / "text").write_text("no LMDB" * 10_000)
+    (tmp_path / "empty").touch()
+    other = tmp_path / "other"
+    with lmdb.open(str(other), subdir=False, lock=False) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"0", b"an image")
+    newer = tmp_path / "newer"
+    newer.write_bytes(content.replace(b'"version": 1', b'"version": 2'))
+    for name, message in {
+        "truncated": r"truncated is truncated: it has [\d,]+ of [\d,]+ bytes",
+        "stub": "stub is not an LMDB file",
+        "text": "text is not an LMDB file",
+        "empty": "empty is not an LMDB file",
+        "other": "other was not written by folder2lmdb.py",
+        "newer": "newer has version 2 of its format and this program reads version 1",
+        "absent": r"absent cannot be opened \(No such file or directory\)",
+        ".": "is a folder, not an LMDB file",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            ImageFolderLMDB(tmp_path / name)
+
+
+def test_verify_finds_a_changed_byte(built, tmp_path, capsys):
+    assert main(Args(built, verify=True)) == 0
+    assert f"16 images decoded, digest {ImageFolderLMDB(built).digest}" in capsys.readouterr().out
+    content = bytearray(built.read_bytes())
+    image, _ = ImageFolderLMDB(built).encoded(5)
+    place = content.index(image) + len(image) - 40  # in the coded pixels: it still decodes
+    content[place] ^= 1
+    damaged = tmp_path / "damaged.lmdb"
+    damaged.write_bytes(content)
+    with pytest.raises(InputError, match="it was damaged"):
+        main(Args(damaged, verify=True))
+    content[content.index(image[:100]) : content.index(image[:100]) + 2] = b"no"
+    damaged.write_bytes(content)
+    with pytest.raises(InputError, match=r"\d of 16 images in .*damaged.lmdb cannot be used"):
+        main(Args(damaged, verify=True))
+
+
+def test_the_script_gives_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, FOLDER / "folder2lmdb.py", "--out", tmp_path / "a.lmdb", "--images", tmp_path / "none"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr
+        == f"error: there is no folder {tmp_path / 'none'}: pass --images DIR with the images in DIR/<class>/\n"
+    )
+
+
+# -- The benchmark --
+
+
+def test_the_decoding_benchmark_compares_the_same_images(photographs, monkeypatch, capsys):
+    seen = {}
+
+    def images_per_second(data, workers):
+        seen.setdefault(workers, []).append([data[i][1] for i in range(len(data))])
+        return 100.0
+
+    monkeypatch.setattr(decoding_benchmark, "images_per_second", images_per_second)
+    results = decoding_benchmark.benchmark_decoding(1, photographs)
+    assert results["count"] == 16 and all(labels == seen[0][0] for labels in seen[0] + seen[2])
+    assert len(seen[0]) == len(decoding_benchmark.SIDES)
+    assert results["workers"]["0"]["share_of_the_decoder"]["LMDB, warm"]["median"] == 1.0
+    decoding_benchmark.print_decoding(results)
+    assert "LMDB, cold              100.0 images/s         1.000" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs the sample of ImageNet")
+def test_real_photographs(tmp_path):
+    file, names = tmp_path / "sample.lmdb", SAMPLE.parent / "imagenet_wnids.txt"
+    assert main(Args(file, SAMPLE, names)) == 0
+    data = ImageFolderLMDB(file)
+    assert len(data) == 60 and len(data.classes) == 1000
+    assert data.encoded(0)[0] == (SAMPLE / data.name(0)).read_bytes()
+    assert data.digest == "426f15e47086a44685524e56709d47c14767ae97f3cfe144aedd50c68fc49c0f"
