@@ -45,7 +45,7 @@ def test_a_dense_block_reads_everything_before():
 
 def test_names_and_options():
     assert list_networks()[0] == "s3net_cifar" and "densenet_cifar" in list_networks()
-    with pytest.raises(InputError, match="there is no network 'resnet20': did you mean .*resnet20_cifar"):
+    with pytest.raises(InputError, match=r"there is no network 'resnet20': did you mean .*resnet20_cifar"):
         create_network("resnet20", 10)
     with pytest.raises(InputError, match="resnet20_cifar has no option 'depth': it has none"):
         create_network("resnet20_cifar", 10, depth=40)
