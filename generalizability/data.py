@@ -146,7 +146,7 @@ def _load_folder(reading: Reading) -> tuple[ImageSet, ImageSet]:
         )
     classes = same_classes(class_names(train_dir), class_names(val_dir), train_dir, val_dir)
     return tuple(
-        _read_images(half, class_images(half, classes), classes, reading.image_size, reading)
+        _read_images(half, list(class_images(half, classes)), classes, reading.image_size, reading)
         for half in (train_dir, val_dir)
     )
 

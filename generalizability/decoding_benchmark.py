@@ -27,8 +27,8 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import folder2lmdb
-from data import ImageFolderLMDB
-from image_lmdb import decode
+from image_files import decode
+from image_lmdb import ImageFolderLMDB
 from models import InputError
 from recipes import IMAGENET_MEAN, IMAGENET_STD
 

@@ -37,7 +37,7 @@ class ImageFolder:
     def __init__(self, folder: Path) -> None:
         """Raises InputError where there are no class folders or images."""
         self.folder, self.classes = folder, class_names(folder)
-        files = class_images(folder, self.classes)
+        files = list(class_images(folder, self.classes))
         # One array of bytes instead of a million Python strings: workers share its memory.
         self.names = np.array([str(path.relative_to(folder)).encode() for path, _ in files])
         self.labels = np.array([label for _, label in files])

@@ -15,7 +15,6 @@ import hashlib
 import os
 import signal
 import sys
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,13 +28,12 @@ import lmdb
 from tqdm import tqdm
 
 from command_line import run_script
-from image_files import IMAGE_SUFFIXES, class_names
+from image_files import class_images, class_names, decode
 from image_lmdb import (
     Contents,
     ImageFolderLMDB,
     append_records,
     chain,
-    decode,
     finish,
     make_record,
     reopen_unfinished,
@@ -98,34 +96,23 @@ def read_classes(images: Path, file: Path | None) -> list[str]:
     return classes
 
 
-def image_files(images: Path, classes: list[str]) -> Iterator[tuple[str, int]]:
-    """The names, relative to `images`, and labels of all image files; one class's are in memory at a time."""
-    for label, name in enumerate(classes):
-        for path in sorted((images / name).rglob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-                yield path.relative_to(images).as_posix(), label
-
-
 def count_files(images: Path, classes: list[str]) -> int:
     """The number of image files.
 
     Raises:
         InputError: there are none.
     """
-    files = tqdm(image_files(images, classes), desc="listing", unit="file", disable=None, leave=False)
-    count = sum(1 for _ in files)
-    if not count:
-        raise InputError(f"{images} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in its class folders")
-    return count
+    files = tqdm(class_images(images, classes), desc="listing", unit="file", disable=None, leave=False)
+    return sum(1 for _ in files)
 
 
-def list_entry(images: Path, name: str) -> bytes:
-    """What the digest of the listing takes of a file: its name and size."""
+def list_entry(images: Path, path: Path) -> bytes:
+    """What the digest of the listing takes of a file: its name, relative to `images`, and its size."""
     try:
-        size = (images / name).stat().st_size
+        size = path.stat().st_size
     except OSError:  # a link to nowhere: unreadable, but it has a name
         size = -1
-    return b"%d %s" % (size, os.fsencode(name))
+    return b"%d %s" % (size, os.fsencode(path.relative_to(images).as_posix()))
 
 
 @dataclass
@@ -140,11 +127,11 @@ class ReadFile:
     error: str | None = None
 
 
-def read_file(images: Path, name: str, label: int) -> ReadFile:
+def read_file(images: Path, path: Path, label: int) -> ReadFile:
     """Read a file, and decode it to see that it can be."""
-    entry = list_entry(images, name)
+    name, entry = path.relative_to(images).as_posix(), list_entry(images, path)
     try:
-        encoded = (images / name).read_bytes()
+        encoded = path.read_bytes()
         decode(encoded)
     except (OSError, InputError) as error:
         return ReadFile(name, label, entry, error=getattr(error, "strerror", None) or str(error))
@@ -236,8 +223,8 @@ def check_listing(partial: Path, contents: Contents, images: Path, classes: list
     listing, taken = "", len(contents) + len(contents.skipped)
     if contents.complete:
         taken += 1  # there must not be another
-    for name, _ in islice(image_files(images, classes), taken):
-        listing = chain(listing, list_entry(images, name))
+    for path, _ in islice(class_images(images, classes), taken):
+        listing = chain(listing, list_entry(images, path))
     if classes != contents.classes or listing != contents.listing:
         raise InputError(
             f"{images} or its classes are not those that {partial} was begun with: pass --overwrite to begin again"
@@ -247,7 +234,7 @@ def check_listing(partial: Path, contents: Contents, images: Path, classes: list
 def fill(partial: Path, args: Args, contents: Contents, total: int, workers: int) -> None:
     """Append all images that the unfinished file does not have yet; at the end it is complete."""
     taken = len(contents) + len(contents.skipped)
-    files = islice(image_files(args.images, contents.classes), taken, None)
+    files = islice(class_images(args.images, contents.classes), taken, None)
     results = ahead(lambda file: read_file(args.images, *file), files, workers)
     records, size = [], 0
     with tqdm(results, initial=taken, total=total, desc=args.out.name, unit="image", disable=None) as progress:
@@ -350,7 +337,6 @@ def main(args: Args) -> int:
         raise InputError("there is nothing to do: pass --images DIR to build --out, or --verify to check it")
     workers = args.workers or os.cpu_count() or 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    warnings.filterwarnings("ignore", module="PIL")  # an image is good if it can be decoded
     try:
         if args.images is not None:
             print(describe(args.out, build(args, workers)))

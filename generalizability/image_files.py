@@ -3,6 +3,7 @@
 import io
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from models import InputError
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+warnings.filterwarnings("ignore", module="PIL")  # an image is good if it can be decoded
 
 
 def class_names(folder: Path) -> list[str]:
@@ -25,21 +28,20 @@ def class_names(folder: Path) -> list[str]:
     return names
 
 
-def class_images(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """The image files below `folder/<class>`, class by class in alphabetical order, each with its class's index.
+def class_images(folder: Path, classes: list[str]) -> Iterator[tuple[Path, int]]:
+    """The image files below `folder/<class>`, class by class, alphabetically in each, with their class's index.
 
     Raises:
         InputError: there are none.
     """
-    files = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    ]
-    if not files:
+    found = False
+    for label, name in enumerate(classes):
+        for path in sorted((folder / name).rglob("*")):
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+                found = True
+                yield path, label
+    if not found:
         raise InputError(f"{folder} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in its class folders")
-    return files
 
 
 def same_classes(train: list[str], val: list[str], train_at: Path, val_at: Path) -> list[str]:
@@ -59,22 +61,34 @@ def same_classes(train: list[str], val: list[str], train_at: Path, val_at: Path)
     return train
 
 
-def read_rgb(file: Path | bytes | memoryview, name: str | Path | None = None, orient: bool = True) -> Image.Image:
+def decode(file: Path | bytes | memoryview, orient: bool = False) -> Image.Image:
     """An image file, or its bytes, of any mode as 8-bit RGB.
 
     Transparent pixels become white; 16-bit values are scaled to 8; a JPEG's orientation is applied where `orient` asks
     for it. (ImageNet's networks are trained and evaluated on images as they are stored, as torchvision reads them.)
 
     Raises:
-        InputError: it cannot be read as an image; the message calls it `name`, by default its path.
+        InputError: it cannot be read as an image; the message says why.
     """
     try:
-        with warnings.catch_warnings(), Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
-            warnings.simplefilter("ignore")
+        with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
             return to_rgb(ImageOps.exif_transpose(image) if orient else image)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever the decoders of all the formats raise
+        reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise InputError((reason.strip().splitlines() or [type(error).__name__])[0]) from error
+
+
+def read_rgb(file: Path | bytes | memoryview, name: str | Path | None = None, orient: bool = True) -> Image.Image:
+    """As `decode`, with a message that calls the image `name`, by default its path, and says what to do.
+
+    Raises:
+        InputError: it cannot be read as an image.
+    """
+    try:
+        return decode(file, orient)
+    except InputError as error:
         raise InputError(
-            f"{name or file} cannot be read as an image: remove or repair it, or pass --skip-unreadable"
+            f"{name or file} cannot be read as an image ({error}): remove or repair it, or pass --skip-unreadable"
         ) from error
 
 

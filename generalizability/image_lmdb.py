@@ -26,16 +26,14 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from io import BytesIO
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 import lmdb
 import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset
 
-from image_files import to_rgb
+from image_files import decode
 from models import InputError
 
 FORMAT, VERSION = "image-folder-lmdb", 1
@@ -88,20 +86,6 @@ def split_record(record: memoryview) -> tuple[str, int, memoryview]:
     label, name_size = HEADER.unpack_from(record)
     start = HEADER.size + name_size
     return os.fsdecode(bytes(record[HEADER.size : start])), label, record[start:]
-
-
-def decode(encoded: bytes) -> Image.Image:
-    """An image file's bytes as an 8-bit RGB image, turned as it is stored (like torchvision's ImageFolder).
-
-    Raises:
-        InputError: they cannot be decoded; the message says why.
-    """
-    try:
-        with Image.open(BytesIO(encoded)) as image:
-            return to_rgb(image)
-    except Exception as error:  # whatever the decoders of all the formats raise
-        reason = "no image format that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise InputError((reason.strip().splitlines() or [type(error).__name__])[0]) from error
 
 
 # ---- Writing ------------------------------------------------------------------------------------------------------

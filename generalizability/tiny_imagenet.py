@@ -52,7 +52,7 @@ def find_images(data_dir: Path, download: bool = False) -> tuple[Files, Files, l
     val_files, val_classes = read_annotations(annotations)
     same_classes(classes, val_classes, root / "train", annotations)
     labels = {name: label for label, name in enumerate(classes)}
-    return class_images(root / "train", classes), [(path, labels[name]) for path, name in val_files], classes
+    return list(class_images(root / "train", classes)), [(path, labels[name]) for path, name in val_files], classes
 
 
 def read_annotations(annotations: Path) -> tuple[list[tuple[Path, str]], list[str]]:

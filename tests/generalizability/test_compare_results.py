@@ -203,7 +203,7 @@ def test_parameters_and_multiply_adds_are_those_of_our_networks(model, options, 
     with meta:
         network = create_network(model, 100 if row.dataset == "cifar100" else 1000, **options)
     assert row.code_parameters == sum(p.numel() for p in network.parameters())
-    assert row.multiply_adds == multiply_adds(network, (size, size), meta)
+    assert row.multiply_adds == multiply_adds(network, size, meta)
 
 
 # -- The picture --

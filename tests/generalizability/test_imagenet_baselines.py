@@ -41,7 +41,7 @@ BASELINES = [name for name in NETWORKS if not name.startswith("s3net")]
 def test_parameters_and_multiply_adds(name):
     parameters, billions = NETWORKS[name]
     with torch.device("meta"):
-        facts = network_facts(create_network(name, 1000), (224, 224), torch.device("meta"))
+        facts = network_facts(create_network(name, 1000), 224, torch.device("meta"))
     assert name in list_networks() and facts["parameters"] == parameters
     assert billions is None or facts["multiply_adds"] / 1e9 == pytest.approx(billions, rel=0.03)
 

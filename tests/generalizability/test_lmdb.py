@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 
 import decoding_benchmark
 import folder2lmdb
-from data import ImageFolderLMDB
+from image_lmdb import ImageFolderLMDB
 from folder2lmdb import Args, main
 from image_lmdb import Contents, append_records, make_record, reopen_unfinished
 from models import InputError
