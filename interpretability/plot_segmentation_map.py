@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from atomic_files import make_folder, write_json, write_whole
 from cpu_kernels import keep_freed_memory
+from digit_scenes import NETWORK, digits_checkpoint, scene_pictures
 from explain_images import (
     ROOT,
     NetworkArgs,
@@ -32,12 +33,16 @@ from explain_images import (
     measure_faithfulness,
     picture_reader,
 )
+from explained_networks import Network, load_network
 from interpret_fullgrad import command
 from map_scores import PERCENTILES, score_map
 from models import InputError
 from pictures import Picture
 from saliency_figures import draw_dice, draw_faithfulness, draw_segmentations
 from script_main import run_main
+
+DIGITS_FOLDER = ROOT / "runs" / "digits_network"
+EMBEDDED_SCENES = 20
 
 
 @dataclass
@@ -65,8 +70,10 @@ def main(args: Args) -> None:
     device = choose_device(args.device)
     keep_freed_memory()
     make_folder(args.out)
-    pictures = picture_reader(args, args.masks)
-    networks = load_networks(args, device)
+    if args.images:
+        pictures, networks = picture_reader(args, args.masks), load_networks(args, device)
+    else:
+        pictures, networks = lambda size: scene_pictures(EMBEDDED_SCENES), [digits_network(device)]
     columns: list[Column] = []
     errors, faithfulness = {}, {}
     with tqdm(total=sum(len(pictures(n.image_size)) for n in networks), unit="map", disable=None) as bar:
@@ -100,6 +107,13 @@ def main(args: Args) -> None:
         write_json(args.out / "faithfulness.json", {"command": command(), "networks": faithfulness})
     print_table(report)
     print(f"written to {args.out}")
+
+
+def digits_network(device: torch.device) -> Network:
+    """The network of the embedded scenes; trained now, in about a minute, where it is not there yet."""
+    network = load_network(NETWORK, digits_checkpoint(DIGITS_FOLDER, device))
+    network.model.to(device)
+    return network
 
 
 def check(args: Args) -> None:
