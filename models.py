@@ -312,8 +312,8 @@ def pretrained_file(name: str) -> Path:
         there = ", ".join(sorted(found.parent.name for found in WEIGHTS.glob("*/best.safetensors")))
         has = f"only for {there}" if there else f"since {WEIGHTS} is not there: get the whole repository"
         raise InputError(
-            f"there are no trained weights for {name}, {has}; or train it with generalizability/train_s3net.py and "
-            "pass its best.safetensors to load_weights (--checkpoint)"
+            f"there are no trained weights for {name}, {has}, or train it with generalizability/train_s3net.py and "
+            "give its best.safetensors to load_weights (--checkpoint)"
         )
     return file
 
@@ -321,7 +321,7 @@ def pretrained_file(name: str) -> Path:
 def _load_pretrained(model: S3Net, name: str, changed: Sequence[str]) -> S3Net:
     file, head = pretrained_file(name), model.classifier
     if changed:
-        own = ", ".join(f"{option}={value}" for option, value in NETWORKS[name].items())
+        own = ", ".join(f"{option}={value}" for option, value in NETWORKS[name].items() if option != "num_classes")
         raise InputError(f"there are trained weights for {name} with {own} only: leave out {', '.join(changed)}")
     model.classifier = nn.Linear(head.in_features, read_metadata(file)["num_classes"])
     load_weights(model, file)
