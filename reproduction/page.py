@@ -14,6 +14,7 @@ from reproduction.steps import EXPERIMENTS, LOG, Step, Table
 ROOT = Path(__file__).resolve().parents[1]
 STYLE = Path(__file__).with_name("page.css")
 MEDIA = {".png": "image/png", ".svg": "image/svg+xml"}
+NUMBER_CLASS = ' class="number"'
 NUMBER = re.compile(r"[-+]?\*{0,2}[\d.,]+.*")
 
 INTRODUCTION = (
@@ -170,12 +171,19 @@ def markdown_table(lines: Sequence[str]) -> str:
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table; cells that begin with a number are set to the right."""
-    lines = ["<tr>" + "".join(f"<th>{escape(text)}</th>" for text in head) + "</tr>"]
-    for row in rows:
-        cells = ((' class="number"' if NUMBER.fullmatch(text) else "", bold(escape(text))) for text in row)
-        lines.append("<tr>" + "".join(f"<td{kind}>{text}</td>" for kind, text in cells) + "</tr>")
+    """An HTML table; columns of numbers are set to the right."""
+    numbers = [all(NUMBER.fullmatch(text) or not text for text in column) for column in zip(*rows, strict=True)]
+    lines = [html_row("th", head, numbers), *(html_row("td", row, numbers) for row in rows)]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def html_row(kind: str, texts: Sequence[str], numbers: Sequence[bool]) -> str:
+    """A row of `th` or `td` cells; in Markdown's bold where the text is."""
+    cells = [
+        f"<{kind}{NUMBER_CLASS if number else ''}>{bold(escape(text))}</{kind}>"
+        for text, number in zip(texts, numbers, strict=True)
+    ]
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def bold(text: str) -> str:

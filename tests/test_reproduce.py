@@ -171,7 +171,7 @@ def test_the_page_needs_nothing_else_and_has_figures_tables_and_commands(scripts
     assert not re.search(r"<(script|link|iframe)|@import|url\(", text)
     anchors = {source[1:] for source in sources if source.startswith("#")}
     assert anchors == {"drawn", "later"} <= set(re.findall(r'id="([^"]*)"', text))
-    assert "<th>network</th><th>error in %</th>" in text
+    assert '<th>network</th><th class="number">error in %</th>' in text
     assert '<tr><td>S3-Net</td><td class="number">29.81</td></tr>' in text
     assert "Errors, in &lt;percent&gt;." in text
     assert "<h4>Runs</h4>" in text and '<td>A &amp; B</td><td class="number"><b>12.5</b></td>' in text
@@ -184,6 +184,7 @@ def test_tables_that_follow_each_other_without_a_blank_line_are_kept_apart():
     html = page.markdown_tables("| a |\n|---|\n| 1 |\n| b | c |\n|---|--:|\n| x | y |\n| z | 1.5 ± 0.2 |\n")
     assert html.count("<table>") == 2
     assert "<tr><th>b</th><th>c</th></tr><tr><td>x</td><td>y</td></tr>" in html
+    assert '<tr><th class="number">a</th></tr><tr><td class="number">1</td></tr>' in html
 
 
 @pytest.mark.parametrize(
