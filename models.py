@@ -312,8 +312,8 @@ def pretrained_file(name: str) -> Path:
         there = ", ".join(sorted(found.parent.name for found in WEIGHTS.glob("*/best.safetensors")))
         has = f"only for {there}" if there else f"since {WEIGHTS} is not there: get the whole repository"
         raise InputError(
-            f"there are no trained weights for {name}, {has}, or train it with generalizability/train_s3net.py and "
-            "give its best.safetensors to load_weights (--checkpoint)"
+            f"there are no trained weights for {name}, {has}; or train it with generalizability/train_s3net.py and "
+            "load its best.safetensors, or the authors' published file, with load_weights (--checkpoint)"
         )
     return file
 

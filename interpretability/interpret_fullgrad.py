@@ -6,9 +6,9 @@
     python interpret_fullgrad.py dog.jpg --checkpoint s3net_imagenet_large=model_best.pth.tar
     python interpret_fullgrad.py my/images --checkpoint runs/my-run/best.safetensors
 
-Writes into --out: `figure.png` (a row an image, up to 6, a column a network; without arguments a column an image, with
-its three most probable classes), `maps/<network>/<image>.npy`,
-`overlays/<network>/<image>.png` and `saliency.json`; with --faithfulness also `faithfulness.png` and `.json`.
+Writes into --out: `figure.png` (a row an image, up to 6, a column a network; without arguments a column an image),
+`maps/<network>/<image>.npy`, `overlays/<network>/<image>.png` and `saliency.json`; with --faithfulness also
+`faithfulness.png` and `.json`.
 """
 
 import shlex
@@ -104,7 +104,7 @@ def report(columns: list[tuple[Network, list[Picture], list[Explained]]], device
             "probability": one.probability,
             "prediction": one.prediction,
             "prediction_name": network.class_name(one.prediction),
-            "most_probable": {network.class_name(index): probability for index, probability in one.most_probable},
+            "most_probable": [[network.class_name(index), probability] for index, probability in one.most_probable],
             "completeness_error": one.completeness_error,
             "seconds": one.seconds,
         }

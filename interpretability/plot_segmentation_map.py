@@ -126,7 +126,8 @@ def check(args: Args) -> None:
         raise InputError("there are images but no masks: pass --masks DIR, with a mask of each image's name in it")
     if args.masks is not None and not args.masks.exists():
         raise InputError(f"there is no folder of masks {args.masks}")
-    if not args.images and (args.masks or args.networks or args.checkpoint):
+    of_networks = (args.networks, args.checkpoint, args.num_classes, args.image_size, args.random_weights)
+    if not args.images and (args.masks or any(of_networks)):
         raise InputError("there are no images: pass images and --masks, or nothing at all for the embedded digits")
     if args.masks is not None and args.masks.is_file() and (len(args.images) > 1 or args.images[0].is_dir()):
         raise InputError(f"{args.masks} is one mask for several images: pass a folder of masks")

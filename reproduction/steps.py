@@ -338,7 +338,7 @@ def saliency_rows(found: dict) -> list[dict]:
             "image": row["image"],
             **{
                 f"class {place}": f"{name} {probability:.2f}"
-                for place, (name, probability) in enumerate(row["most_probable"].items(), start=1)
+                for place, (name, probability) in enumerate(row["most_probable"], start=1)
             },
             "completeness error": row["completeness_error"],
         }

@@ -70,7 +70,7 @@ def test_another_number_of_classes_gets_a_new_classifier(weights):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("s3net_tiny_k96", {}, "there are no trained weights for s3net_tiny_k96, only for s3net_cifar, or train it"),
+        ("s3net_tiny_k96", {}, "there are no trained weights for s3net_tiny_k96, only for s3net_cifar; or train it"),
         ("s3net_cifar", {"growth_rate": 24}, "depth=40, num_init_features=24 only: leave out growth_rate"),
         ("s3net_cifar", {"connections": "chain", "depth": 40}, "only: leave out connections"),
         ("s3net_cifa", {}, "there is no network 's3net_cifa': did you mean s3net_cifar"),

@@ -160,8 +160,8 @@ def test_without_arguments_the_repositorys_network_explains_photographs(copy, tm
     assert [row["image"] for row in maps] == ["temple", "roof", "lake", "tree", "flower", "petals"]
     for row in maps:
         assert np.load(out / "maps" / "s3net_cifar" / f"{row['image']}.npy").shape == (32, 32)
-        names, probabilities = list(row["most_probable"]), list(row["most_probable"].values())
-        assert len(names) == 3 and probabilities == sorted(probabilities, reverse=True)
+        names, probabilities = zip(*row["most_probable"], strict=True)
+        assert len(names) == 3 and list(probabilities) == sorted(probabilities, reverse=True)
         assert (names[0], probabilities[0]) == (row["target_name"], row["probability"])
         assert names[0].startswith("thing ")
     width, height = Image.open(out / "figure.png").size  # six columns, three rows
@@ -248,6 +248,8 @@ def test_a_mask_that_is_missing_or_of_another_shape(photographs, tmp_path):
     assert f"{masks}/b.png is 40x40, but its image {photographs}/images/b.jpg is 60x40" in line
     line = refused(plot_segmentation_map, photographs / "images", cwd=tmp_path)
     assert "there are images but no masks: pass --masks DIR" in line
+    line = refused(plot_segmentation_map, "--random-weights", cwd=tmp_path)
+    assert "there are no images: pass images and --masks, or nothing at all for the embedded digits" in line
 
 
 @pytest.mark.parametrize(
