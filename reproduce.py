@@ -174,8 +174,11 @@ def run_step(step: Step, out: Path, lock: IO) -> Record:
         write_record(out, step.name, record)
         return record
     before = read_record(out, step.name)
-    if before and before.command == record.command and not step.repeated:
-        record.seconds = before.seconds
+    if before and not step.repeated:
+        if before.command == record.command:
+            record.seconds = before.seconds
+        else:
+            set_aside(out / step.name)
     log = logs_folder(out) / f"{step.name}.log"
     with log.open("w") as file:
         code = run_command(step, record, out, file, lock)
@@ -186,6 +189,15 @@ def run_step(step: Step, out: Path, lock: IO) -> Record:
         record.status, record.reason = FAILED, f"exit code {code}: {lines[-1]} (log: {shorter(log)})"
     write_record(out, step.name, record)
     return record
+
+
+def set_aside(folder: Path) -> None:
+    """Move what another command has left in a step's folder to former/, so that no results are mixed and none lost."""
+    if folder.exists():
+        former = folder.parent / "former"
+        former.mkdir(exist_ok=True)
+        number = 1 + len(list(former.glob(f"{folder.name}-*")))
+        folder.rename(former / f"{folder.name}-{number}")
 
 
 def run_command(step: Step, record: Record, out: Path, log: IO, lock: IO) -> int:

@@ -204,7 +204,7 @@ RUN_TABLE = Table(
         {
             "network": run["model"],
             "epochs": run["epochs"],
-            "error after the last epoch, %": run["last_val_error"],
+            "error after the last epoch, %": f"{run['last_val_error']:.2f}",
             "best error, %": f"{run['best_val_error']:.2f} (epoch {run['best_epoch']})",
             "parameters": run["parameters"],
             "multiply-adds": run["multiply_adds"],
@@ -236,8 +236,8 @@ QUICK_SAME_BUDGET = Step(
         "searched, then all train alike." + ABLATION
     ),
     command=(
-        "generalizability/same_budget.py --dataset digits --depth 22 --seeds 1 --peaks 0.2 0.8 --hold-out 300 "
-        "--search-epochs 2 --epochs 6 --ablation-epochs 4 --jobs 2 --out {here}"
+        "generalizability/same_budget.py --dataset digits --depth 22 --seeds 1 --peaks 0.1 0.4 --hold-out 300 "
+        "--search-epochs 4 --epochs 12 --ablation-epochs 8 --jobs 2 --out {here}"
     ),
     shows=BUDGET_SHOWS,
 )
@@ -346,6 +346,19 @@ def saliency_rows(found: dict) -> list[dict]:
     ]
 
 
+def score_rows(found: dict) -> list[dict]:
+    """The mean scores against the masks, by method."""
+    at = f"at the {found['percentile']:g}th percentile"
+    names = {"dice_at": f"Dice {at}", "iou_at": f"IoU {at}", "pointing": "pointing game"}
+    return [
+        {
+            "map": f"FullGrad ({method})" if method in found["largest_completeness_error"] else method,
+            **{names.get(name, name): score for name, score in scores.items()},
+        }
+        for method, scores in found["mean"].items()
+    ]
+
+
 def faithfulness_rows(found: dict) -> list[dict]:
     """The mean areas under the insertion and the deletion curves, by method."""
     ((_, methods),) = found["networks"].items()
@@ -391,7 +404,7 @@ SALIENCY = (
             Table(
                 "scores.json",
                 "Scores against the masks, means over the images; 1 is the best.",
-                lambda found: [{"map": method, **scores} for method, scores in found["mean"].items()],
+                score_rows,
             ),
             "dice.png",
             Table("faithfulness.json", "Areas under the insertion and deletion curves.", faithfulness_rows),

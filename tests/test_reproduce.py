@@ -64,7 +64,8 @@ def test_a_finished_step_is_skipped_until_its_command_changes(scripts, capsys):
     assert (record.status, record.command) == ("finished", ["python", f"{scripts}/works.py", f"{scripts}/out/one"])
     assert record.seconds > 0 and "cores" in record.machine and record.versions["Python"] == sys.version.split()[0]
     assert run(scripts, [step("one", f"{scripts}/works.py {{here}} more")]) == 0
-    assert (scripts / "out" / "one" / "times").read_text() == "xx"
+    assert (scripts / "out" / "one" / "times").read_text() == "x"  # in a new folder; the former results are kept
+    assert (scripts / "out" / "former" / "one-1" / "times").read_text() == "x"
 
 
 def test_a_failure_is_one_line_and_the_others_go_on(scripts, capsys):
@@ -223,7 +224,11 @@ RESULTS = {
     "ntk_sensitivity": ("expressibility/results", "boston, raw", ">16<"),
     "one_neuron": ("expressibility/results", "0.01752", "1.532"),
     "digits": ("generalizability/results/digits", "231,706", "0.83 (epoch 14)"),
-    "segmentation": ("interpretability/results", "centred Gaussian", "0.5512"),
+    "segmentation": (
+        "interpretability/results",
+        'FullGrad (s3net_cifar)</td><td class="number">0.5512',
+        "Dice at the 90th percentile",
+    ),
 }
 
 
