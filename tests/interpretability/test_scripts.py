@@ -221,7 +221,8 @@ def test_a_network_without_weights(photographs, tmp_path, monkeypatch):
     assert f"put it in {tmp_path}/hub" in line
     assert "--checkpoint squeezenet1_0=FILE" in line
     line = refused(interpret_fullgrad, image, "--networks", "s3net_imagenet_large", cwd=tmp_path)
-    assert "s3net_imagenet_large has no weights to download: train it with generalizability/train_s3net.py" in line
+    assert "there are no trained weights for s3net_imagenet_large" in line
+    assert "or train it with generalizability/train_s3net.py" in line and line.endswith("(--checkpoint)")
 
 
 def test_a_class_that_is_not_there(photographs, tmp_path):
