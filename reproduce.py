@@ -72,10 +72,15 @@ def main(args: Args, steps: Sequence[Step] | None = None) -> int:
         steps: instead of the budget's own.
 
     Raises:
-        InputError: the folder cannot be written, or is in use.
+        InputError: there is nothing to run or no GPU to run it on, or the folder cannot be written or is in use.
     """
+    gpus = torch.cuda.device_count()
+    if args.budget == "gpu" and gpus == 0:
+        raise InputError("--budget gpu needs a GPU, and PyTorch finds none: pass --budget cpu, or quick")
+    if not args.only:
+        raise InputError(f"--only needs one or more of {', '.join(EXPERIMENTS)}")
     out = (args.out or ROOT / "runs" / f"reproduce-{args.budget}").resolve()
-    steps = steps_of(args.budget, torch.cuda.device_count()) if steps is None else steps
+    steps = steps_of(args.budget, gpus) if steps is None else steps
     wanted = [step for step in steps if step.experiment in args.only]
     failed = 0
     with sigterm_as_exit(), locked(out) as lock, tqdm(wanted, unit="step", disable=None) as bar:
@@ -146,14 +151,11 @@ def matching(pattern: str, out: Path) -> list[str]:
 
 
 def is_finished(step: Step, out: Path) -> bool:
-    """Whether this very command has been run to its end."""
+    """Whether this very command has been run to its end, and its results are still there."""
     record = read_record(out, step.name)
-    return (
-        record is not None
-        and record.status == FINISHED
-        and record.command == command_of(step, out)
-        and not step.repeated
-    )
+    if record is None or record.status != FINISHED or step.repeated or record.command != command_of(step, out):
+        return False
+    return (out / step.name).is_dir() or "{here}" not in step.command
 
 
 def why_left_out(step: Step, out: Path) -> str:

@@ -65,12 +65,12 @@ class Step:
         return [word.format(out=out, here=out / self.name) for word in shlex.split(self.command)]
 
 
-def steps_of(budget: str, gpus: int = 0) -> list[Step]:
+def steps_of(budget: str, gpus: int = 1) -> list[Step]:
     """The steps of a budget ("quick", "cpu" or "gpu"), in the order in which they run.
 
     Args:
         budget: quick takes minutes and downloads nothing, cpu takes days on a few cores, gpu days on a GPU.
-        gpus: how many there are; training is divided between them.
+        gpus: how many there are, for the budget of that name; training is divided between them.
     """
     if budget == "quick":
         return [FIGURE_3, sensitivity(splits=10), ONE_NEURON, DIGITS, QUICK_SAME_BUDGET, QUICK_TABLE, *SALIENCY]
@@ -78,8 +78,8 @@ def steps_of(budget: str, gpus: int = 0) -> list[Step]:
     if budget == "cpu":
         training = [WEIGHTS, SAME_BUDGET, cifar100(12, 40), CIFAR100_TABLE, DIGITS, TRAINING_BENCHMARK]
     else:
-        compiled = [cifar100(k, depth, "--compile", max(1, gpus)) for k, depth in PAPER_CIFAR100]
-        tiny = [tiny_imagenet(name, max(1, gpus)) for name in TINY_IMAGENET_NETWORKS]
+        compiled = [cifar100(k, depth, "--compile", gpus) for k, depth in PAPER_CIFAR100]
+        tiny = [tiny_imagenet(name, gpus) for name in TINY_IMAGENET_NETWORKS]
         training = [WEIGHTS, SAME_BUDGET, *compiled, CIFAR100_TABLE, *tiny, TINY_IMAGENET_TABLE, TRAINING_BENCHMARK]
     return [*shared, *training, *SALIENCY, SALIENCY_BENCHMARK]
 
@@ -237,7 +237,7 @@ QUICK_SAME_BUDGET = Step(
     ),
     command=(
         "generalizability/same_budget.py --dataset digits --depth 22 --seeds 1 --peaks 0.1 0.4 --hold-out 300 "
-        "--search-epochs 4 --epochs 12 --ablation-epochs 8 --jobs 2 --out {here}"
+        "--search-epochs 3 --epochs 10 --ablation-epochs 6 --jobs 2 --out {here}"
     ),
     shows=BUDGET_SHOWS,
 )

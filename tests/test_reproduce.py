@@ -1,6 +1,7 @@
 """reproduce.py: steps that are skipped, fail, are left out and go on; and its page, on results like the scripts'."""
 
-import importlib
+import functools
+import importlib.util
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 
 from models import InputError
@@ -59,6 +61,9 @@ def test_a_finished_step_is_skipped_until_its_command_changes(scripts, capsys):
     assert run(scripts, [first]) == 0
     assert run(scripts, [first]) == 0
     assert "one: finished before" in capsys.readouterr().out
+    assert (scripts / "out" / "one" / "times").read_text() == "x"
+    (scripts / "out" / "one").rename(scripts / "elsewhere")
+    assert run(scripts, [first]) == 0  # results that are gone are made again
     assert (scripts / "out" / "one" / "times").read_text() == "x"
     record = read_record(scripts / "out", "one")
     assert (record.status, record.command) == ("finished", ["python", f"{scripts}/works.py", f"{scripts}/out/one"])
@@ -199,14 +204,25 @@ def test_durations(seconds, text):
 # ---- The steps ----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def arguments_of(script: str) -> type:
+    """The dataclass of a script's command line."""
+    spec = importlib.util.spec_from_file_location(script.replace("/", "_").removesuffix(".py"), ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and tyro look for it
+    spec.loader.exec_module(module)
+    return getattr(module, "Args", None) or module.Arguments
+
+
 @pytest.mark.parametrize("budget", ["quick", "cpu", "gpu"])
-def test_every_budget_covers_the_experiments_with_scripts_that_exist(budget):
+def test_every_budget_covers_the_experiments_with_commands_that_the_scripts_take(budget):
     steps = steps_of(budget, gpus=4)
     assert {each.experiment for each in steps} == set(EXPERIMENTS)
     assert len({each.name for each in steps}) == len(steps)
     for each in steps:
         script, *words = each.words(Path("runs/x"))
-        assert (ROOT / script).is_file() and script.startswith(each.experiment)
+        assert script.startswith(each.experiment)
+        assert tyro.cli(arguments_of(script), args=words)  # exits where a flag is unknown
         assert not any("{" in word for word in words)
         assert (each.processes == 4) == (budget == "gpu" and "train_s3net.py" in script and "--eval-only" not in words)
 
@@ -245,6 +261,18 @@ def test_the_scripts_own_results_are_shown(name, tmp_path):
     assert all(number in text for number in expected)
     assert text.count("<img") - 1 == sum((ROOT / folder / str(what)).is_file() for what in real.shows)
     assert "python x.py</code><br>12 s" in text
+
+
+def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce.torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="--budget gpu needs a GPU, and PyTorch finds none: pass --budget cpu"):
+        reproduce.main(reproduce.Args(budget="gpu", out=tmp_path / "out"))
+    with pytest.raises(InputError, match="--only needs one or more of expressibility"):
+        reproduce.main(reproduce.Args(only=(), out=tmp_path / "out"))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file cannot be written"):
+        reproduce.main(reproduce.Args(out=tmp_path / "file"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line(tmp_path):
