@@ -12,21 +12,23 @@ block has O(L^2), and the width that a layer reads does not grow with depth.
 
     from models import create_model, list_models, load_weights
 
-    model = create_model("s3net_cifar", growth_rate=12, depth=40, num_classes=100)
-    model = load_weights(model, "runs/cifar100-s3net_cifar-s0/best.safetensors")
+    model = create_model("s3net_cifar", pretrained=True)  # the weights in this repository: CIFAR-100
+    model = create_model("s3net_cifar", growth_rate=24, depth=40, num_classes=10)  # random weights
+    model = load_weights(model, "runs/cifar10-s3net_cifar-s0/best.safetensors")
 
 To build on the topology, start at `Block`; to change a network, pass other arguments to `S3Net`.
 """
 
 import argparse
 import difflib
+import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -241,17 +243,20 @@ def list_models() -> list[str]:
     return list(NETWORKS)
 
 
-def create_model(name: str, num_classes: int | None = None, **options) -> S3Net:
-    """Build one of the paper's networks with random weights.
+def create_model(name: str, num_classes: int | None = None, pretrained: bool = False, **options) -> S3Net:
+    """Build one of the paper's networks, with random weights or with those of this repository.
 
     Args:
         name: one of `list_models()`.
         num_classes: outputs; by default 100 for `s3net_cifar` and 1000 for the others.
+        pretrained: load the trained weights, which `s3net_cifar` has, with its own options; `drop_rate` is free. With
+            another number of classes than theirs the classifier is a new one with random weights, to be trained.
         **options: arguments of `S3Net` that replace the named network's own. `s3net_cifar` also takes `depth`
             (40 by default): its three blocks have `(depth - 4) / 3` layers each.
 
     Raises:
-        InputError: for an unknown name (with the nearest ones), an unknown option, or a value out of its range.
+        InputError: for an unknown name (with the nearest ones), an unknown option, a value out of its range, or
+            trained weights that there are not.
     """
     if name not in NETWORKS:
         raise InputError(f"there is no network {name!r}: {nearest_names(name, NETWORKS)}")
@@ -260,12 +265,14 @@ def create_model(name: str, num_classes: int | None = None, **options) -> S3Net:
     for option in options:
         if option not in known:
             raise InputError(f"{name} has no option {option!r}: {nearest_names(option, known)}")
+    changed = [option for option in options if option != "drop_rate" and options[option] != settings.get(option)]
     settings = settings | options
     if num_classes is not None:
         settings["num_classes"] = num_classes
     if (depth := settings.pop("depth", None)) is not None:
         settings.setdefault("block_config", (layers_per_block(depth),) * 3)
-    return S3Net(**settings)
+    model = S3Net(**settings)
+    return _load_pretrained(model, name, changed) if pretrained else model
 
 
 def layers_per_block(depth: int) -> int:
@@ -290,6 +297,37 @@ def nearest_names(name: str, known: Mapping | Sequence | set) -> str:
 
 
 # ---- Weights ------------------------------------------------------------------------------------------------------
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+
+
+def pretrained_file(name: str) -> Path:
+    """The repository's trained weights of a network; `read_metadata` gives their class names and normalisation.
+
+    Raises:
+        InputError: there are none.
+    """
+    file = WEIGHTS / name / "best.safetensors"
+    if not file.is_file():
+        there = ", ".join(sorted(found.parent.name for found in WEIGHTS.glob("*/best.safetensors")))
+        has = f"only for {there}" if there else f"since {WEIGHTS} is not there: get the whole repository"
+        raise InputError(
+            f"there are no trained weights for {name}, {has}; or train it with generalizability/train_s3net.py and "
+            "load its best.safetensors, or the authors' published file, with load_weights (--checkpoint)"
+        )
+    return file
+
+
+def _load_pretrained(model: S3Net, name: str, changed: Sequence[str]) -> S3Net:
+    file, head = pretrained_file(name), model.classifier
+    if changed:
+        own = ", ".join(f"{option}={value}" for option, value in NETWORKS[name].items() if option != "num_classes")
+        raise InputError(f"there are trained weights for {name} with {own} only: leave out {', '.join(changed)}")
+    model.classifier = nn.Linear(head.in_features, read_metadata(file)["num_classes"])
+    load_weights(model, file)
+    if head.out_features != model.classifier.out_features:
+        model.classifier = head
+    return model
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -346,6 +384,35 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise InputError(f"{path} holds no weights: a checkpoint is a dict of tensors by name, or has one inside")
     return {key.removeprefix("module."): tensor for key, tensor in content.items()}
+
+
+def read_metadata(path: str | Path) -> dict:
+    """What a file of the trainer says of its weights; empty where it says nothing.
+
+    Returns:
+        `model`, `model_options`, `num_classes`, `classes` (names by index), `mean` and `std` (of each colour, for
+        pixels in [0, 1]), `image_size` in pixels and `dataset`, as far as the file says them.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}")
+    if path.suffix != ".safetensors":
+        content = read_pickle(path)
+        config = content.get("config") if isinstance(content, dict) else None
+        return config if isinstance(config, dict) and "model_options" in config else {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata() or {}
+        if "options" not in said:
+            return {}
+        known = {key: said[key] for key in ("model", "dataset") if key in said}
+        known["model_options"] = json.loads(said["options"])
+        return known | {key: json.loads(said[key]) for key in ("num_classes", "classes", "mean", "std", "image_size")}
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is damaged or no safetensors file of the trainer ({_first_line(error)})") from error
 
 
 def read_pickle(path: str | Path) -> object:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -257,34 +256,3 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path} cannot be written ({reason}): make room, or pass another --out") from error
-
-
-def read_metadata(path: Path) -> dict:
-    """What a file of weights says of itself, under the names of `RunConfig`; empty where it says nothing.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}")
-    if path.suffix != ".safetensors":
-        content = read_pickle(path)
-        return content["config"] if isinstance(content, dict) and isinstance(content.get("config"), dict) else {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            said = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged or no safetensors file") from error
-    if "options" not in said:
-        return {}
-    return {
-        "dataset": said["dataset"],
-        "model": said["model"],
-        "model_options": json.loads(said["options"]),
-        "num_classes": int(said["num_classes"]),
-        "classes": json.loads(said["classes"]),
-        "mean": json.loads(said["mean"]),
-        "std": json.loads(said["std"]),
-        "image_size": int(said["image_size"]),
-    }

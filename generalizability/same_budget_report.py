@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from runs import write_atomically
 
@@ -179,11 +180,11 @@ def draw_ablation(rows: list[dict]) -> Figure:
     curves.legend(fontsize="small")
     for row in rows:
         sizes.plot(row["parameters"], row["last_val_error"], "o")
-        sizes.annotate(
-            row["network"], (row["parameters"], row["last_val_error"]), (0, 7), textcoords="offset points", ha="center"
-        )
-    sizes.set(xscale="log", xlabel="parameters", title="after the last epoch")
-    sizes.margins(x=0.35, y=0.15)
+    sizes.set(xscale="log", xlabel="parameters", title="after the last epoch, in the same colours")
+    sizes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    sizes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    sizes.xaxis.set_minor_formatter(NullFormatter())
+    sizes.margins(x=0.2, y=0.1)
     sizes.grid(alpha=0.3)
     return figure
 

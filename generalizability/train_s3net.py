@@ -59,10 +59,10 @@ from engine import (
     set_random_state,
     start_workers,
 )
-from models import InputError, load_weights
+from models import InputError, load_weights, read_metadata
 from recipes import RECIPES, recipe_for
 from reporting import TensorBoardLog, describe, diverged, epoch_line, network_facts, relative, summarize
-from runs import Progress, Run, RunConfig, read_metadata
+from runs import Progress, Run, RunConfig
 
 
 def main(args: Args, amp_given: bool) -> int:

@@ -37,10 +37,10 @@ from command_line import run_script
 from cpu_kernels import keep_freed_memory
 from crop_images import CENTRE, CropBatch, TenCrops, crop_batches, open_images
 from engine import Precision, Workers, progress_bar, start_workers
-from models import InputError, load_weights, nearest_names
+from models import InputError, load_weights, nearest_names, read_metadata
 from recipes import IMAGENET_MEAN, IMAGENET_STD
 from reporting import network_facts, relative
-from runs import make_folder, read_metadata, write_atomically
+from runs import make_folder, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT_KIND = "validate_10crop"

@@ -12,17 +12,16 @@ import numpy as np
 import torch
 import tyro
 
-from digit_scenes import digits_checkpoint, scene_pictures
-from explained_networks import PAPER_NETWORKS, Network, load_network, read_metadata
+from explained_networks import PAPER_NETWORKS, Network, load_network
 from faithfulness import area, deletion_curve, insertion_curve
 from full_grad import FullGrad, IncompleteWarning
 from map_scores import centred_gaussian, edge_map
-from models import InputError
-from pictures import Picture, find_images, read_pictures, sample_pictures
+from models import InputError, read_metadata
+from pictures import Picture, find_images, read_pictures, sample_crops, sample_pictures
 
 ROOT = Path(__file__).resolve().parents[1]
-DIGITS_FOLDER = ROOT / "runs" / "digits_network"
-EMBEDDED_SCENES = 20
+OUR_NETWORK = "s3net_cifar"  # the one whose weights are in the repository
+MOST_PROBABLE = 3
 
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="default: see above")]
 Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=]FILE ...", help_behavior_hint="default: published weights")]  # fmt: skip  # noqa: E501
@@ -65,6 +64,7 @@ class Explained:
         prediction: the class of the largest logit.
         completeness_error: of eq. 1 in full_grad.py, relative.
         seconds: the batch's time divided by its images.
+        most_probable: the first classes by probability, with their probabilities.
     """
 
     saliency: np.ndarray
@@ -73,6 +73,7 @@ class Explained:
     prediction: int
     completeness_error: float
     seconds: float
+    most_probable: list[tuple[int, float]]
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -94,7 +95,7 @@ def choose_device(name: str | None) -> torch.device:
 def load_networks(args: NetworkArgs, device: torch.device) -> list[Network]:
     """The networks of the command line, on the device.
 
-    Without images, names and checkpoints it is the network trained on digits; with images only, the paper's.
+    Without images, names and checkpoints it is the repository's S3-Net; with images only, the paper's.
 
     Raises:
         InputError: as `load_network`, or a checkpoint is of none of the networks.
@@ -116,10 +117,8 @@ def load_networks(args: NetworkArgs, device: torch.device) -> list[Network]:
         if name not in names or name in files:
             raise InputError(f"--checkpoint {text}: the networks are {', '.join(names)}, each with one checkpoint")
         files[name] = path
-    if not names and args.images:
-        names = list(PAPER_NETWORKS)
-    elif not names:
-        names, files = ["s3net_cifar"], {"s3net_cifar": digits_checkpoint(DIGITS_FOLDER, device)}
+    if not names:
+        names = list(PAPER_NETWORKS) if args.images else [OUR_NETWORK]
     networks = []
     for name in dict.fromkeys(names):
         network = load_network(name, files.get(name), args.num_classes, args.random_weights)
@@ -137,14 +136,14 @@ def picture_reader(args: NetworkArgs, masks: Path | None = None) -> Callable[[in
     """
     read: dict[int, list[Picture]] = {}
     files = find_images(args.images)
-    embedded_network = not args.networks and not args.checkpoint
+    our_network = not args.networks and not args.checkpoint
 
     def pictures(size: int) -> list[Picture]:
         if size not in read:
             if files:
                 read[size] = read_pictures(files, size, masks)
             else:
-                read[size] = scene_pictures(EMBEDDED_SCENES) if embedded_network else sample_pictures(size)
+                read[size] = sample_crops(size) if our_network else sample_pictures(size)
         return read[size]
 
     return pictures
@@ -183,12 +182,14 @@ def explain_pictures(
         seconds = (time.perf_counter() - started) / len(images)
         for warning in (one for one in caught if issubclass(one.category, IncompleteWarning)):
             print(f"warning: {network.name}: {warning.message}", file=sys.stderr)
-        probabilities = result.logits.softmax(1).gather(1, classes[:, None])[:, 0]
-        columns = (classes, probabilities, result.logits.argmax(1), result.completeness_error[:, 0])
-        explained += [
-            Explained(saliency, *values, seconds)
-            for saliency, *values in zip(maps, *(column.tolist() for column in columns), strict=True)
-        ]
+        probabilities, errors = result.logits.softmax(1).cpu(), result.completeness_error[:, 0].tolist()
+        ranked = probabilities.topk(min(MOST_PROBABLE, probabilities.shape[1]))
+        for i, target_class in enumerate(classes.tolist()):
+            most_probable = list(zip(ranked.indices[i].tolist(), ranked.values[i].tolist(), strict=True))
+            probability, prediction = probabilities[i, target_class].item(), most_probable[0][0]
+            explained.append(
+                Explained(maps[i], target_class, probability, prediction, errors[i], seconds, most_probable)
+            )
         progress(len(images))
     return explained
 

@@ -1,16 +1,22 @@
 """Networks by name, with weights, and how they want their images: S3-Net, torchvision, timm."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from models import InputError, create_model, list_models, load_weights, nearest_names
+from models import (
+    InputError,
+    create_model,
+    list_models,
+    load_weights,
+    nearest_names,
+    pretrained_file,
+    read_metadata,
+)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAPER_NETWORKS = ("vgg19", "squeezenet1_0", "resnet50", "densenet169")  # beside S3-Net in the paper's figures
@@ -49,7 +55,7 @@ class Network:
 def load_network(
     name: str, checkpoint: Path | None = None, num_classes: int | None = None, random_weights: bool = False
 ) -> Network:
-    """A network with its checkpoint's weights or, without one, its published ones.
+    """A network with its checkpoint's weights or, without one, its published ones (S3-Net: this repository's).
 
     Args:
         name: of `models.list_models()`, of torchvision's classifiers or of timm (`timm/NAME` where both have it).
@@ -60,11 +66,13 @@ def load_network(
     Raises:
         InputError: the name is unknown, the checkpoint does not fit, or the weights cannot be had.
     """
+    if checkpoint is None and not random_weights and name in list_models():
+        checkpoint = pretrained_file(name)
     said = read_metadata(checkpoint) if checkpoint else {}
     published = checkpoint is None and not random_weights
     torch.manual_seed(0)
     if name in list_models():
-        network = _s3net(name, said, num_classes, published)
+        network = _s3net(name, said, num_classes)
     elif not name.startswith("timm/") and name in torchvision.models.list_models(module=torchvision.models):
         network = _torchvision(name, num_classes, published)
     else:
@@ -78,34 +86,8 @@ def load_network(
     return network
 
 
-def read_metadata(checkpoint: Path) -> dict:
-    """What a `.safetensors` file of the trainer says of its network; empty for other files.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    if not checkpoint.is_file():
-        raise InputError(f"there is no checkpoint {checkpoint}")
-    if checkpoint.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(checkpoint, framework="pt") as file:
-            said = file.metadata() or {}
-        if "options" not in said:
-            return {}
-        parsed = {key: json.loads(said[key]) for key in ("options", "num_classes", "classes", "mean", "std")}
-        return parsed | {"model": said["model"], "image_size": int(said["image_size"])}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{checkpoint} is damaged or no safetensors file of the trainer") from error
-
-
-def _s3net(name: str, said: dict, num_classes: int | None, published: bool) -> Network:
-    if published:
-        raise InputError(
-            f"{name} has no weights to download: train it with generalizability/train_s3net.py and pass its "
-            f"best.safetensors (or the authors' published file) as --checkpoint {name}=FILE"
-        )
-    options = said.get("options", {}) if said.get("model", name) == name else {}
+def _s3net(name: str, said: dict, num_classes: int | None) -> Network:
+    options = said.get("model_options", {}) if said.get("model", name) == name else {}
     model = create_model(name, num_classes or said.get("num_classes"), **options)
     classes = model.classifier.out_features
     return Network(

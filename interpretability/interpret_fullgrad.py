@@ -1,13 +1,14 @@
 """FullGrad saliency maps of images, for one network or several side by side.
 
-    python interpret_fullgrad.py                                     # digits, on a network trained now in a minute
+    python interpret_fullgrad.py                                     # the repository's S3-Net, on parts of photographs
     python interpret_fullgrad.py my/images dog.jpg                   # the paper's networks, published weights
     python interpret_fullgrad.py dog.jpg --networks resnet50 timm/ghostnet_100 --target 207 --faithfulness
     python interpret_fullgrad.py dog.jpg --checkpoint s3net_imagenet_large=model_best.pth.tar
     python interpret_fullgrad.py my/images --checkpoint runs/my-run/best.safetensors
 
-Writes into --out: `figure.png` (a row an image, up to 6, a column a network), `maps/<network>/<image>.npy`,
-`overlays/<network>/<image>.png` and `saliency.json`; with --faithfulness also `faithfulness.png` and `.json`.
+Writes into --out: `figure.png` (a row an image, up to 6, a column a network; without arguments a column an image),
+`maps/<network>/<image>.npy`, `overlays/<network>/<image>.png` and `saliency.json`; with --faithfulness also
+`faithfulness.png` and `.json`.
 """
 
 import shlex
@@ -34,7 +35,7 @@ from explain_images import (
 from explained_networks import Network
 from models import InputError
 from pictures import Picture
-from saliency_figures import draw_faithfulness, draw_maps, save_overlay
+from saliency_figures import draw_crops, draw_faithfulness, draw_maps, save_overlay
 from script_main import run_main
 
 
@@ -67,7 +68,11 @@ def main(args: Args) -> None:
             explained = explain_pictures(network, own, args.target, args.batch_size, device, bar.update)
             columns.append((network, own, explained))
             write_maps(args.out, network, own, explained)
-    draw_maps(args.out / "figure.png", pictures(networks[0].image_size), columns)
+    network, first, explained = columns[0]
+    if first[0].original is None:
+        draw_maps(args.out / "figure.png", first, columns)
+    else:
+        draw_crops(args.out / "figure.png", network, first, explained)
     write_json(args.out / "saliency.json", report(columns, device))
     if args.faithfulness:
         faithfulness = {network.name: measure_faithfulness(network, own, e, device) for network, own, e in columns}
@@ -99,6 +104,7 @@ def report(columns: list[tuple[Network, list[Picture], list[Explained]]], device
             "probability": one.probability,
             "prediction": one.prediction,
             "prediction_name": network.class_name(one.prediction),
+            "most_probable": [[network.class_name(index), probability] for index, probability in one.most_probable],
             "completeness_error": one.completeness_error,
             "seconds": one.seconds,
         }

@@ -12,6 +12,14 @@ from models import InputError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 ASPECT_TOLERANCE = 0.02  # relative: a mask may have been rounded to whole pixels
+SAMPLE_CROPS = {  # squares of scikit-learn's photographs: left, top and side in pixels
+    "temple": ("china.jpg", 10, 0, 400),
+    "roof": ("china.jpg", 90, 20, 240),
+    "lake": ("china.jpg", 380, 180, 160),
+    "tree": ("china.jpg", 520, 125, 120),
+    "flower": ("flower.jpg", 145, 55, 330),
+    "petals": ("flower.jpg", 230, 140, 160),
+}
 
 
 @dataclass
@@ -22,11 +30,13 @@ class Picture:
         name: unique among the pictures of a run; names its output files.
         pixels: `(size, size, 3)`, uint8.
         mask: `(size, size)`, True on the object; None where there is none.
+        original: `(side, side, 3)`, uint8: the image before it was brought to `size`; None where it isn't kept.
     """
 
     name: str
     pixels: np.ndarray
     mask: np.ndarray | None = None
+    original: np.ndarray | None = None
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -71,11 +81,26 @@ def read_pictures(files: Sequence[Path], size: int, masks: Path | None = None) -
 
 def sample_pictures(size: int) -> list[Picture]:
     """scikit-learn's two photographs, which may be published: a temple and a flower."""
-    photographs = load_sample_images()
-    return [
-        Picture(Path(name).stem, np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)))
-        for name, pixels in zip(photographs.filenames, photographs.images, strict=True)
-    ]
+    return [Picture(Path(name).stem, _resized(pixels, size)) for name, pixels in _photographs().items()]
+
+
+def sample_crops(size: int) -> list[Picture]:
+    """Squares of the two photographs, each with one thing in it, for networks of small images."""
+    photographs = _photographs()
+    crops = {
+        name: photographs[file][top : top + side, left : left + side]
+        for name, (file, left, top, side) in SAMPLE_CROPS.items()
+    }
+    return [Picture(name, _resized(crop, size), original=crop) for name, crop in crops.items()]
+
+
+def _photographs() -> dict[str, np.ndarray]:
+    samples = load_sample_images()
+    return {Path(name).name: pixels for name, pixels in zip(samples.filenames, samples.images, strict=True)}
+
+
+def _resized(pixels: np.ndarray, size: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def find_mask(image: Path, masks: Path) -> Path:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from atomic_files import make_folder, write_json, write_whole
 from cpu_kernels import keep_freed_memory
+from digit_scenes import NETWORK, digits_checkpoint, scene_pictures
 from explain_images import (
     ROOT,
     NetworkArgs,
@@ -32,12 +33,16 @@ from explain_images import (
     measure_faithfulness,
     picture_reader,
 )
+from explained_networks import Network, load_network
 from interpret_fullgrad import command
 from map_scores import PERCENTILES, score_map
 from models import InputError
 from pictures import Picture
 from saliency_figures import draw_dice, draw_faithfulness, draw_segmentations
 from script_main import run_main
+
+DIGITS_FOLDER = ROOT / "runs" / "digits_network"
+EMBEDDED_SCENES = 20
 
 
 @dataclass
@@ -65,8 +70,10 @@ def main(args: Args) -> None:
     device = choose_device(args.device)
     keep_freed_memory()
     make_folder(args.out)
-    pictures = picture_reader(args, args.masks)
-    networks = load_networks(args, device)
+    if args.images:
+        pictures, networks = picture_reader(args, args.masks), load_networks(args, device)
+    else:
+        pictures, networks = lambda size: scene_pictures(EMBEDDED_SCENES), [digits_network(device)]
     columns: list[Column] = []
     errors, faithfulness = {}, {}
     with tqdm(total=sum(len(pictures(n.image_size)) for n in networks), unit="map", disable=None) as bar:
@@ -102,6 +109,13 @@ def main(args: Args) -> None:
     print(f"written to {args.out}")
 
 
+def digits_network(device: torch.device) -> Network:
+    """The network of the embedded scenes; trained now, in about a minute, where it is not there yet."""
+    network = load_network(NETWORK, digits_checkpoint(DIGITS_FOLDER, device))
+    network.model.to(device)
+    return network
+
+
 def check(args: Args) -> None:
     """Raise InputError for flags that make no sense."""
     if args.batch_size < 1:
@@ -112,7 +126,8 @@ def check(args: Args) -> None:
         raise InputError("there are images but no masks: pass --masks DIR, with a mask of each image's name in it")
     if args.masks is not None and not args.masks.exists():
         raise InputError(f"there is no folder of masks {args.masks}")
-    if not args.images and (args.masks or args.networks or args.checkpoint):
+    of_networks = (args.networks, args.checkpoint, args.num_classes, args.image_size, args.random_weights)
+    if not args.images and (args.masks or any(of_networks)):
         raise InputError("there are no images: pass images and --masks, or nothing at all for the embedded digits")
     if args.masks is not None and args.masks.is_file() and (len(args.images) > 1 or args.images[0].is_dir()):
         raise InputError(f"{args.masks} is one mask for several images: pass a folder of masks")

@@ -71,6 +71,31 @@ def draw_maps(
     _save(figure, path)
 
 
+def draw_crops(path: Path, network: Network, pictures: Sequence[Picture], explained: Sequence[Explained]) -> None:
+    """A column an image: it in its own size with the most probable classes, what the network sees of it, and the map.
+
+    Args:
+        path: PNG to write.
+        network: whose explanations they are.
+        pictures: with their originals.
+        explained: one a picture.
+    """
+    figure = Figure(figsize=(CELL * len(pictures), CELL * 3 + 0.8), layout="constrained")
+    axes = figure.subplots(3, len(pictures), squeeze=False)
+    for column, (picture, one) in enumerate(zip(pictures, explained, strict=True)):
+        side = len(picture.original)
+        enlarged = Image.fromarray(one.saliency).resize((side, side), Image.Resampling.BILINEAR)
+        _show(axes[0][column], picture.original, "")
+        _show(axes[1][column], picture.pixels, "")
+        _show(axes[2][column], overlay(picture.original, np.asarray(enlarged)), "")
+        names = [f"{_short(network.class_name(index))} {probability:.2f}" for index, probability in one.most_probable]
+        axes[0][column].set_title("\n".join(names), fontsize=9)
+    size = len(pictures[0].pixels)
+    for row, text in zip(axes, ("photograph", f"as the network sees it, {size}x{size}", "FullGrad"), strict=True):
+        row[0].set_ylabel(text, fontsize=9)
+    _save(figure, path)
+
+
 def draw_segmentations(
     path: Path,
     pictures: Sequence[Picture],

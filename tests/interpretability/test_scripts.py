@@ -14,9 +14,11 @@ import pytest
 import torch
 import tyro
 from PIL import Image
+from safetensors.torch import save_file
 
 import interpret_fullgrad
 import plot_segmentation_map
+from digit_scenes import digits_checkpoint
 from models import InputError, create_model
 
 ROOT = Path(__file__).parents[2]
@@ -127,29 +129,55 @@ def test_segmentation_scores(photographs, tmp_path):
         assert Image.open(tmp_path / "out" / name).size[0] > 500
 
 
-def test_without_arguments_the_network_is_trained_once(tmp_path):
-    """On a copy of the repository, so that its runs/ is the copy's; with a single epoch."""
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """A copy of the scripts, so that its weights/ and runs/ are its own; the digits network trains for one epoch."""
+    folder = tmp_path_factory.mktemp("copy")
     for source in (*ROOT.glob("*.py"), *FOLDER.glob("*.py")):
-        target = tmp_path / "copy" / source.relative_to(ROOT)
+        target = folder / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = source.read_text()
         target.write_text(text.replace("EPOCHS, BATCH, PEAK_LR = 24,", "EPOCHS, BATCH, PEAK_LR = 1,"))
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "copy")}
-    times = []
-    for script, made in (
-        ("interpret_fullgrad.py", "fullgrad/figure.png"),
-        ("plot_segmentation_map.py", "segmentation/segmentation.png"),
-    ):
-        command = [sys.executable, str(tmp_path / "copy" / "interpretability" / script)]
-        done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, env=environment, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert Image.open(tmp_path / "copy" / "runs" / made).size[0] > 400
-        (weights,) = (tmp_path / "copy" / "runs" / "digits_network").iterdir()
-        times.append(weights.stat().st_mtime_ns)
-    assert times[0] == times[1]
-    assert list(elsewhere.iterdir()) == []
+    return folder
+
+
+def run_copy(copy: Path, script: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(copy / "interpretability" / script)]
+    environment = os.environ | {"PYTHONPATH": str(copy)}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_without_arguments_the_repositorys_network_explains_photographs(copy, tmp_path):
+    weights = copy / "weights" / "s3net_cifar" / "best.safetensors"
+    weights.parent.mkdir(parents=True)
+    said = {"model": "s3net_cifar", "options": "{}", "num_classes": "100", "mean": "[0.5, 0.5, 0.5]"}
+    said |= {"std": "[0.2, 0.2, 0.2]", "image_size": "32", "classes": json.dumps([f"thing {i}" for i in range(100)])}
+    save_file(create_model("s3net_cifar").state_dict(), weights, said)
+    done = run_copy(copy, "interpret_fullgrad.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = copy / "runs" / "fullgrad"
+    maps = json.loads((out / "saliency.json").read_text())["maps"]
+    assert [row["image"] for row in maps] == ["temple", "roof", "lake", "tree", "flower", "petals"]
+    for row in maps:
+        assert np.load(out / "maps" / "s3net_cifar" / f"{row['image']}.npy").shape == (32, 32)
+        names, probabilities = zip(*row["most_probable"], strict=True)
+        assert len(names) == 3 and list(probabilities) == sorted(probabilities, reverse=True)
+        assert (names[0], probabilities[0]) == (row["target_name"], row["probability"])
+        assert names[0].startswith("thing ")
+    width, height = Image.open(out / "figure.png").size  # six columns, three rows
+    assert width > 1.5 * height
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_arguments_the_digits_network_is_trained_once(copy, tmp_path):
+    done = run_copy(copy, "plot_segmentation_map.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(copy / "runs" / "segmentation" / "segmentation.png").size[0] > 400
+    (weights,) = (copy / "runs" / "digits_network").iterdir()
+    written = weights.stat().st_mtime_ns
+    assert digits_checkpoint(weights.parent, torch.device("cpu"), epochs=1) == weights
+    assert weights.stat().st_mtime_ns == written
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- Bad input: one line, exit code 2 ----
@@ -193,7 +221,8 @@ def test_a_network_without_weights(photographs, tmp_path, monkeypatch):
     assert f"put it in {tmp_path}/hub" in line
     assert "--checkpoint squeezenet1_0=FILE" in line
     line = refused(interpret_fullgrad, image, "--networks", "s3net_imagenet_large", cwd=tmp_path)
-    assert "s3net_imagenet_large has no weights to download: train it with generalizability/train_s3net.py" in line
+    assert "there are no trained weights for s3net_imagenet_large" in line
+    assert "or train it with generalizability/train_s3net.py" in line and line.endswith("(--checkpoint)")
 
 
 def test_a_class_that_is_not_there(photographs, tmp_path):
@@ -220,6 +249,8 @@ def test_a_mask_that_is_missing_or_of_another_shape(photographs, tmp_path):
     assert f"{masks}/b.png is 40x40, but its image {photographs}/images/b.jpg is 60x40" in line
     line = refused(plot_segmentation_map, photographs / "images", cwd=tmp_path)
     assert "there are images but no masks: pass --masks DIR" in line
+    line = refused(plot_segmentation_map, "--random-weights", cwd=tmp_path)
+    assert "there are no images: pass images and --masks, or nothing at all for the embedded digits" in line
 
 
 @pytest.mark.parametrize(
