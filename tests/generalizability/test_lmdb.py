@@ -19,9 +19,8 @@ from torchvision.datasets import ImageFolder
 
 import decoding_benchmark
 import folder2lmdb
-from image_lmdb import ImageFolderLMDB
 from folder2lmdb import Args, main
-from image_lmdb import Contents, append_records, make_record, reopen_unfinished
+from image_lmdb import Contents, ImageFolderLMDB, append_records, make_record, reopen_unfinished
 from models import InputError
 
 FOLDER = Path(__file__).parents[2] / "generalizability"
