@@ -110,7 +110,7 @@ def test_the_logits_are_those_of_single_crops(folder):
     images = validate_10crop.open_images(folder, validate_10crop.TenCrops(48, 33))
     precision = validate_10crop.Precision(torch.device("cpu"), mixed=False)
     scorer = validate_10crop.Scorer(model, precision, torch.device("cpu"), list(range(7)), MEAN, STD)
-    crops = images[[path for path, _ in images.samples].index(str(file))][0]
+    crops = images[[images.name(i) for i in range(len(images))].index(str(file))][0]
     found = scorer.logits(crops[None])[0]
     prepare = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     image = transforms.Resize(48)(Image.open(file).convert("RGB"))
