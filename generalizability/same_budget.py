@@ -2,9 +2,10 @@
 
     python same_budget.py                           # all of it on CIFAR-100: about 12 hours on 2 cores
     python same_budget.py --only search comparison --seeds 1
-    python same_budget.py --dataset digits --epochs 4 --search-epochs 1 --ablation-epochs 2 --seeds 1
+    python same_budget.py --dataset digits --hold-out 300 --epochs 4 --search-epochs 1 --ablation-epochs 2 --seeds 1
 
-Three parts, each made of runs of train_s3net.py that are resumed where they stand; a finished one is not repeated:
+Three parts, each made of runs of train_s3net.py that are resumed where they stand; a finished one is not repeated, and
+one in the same folder that had other flags is an error:
 
 search      each network, one short run for each peak learning rate, on a part of the training images, judged on
             training images that were held out: the test images are not looked at.
@@ -15,6 +16,7 @@ ablation    S3-Net's layers with its shortcuts, with none (a chain) and with den
 Writes results.json, tables.md, curves.png, search.png and ablation.png into --out, beside the runs.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +38,7 @@ from same_budget_report import read_summary, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("search", "comparison", "ablation")
+ELSEWHERE = {"out", "data_dir", "device"}  # flags that decide where a run is, not what it computes
 
 
 @dataclass
@@ -58,8 +61,8 @@ class Args:
     """Epochs of the comparison."""
     batch_size: int = 128
     """Images a step, everywhere."""
-    peaks: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6)
-    """Peak learning rates that the search tries."""
+    peaks: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+    """Peak learning rates that the search tries with each network."""
     search_epochs: int = 8
     """Epochs of each run of the search."""
     search_images: int | None = 10_000
@@ -99,8 +102,28 @@ class Job:
     flags: tuple[str, ...]
 
     def finished(self) -> bool:
-        """Whether it has been run to its end."""
-        return (self.folder / "summary.json").is_file()
+        """Whether it has been run to its end.
+
+        Raises:
+            InputError: what has been run there had other flags.
+        """
+        if not (self.folder / "summary.json").is_file():
+            return False
+        config = json.loads((self.folder / "config.json").read_text())
+        config |= config.pop("model_options")
+        for flag, asked in zip(self.flags[::2], self.flags[1::2], strict=True):
+            name = flag.removeprefix("--").replace("-", "_")
+            if name not in ELSEWHERE and not same(config.get(name), asked):
+                raise InputError(
+                    f"{self.folder} holds a finished run with {flag} {config.get(name)} instead of {asked}: "
+                    "pass another --out"
+                )
+        return True
+
+
+def same(saved: object, flag: str) -> bool:
+    """Whether a run's saved setting is what a flag asks for."""
+    return float(flag) == saved if isinstance(saved, float) else flag == str(saved)
 
 
 def main(args: Args) -> None:

@@ -59,8 +59,8 @@ def row(network: str, peak_or_seed: float, job) -> dict:
     """A run's line of results.json: what it was, its summary, its command and its curves."""
     summary = read_summary(job.folder)
     history = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
-    places = ("--out", "--data-dir", "--device")
-    flags = [f for i, f in enumerate(job.flags) if f not in places and (i == 0 or job.flags[i - 1] not in places)]
+    pairs = zip(job.flags[::2], job.flags[1::2], strict=True)
+    flags = [part for flag, value in pairs if flag not in ("--out", "--data-dir", "--device") for part in (flag, value)]
     return {
         "network": network,
         "peak_lr": float(job.flags[job.flags.index("--lr") + 1]),

@@ -37,9 +37,18 @@ def trained(monkeypatch):
             "total_seconds": 7200,
         }
         (job.folder / "summary.json").write_text(json.dumps(summary))
+        config = {flag.removeprefix("--").replace("-", "_"): number(value) for flag, value in flags.items()}
+        (job.folder / "config.json").write_text(json.dumps(config | {"model_options": {}}))
 
     monkeypatch.setattr(same_budget, "run_training", train)
     return runs
+
+
+def number(value):
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def same_budget_keys():
@@ -88,6 +97,13 @@ def test_everything_is_run_once_and_reported(trained, tmp_path, capsys):
     trained.clear()
     main(args)
     assert trained == []
+
+
+def test_a_finished_run_with_other_flags_is_not_taken_for_this_one(trained, tmp_path):
+    main(Args(out=tmp_path, only=("search",), peaks=(0.4,), search_epochs=2))
+    with pytest.raises(InputError, match=r"a finished run with --epochs 2 instead of 3: pass another --out"):
+        main(Args(out=tmp_path, only=("search",), peaks=(0.4,), search_epochs=3))
+    assert len(trained) == 3
 
 
 def test_the_best_peak_is_each_networks_own_and_needs_the_search(trained, tmp_path):
