@@ -81,13 +81,17 @@ def leave_signals_to_main(worker: int) -> None:
 
 
 @dataclass
-class _Planned:
-    """The batch sampler of a `_DiskBatches`: what it plans at the time."""
+class _Plan:
+    """The batch sampler of a `_DiskBatches`: what its next pass asks for.
 
-    batches: "_DiskBatches"
+    It is an object of its own so that nothing refers to itself: the workers then end with the batches, and not when
+    garbage is collected, which may be never.
+    """
+
+    batches: Callable[[], Iterator[list[Item]]] = lambda: iter(())
 
     def __iter__(self) -> Iterator[list[Item]]:
-        return self.batches.plan()
+        return self.batches()
 
 
 class _DiskBatches:
@@ -107,10 +111,10 @@ class _DiskBatches:
         """As the batches in memory; `workers` processes decode, 0 for the training process itself."""
         self.data, self.batch_size, self.device = data, batch_size, device
         self.normalize = Normalization(device, mean, std, image_size)
-        self.plan: Callable[[], Iterator[list[Item]]] = lambda: iter(())  # what the next pass asks for, by batch
+        self.plan = _Plan()
         self.loader = DataLoader(
             Decoder(data.source, image_size, flip),
-            batch_sampler=_Planned(self),
+            batch_sampler=self.plan,
             num_workers=workers,
             collate_fn=collate,
             pin_memory=device.type == "cuda",
@@ -146,7 +150,7 @@ class DiskTrainingBatches(_DiskBatches):
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
         """As `batches.TrainingBatches.epoch`; an image that is skipped gets weight 0."""
-        count = len(self.data)
+        chosen, count = self.data.chosen, len(self.data)
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         order = torch.randperm(count, generator=generator)
         seeds = torch.randint(2**62, (count,), generator=generator)
@@ -155,9 +159,9 @@ class DiskTrainingBatches(_DiskBatches):
 
         def plan() -> Iterator[list[Item]]:
             for part, _, _ in parts:
-                yield list(zip(self.data.chosen[order[part]].tolist(), seeds[part].tolist(), strict=True))
+                yield list(zip(chosen[order[part]].tolist(), seeds[part].tolist(), strict=True))
 
-        self.plan = plan
+        self.plan.batches = plan
         for (images, labels, readable), (_, weight, whole_batch) in zip(self._load(), parts, strict=True):
             yield images, labels, readable * weight, whole_batch
 
@@ -168,7 +172,7 @@ class DiskEvaluationBatches(_DiskBatches):
     def part(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """As `batches.EvaluationBatches.part`, without the images that are skipped."""
         chosen = self.data.chosen.split(self.batch_size)[rank::world_size]
-        self.plan = lambda: ([(index, None) for index in part.tolist()] for part in chosen)
+        self.plan.batches = lambda: ([(index, None) for index in part.tolist()] for part in chosen)
         for images, labels, readable in self._load():
             if not readable.all():
                 images, labels = images[readable], labels[readable]

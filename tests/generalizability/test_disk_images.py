@@ -1,5 +1,8 @@
 """Data sets that stay on disk, and their batches."""
 
+import gc
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +57,17 @@ def test_batches_depend_on_seed_epoch_and_step_alone(halves):
     assert not torch.equal(whole[0][0], next(batches.epoch(2))[0])
     every = torch.cat([labels for _, labels, _, _ in whole])
     assert every.bincount().tolist() == [4] * 10
+
+
+def test_workers_end_with_the_batches(halves):
+    gc.disable()
+    try:
+        batches = training(halves[0], workers=1)
+        assert len(list(batches.epoch(0))) == 5 and len(multiprocessing.active_children()) == 1
+        del batches
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
 
 
 def test_reading_leaves_the_random_state_alone(halves):
