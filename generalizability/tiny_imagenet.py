@@ -59,13 +59,18 @@ def read_annotations(annotations: Path) -> tuple[list[tuple[Path, str]], list[st
     """The validation images with their classes' names, and those names in alphabetical order.
 
     Raises:
-        InputError: the file is missing, or a line of it is not as it should be or names a missing image.
+        InputError: the file or the folder of the images is missing or cannot be read, or a line of the file is not as
+            it should be or names a missing image.
     """
-    if not annotations.is_file():
-        raise InputError(f"{annotations} is missing: unpack {FOLDER}.zip again")
-    there = {entry.name for entry in os.scandir(annotations.parent / "images")}
+    try:
+        lines = annotations.read_text().splitlines()
+        there = {entry.name for entry in os.scandir(annotations.parent / "images")}
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}): unpack {FOLDER}.zip again") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{annotations} is no text file: unpack {FOLDER}.zip again") from error
     files = []
-    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         fields = line.split("\t")
         if len(fields) < 2 or not fields[1]:
             raise InputError(f"{annotations}, line {number}: expected a file name, a tab and a wnid, not {line!r}")
@@ -91,11 +96,13 @@ def fetch(archive: Path, download: bool) -> None:
             download_url(URL, str(partial.parent), partial.name)
             partial.replace(archive)
         except (OSError, RuntimeError) as error:  # URLError is an OSError
-            partial.unlink(missing_ok=True)
             raise InputError(
                 f"{URL} could not be fetched ({error}): fetch {FOLDER}.zip some other way and put it into "
                 f"{archive.parent}"
             ) from error
+        finally:
+            if partial.exists():  # after Ctrl-C, too
+                partial.unlink()
     if not check_integrity(str(archive), MD5):
         advice = "try again later" if download else "pass --download to fetch it anew"
         raise InputError(

@@ -108,6 +108,38 @@ def test_a_zip_of_something_else(archive, monkeypatch):
     assert [path.name for path in archive.parent.iterdir()] == ["tiny-imagenet-200.zip"]
 
 
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"could not be fetched .*Not a directory.*some other way"):
+        load_dataset("tinyimagenet", tmp_path / "file", download=True)
+
+
+def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
+    def begin(url, folder, name):
+        (tmp_path / name).write_bytes(b"PK")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny_imagenet, "download_url", begin)
+    with pytest.raises(KeyboardInterrupt):
+        load_dataset("tinyimagenet", tmp_path, download=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_validation_images_or_their_annotations_cannot_be_read(tmp_path):
+    tree = make_tiny_imagenet(tmp_path, digit_photos(40, (64, 64)))
+    annotations = tree / "val" / "val_annotations.txt"
+    annotations.write_bytes(b"\xff\xfe\0")
+    with pytest.raises(InputError, match=r"val_annotations.txt is no text file: unpack tiny-imagenet-200.zip again"):
+        load_dataset("tinyimagenet", tree)
+    annotations.unlink()
+    with pytest.raises(InputError, match=r"val_annotations.txt cannot be read \(No such file or directory\): unpack"):
+        load_dataset("tinyimagenet", tree)
+    annotations.touch()
+    (tree / "val" / "images").rename(tree / "val" / "pictures")
+    with pytest.raises(InputError, match=r"val/images cannot be read \(No such file or directory\): unpack"):
+        load_dataset("tinyimagenet", tree)
+
+
 def test_it_is_not_there(tmp_path):
     with pytest.raises(InputError, match=r"Tiny ImageNet is not in .*: pass --download"):
         load_dataset("tinyimagenet", tmp_path)
