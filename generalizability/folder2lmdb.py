@@ -28,7 +28,7 @@ import lmdb
 from tqdm import tqdm
 
 from command_line import run_script
-from image_files import class_images, class_names, decode
+from image_files import class_images, class_names, decode, read_class_names
 from image_lmdb import (
     Contents,
     ImageFolderLMDB,
@@ -82,15 +82,7 @@ def read_classes(images: Path, file: Path | None) -> list[str]:
     folders = class_names(images)
     if file is None:
         return folders
-    try:
-        classes = [name for line in file.read_text().splitlines() if (name := line.partition("\t")[0].strip())]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--classes {file} cannot be read: pass a text file with a class name a line") from error
-    if not classes:
-        raise InputError(f"--classes {file} is empty: it needs a class name a line")
-    if len(set(classes)) < len(classes):
-        double = next(name for i, name in enumerate(classes) if name in classes[:i])
-        raise InputError(f"--classes {file} names {double!r} twice")
+    classes = read_class_names(file)
     if unknown := sorted(set(folders) - set(classes)):
         raise InputError(f"{images / unknown[0]} is not one of the {len(classes):,} classes in {file}")
     return classes

@@ -28,6 +28,24 @@ def class_names(folder: Path) -> list[str]:
     return names
 
 
+def read_class_names(file: Path) -> list[str]:
+    """The names in the file of a `--classes` flag, one a line, without what follows a tab.
+
+    Raises:
+        InputError: it cannot be read, is empty, or names a class twice.
+    """
+    try:
+        names = [name for line in file.read_text().splitlines() if (name := line.partition("\t")[0].strip())]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--classes {file} cannot be read: pass a text file with a class name a line") from error
+    if not names:
+        raise InputError(f"--classes {file} is empty: it needs a class name a line")
+    if len(set(names)) < len(names):
+        double = next(name for i, name in enumerate(names) if name in names[:i])
+        raise InputError(f"--classes {file} names {double!r} twice")
+    return names
+
+
 def class_images(folder: Path, classes: list[str]) -> Iterator[tuple[Path, int]]:
     """The image files below `folder/<class>`, class by class, alphabetically in each, with their class's index.
 

@@ -193,8 +193,11 @@ def _read_contents(environment: lmdb.Environment, path: Path) -> Contents:
                 f"{path} has version {info.get('version')} of its format and this program reads version {VERSION}: "
                 "build it again with folder2lmdb.py"
             )
-        return Contents(**{name.name: info[name.name] for name in fields(Contents)})
-    except (lmdb.Error, ValueError, KeyError) as error:
+        contents = Contents(**{name.name: info[name.name] for name in fields(Contents)})
+        if len(contents.classes) != len(contents.counts) or min(contents.counts) < 0:
+            raise other
+        return contents
+    except (lmdb.Error, ValueError, KeyError, TypeError) as error:
         raise error if isinstance(error, InputError) else other from error
 
 

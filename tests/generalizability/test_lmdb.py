@@ -323,6 +323,7 @@ def test_files_that_cannot_be_used(built, tmp_path):
         transaction.put(b"0", b"an image")
     newer = tmp_path / "newer"
     newer.write_bytes(content.replace(b'"version": 1', b'"version": 2'))
+    (tmp_path / "counts").write_bytes(content.replace(b'"counts": [7, 5, 4]', b'"counts": "7,  5,4"'))
     for name, message in {
         "truncated": r"truncated is truncated: it has [\d,]+ of [\d,]+ bytes",
         "stub": "stub is not an LMDB file",
@@ -330,6 +331,7 @@ def test_files_that_cannot_be_used(built, tmp_path):
         "empty": "empty is not an LMDB file",
         "other": "other was not written by folder2lmdb.py",
         "newer": "newer has version 2 of its format and this program reads version 1",
+        "counts": "counts was not written by folder2lmdb.py",
         "absent": r"absent cannot be opened \(No such file or directory\)",
         ".": "is a folder, not an LMDB file",
     }.items():
