@@ -21,15 +21,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
-from baselines import create_network
 from command_line import run_script
 from error_scatter import Point, draw_scatter
 from models import NETWORKS, InputError
 from paper_tables import PAPER_ROWS, PaperRow
-from reporting import network_facts, relative
+from reporting import facts_of, relative
 from runs import make_folder, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +146,14 @@ class ReadRun:
         return json.dumps({key: value for key, value in self.config.items() if key != "seed"}, sort_keys=True)
 
 
+SIZES = ("parameters", "multiply_adds")
+NEEDED = {  # of a run's config.json, with their types
+    **dict.fromkeys(("dataset", "model"), str),
+    **dict.fromkeys(("num_classes", "image_size", "epochs", "seed"), int),
+    "model_options": dict,
+}
+
+
 def read_run(folder: Path) -> ReadRun:
     """Read a run's folder.
 
@@ -159,11 +165,11 @@ def read_run(folder: Path) -> ReadRun:
     if not (folder / "config.json").is_file():
         raise InputError(f"{relative(folder)} is no folder of a run: it has no config.json")
     config = read_json(folder / "config.json")
-    needed = {"dataset", "model", "model_options", "num_classes", "image_size", "epochs", "seed"}
-    if missing := sorted(needed - config.keys()):
-        raise InputError(
-            f"{relative(folder / 'config.json')} is not of a run of train_s3net.py: it has no {missing[0]}"
-        )
+    for name, kind in NEEDED.items():
+        if not isinstance(config.get(name), kind):
+            raise InputError(
+                f"{relative(folder / 'config.json')} is not of a run of train_s3net.py: it has no valid {name}"
+            )
     metrics = folder / "metrics.jsonl"
     try:
         history = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
@@ -171,19 +177,10 @@ def read_run(folder: Path) -> ReadRun:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{relative(metrics)} is damaged: resume the run, which writes it anew") from error
     summary = folder / "summary.json"
-    said = read_json(summary) if summary.is_file() else {}
-    return ReadRun(folder, config, history, {k: said[k] for k in SIZES} if said.keys() >= SIZES else sizes_of(config))
-
-
-SIZES = {"parameters", "multiply_adds"}
-
-
-def sizes_of(config: dict) -> dict[str, int]:
-    """Parameters and multiply-adds of a run that has no summary yet, without its network's memory or time."""
-    meta = torch.device("meta")
-    with meta:
-        model = create_network(config["model"], config["num_classes"], **config["model_options"])
-    return network_facts(model, config["image_size"], meta)
+    facts = read_json(summary) if summary.is_file() else {}
+    if not facts.keys() >= set(SIZES):
+        facts = facts_of(config["model"], config["num_classes"], config["model_options"], config["image_size"])
+    return ReadRun(folder, config, history, {name: facts[name] for name in SIZES})
 
 
 def read_json(path: Path) -> dict:
@@ -300,8 +297,8 @@ def crop_rows(path: Path) -> list[Row]:
             found = said[crops]
             row = Row(said["dataset"], said["model"], ", ".join([*setting, name]), MEASURED, said["parameters"])
             row.code_parameters, row.multiply_adds = said["parameters"], said["multiply_adds"]
-            row.last_error, row.last_top5_error = found["top1_error"], found["top5_error"]
-            row.interval_low, row.interval_high = found["top1_interval"]
+            row.last_error, row.last_top5_error = float(found["top1_error"]), float(found["top5_error"])
+            row.interval_low, row.interval_high = map(float, found["top1_interval"])
             row.runs = [str(relative(path))]
             rows.append(row)
     except (KeyError, TypeError, ValueError) as error:

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from baselines import create_network
 from engine import NonFiniteLossError, Trainer
+from models import InputError
 from runs import Progress, Run, RunConfig
 
 
@@ -67,7 +69,11 @@ class TensorBoardLog:
 
 
 def network_facts(model: nn.Module, image_size: int, device: torch.device) -> dict[str, int]:
-    """The network's parameters, and its multiply-adds for one image `(3, image_size, image_size)`."""
+    """The network's parameters, and its multiply-adds for one image `(3, image_size, image_size)`.
+
+    Raises:
+        InputError: as `multiply_adds`.
+    """
     parameters = sum(p.numel() for p in model.parameters())
     return {"parameters": parameters, "multiply_adds": multiply_adds(model, image_size, device)}
 
@@ -76,13 +82,34 @@ def multiply_adds(model: nn.Module, image_size: int, device: torch.device) -> in
     """Multiply-adds of the convolutions and matrix products for one image, as it is evaluated.
 
     What works element by element (BatchNorm, activations, gates, sums) and pools or resizes is not counted, as is
-    usual; a convolution's products with its zero padding are.
+    usual; a convolution's products with its zero padding are. The model is then in evaluation mode.
+
+    Raises:
+        InputError: the network cannot take images of that size.
     """
     counter = FlopCounterMode(display=False)
     model.eval()
-    with counter, torch.no_grad():
-        model(torch.zeros(1, 3, image_size, image_size, device=device))
+    try:
+        with counter, torch.no_grad():
+            model(torch.zeros(1, 3, image_size, image_size, device=device))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"this network cannot take images of {image_size}x{image_size} ({reason}): give it larger ones"
+        ) from error
     return counter.get_total_flops() // 2
+
+
+def facts_of(name: str, num_classes: int, options: dict, image_size: int) -> dict[str, int]:
+    """`network_facts` of a network that `create_network` knows, without its memory or time.
+
+    Raises:
+        InputError: there is no such network, it lacks one of its options, or it cannot take images of that size.
+    """
+    meta = torch.device("meta")
+    with meta:
+        model = create_network(name, num_classes, **options)
+    return network_facts(model, image_size, meta)
 
 
 def summarize(config: RunConfig, facts: dict[str, int], progress: Progress, trainer: Trainer) -> dict:
