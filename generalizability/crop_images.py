@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Resize, TenCrop
 from torchvision.transforms.functional import pil_to_tensor
 
+from disk_batches import leave_signals_to_main
 from disk_images import ImageFolder
 from image_files import read_rgb
 from image_lmdb import ImageFolderLMDB
@@ -110,7 +111,14 @@ def crop_batches(images: Dataset, chosen: list[int], batch_size: int, readers: i
         readers: processes that read and decode; 0 for this one.
         pin: keep batches in page-locked memory, from which a GPU copies faster.
     """
-    return DataLoader(_Chosen(images, chosen), batch_size, num_workers=readers, collate_fn=_collate, pin_memory=pin)
+    return DataLoader(
+        _Chosen(images, chosen),
+        batch_size,
+        num_workers=readers,
+        collate_fn=_collate,
+        pin_memory=pin,
+        worker_init_fn=leave_signals_to_main,
+    )
 
 
 def _collate(items: list[tuple[Tensor, int] | str]) -> CropBatch:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from batches import EvaluationBatches, TrainingBatches
+from command_line import LocalError
 from data import ImageSet
 from disk_batches import DiskEvaluationBatches, DiskTrainingBatches
 from disk_images import DiskImages
@@ -25,6 +26,8 @@ from models import InputError
 from runs import Progress, RunConfig
 
 T = TypeVar("T")
+# Of training and validation images; to be closed
+Batches = tuple[TrainingBatches, EvaluationBatches] | tuple[DiskTrainingBatches, DiskEvaluationBatches]
 
 
 def eval_batch(image_size: int) -> int:
@@ -257,10 +260,22 @@ class Trainer:
     def _add_gradient(
         self, images: Tensor, labels: Tensor, weights: Tensor, batch_images: int, last: bool
     ) -> tuple[Tensor, Tensor]:
-        """Forward and backward of one part of a step; processes exchange gradients with the last."""
+        """Forward and backward of one part of a step; processes exchange gradients with the last.
+
+        Raises:
+            LocalError: BatchNorm gets one value a channel, from a single image.
+        """
         with nullcontext() if last or self.workers.world_size == 1 else self.model.no_sync():
-            with self.precision.autocast():
-                logits = self.model(images)
+            try:
+                with self.precision.autocast():
+                    logits = self.model(images)
+            except ValueError as error:
+                if len(images) > 1:
+                    raise
+                raise LocalError(
+                    f"this network cannot be trained on a single image at a time ({str(error).splitlines()[0]}): give "
+                    "a --batch-size, --limit-train or --accumulate that leaves no single image"
+                ) from error
             total = (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
             # DDP averages over processes; their parts of a batch may differ in size, so scale to the mean of images.
             self.precision.scaler.scale(total * (self.workers.world_size / batch_images)).backward()
@@ -317,7 +332,7 @@ SCHEDULES = {
 
 def make_batches(
     config: RunConfig, data: tuple[ImageSet, ImageSet] | tuple[DiskImages, DiskImages], workers: Workers, readers: int
-) -> tuple[TrainingBatches, EvaluationBatches] | tuple[DiskTrainingBatches, DiskEvaluationBatches]:
+) -> Batches:
     """The run's batches on this process's device; `readers` processes decode images that are on disk."""
     train, val = data
     common = {"mean": config.mean, "std": config.std, "image_size": config.image_size, "flip": config.flip}
@@ -384,7 +399,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean cross-entropy, top-1 and top-5 error in percent, every image counted once over all processes.
 
-    With fewer than 6 classes the top-5 error is that of as many guesses as there are classes, 0.
+    Raises:
+        InputError: none of the images can be read.
     """
     model.eval()
     workers, loss, errors, errors_top5, count = trainer.workers, 0.0, 0.0, 0.0, 0
@@ -394,10 +410,8 @@ def evaluate(
                 logits = model(images)
             logits = logits.float()
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            errors += len(labels) - hits[:, 0].sum().item()
-            errors_top5 += len(labels) - hits.sum().item()
-            count += len(labels)
+            wrong, wrong_top5 = top_errors(logits, labels)
+            errors, errors_top5, count = errors + wrong, errors_top5 + wrong_top5, count + len(labels)
             bar.update()
     loss, errors, errors_top5, count = workers.reduce([loss, errors, errors_top5, count])
     if not count:
@@ -407,6 +421,16 @@ def evaluate(
         "val_error": 100 * errors / count,
         "val_top5_error": 100 * errors_top5 / count,
     }
+
+
+def top_errors(logits: Tensor, labels: Tensor) -> tuple[int, int]:
+    """Top-1 and top-5 errors of logits `(N, outputs)` for labels `(N,)`; an image with a NaN or infinity is one.
+
+    With fewer than 6 outputs the top-5 error is that of as many guesses as there are outputs, 0.
+    """
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    hits &= logits.isfinite().all(dim=1, keepdim=True)
+    return len(labels) - int(hits[:, 0].sum()), len(labels) - int(hits.sum())
 
 
 def average_buffers(model: nn.Module, workers: Workers) -> None:

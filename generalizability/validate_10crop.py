@@ -33,14 +33,17 @@ from torch.utils.data import Dataset
 
 from arguments import flag
 from baselines import create_network, list_networks
+from batches import Normalization
 from command_line import run_script
 from cpu_kernels import keep_freed_memory
 from crop_images import CENTRE, CropBatch, TenCrops, crop_batches, open_images
-from engine import Precision, Workers, progress_bar, start_workers
+from engine import Precision, Workers, progress_bar, start_workers, top_errors
+from image_files import read_class_names
 from models import InputError, load_weights, nearest_names, read_metadata
 from recipes import IMAGENET_MEAN, IMAGENET_STD
 from reporting import network_facts, relative
 from runs import make_folder, write_atomically
+from splits import random_subset
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT_KIND = "validate_10crop"
@@ -109,7 +112,7 @@ def main(args: Args, amp_given: bool) -> int:
     counts = count_errors(args, images, scorer, workers)
     seconds = time.perf_counter() - started
     if workers.is_main:
-        results = describe_network(args, network, workers.device) | describe_images(args, images, scorer, counts)
+        results = describe_network(args, network) | describe_images(args, images, scorer, counts)
         results |= describe_work(counts, seconds, scorer.precision, workers)
         write_atomically(out, lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
         print(table(results))
@@ -178,16 +181,7 @@ def output_names(args: Args, said: dict) -> list[str] | None:
     trained = said.get("classes")
     if args.classes is None:
         return trained
-    try:
-        lines = args.classes.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{args.classes} cannot be read as a text file of class names") from error
-    names = [line.split("\t")[0].strip() for line in lines if line.strip()]
-    if not names:
-        raise InputError(f"{args.classes} names no classes: write one name a line")
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise InputError(f"{args.classes} names class {twice!r} twice")
+    names = read_class_names(args.classes)
     if trained and (difference := first_difference(trained, names)):
         label, theirs, ours = difference
         raise InputError(f"{args.classes} is not of this checkpoint: output {label} is {theirs} there and {ours} here")
@@ -232,12 +226,16 @@ def first_difference(one: list[str], other: list[str]) -> tuple[int, str, str] |
 
 @dataclass
 class Network:
-    """The checkpoint's network with its weights, how it was built, and the data set that it was trained on."""
+    """The checkpoint's network with its weights, how it was built, and the data set that it was trained on.
+
+    `facts` are those of `reporting.network_facts`.
+    """
 
     name: str
     options: dict
     outputs: int
     model: nn.Module
+    facts: dict[str, int]
     dataset: str | None
 
 
@@ -268,7 +266,8 @@ def make_network(args: Args, said: dict, names: list[str] | None, folders: list[
             f"{error}; it was taken to have the {outputs} classes of the images as outputs: if it has others, pass "
             "--classes FILE with the class names of all of them in order"
         ) from error
-    return Network(name, options, outputs, model, said.get("dataset"))
+    facts = network_facts(model, args.crop, torch.device("cpu"))  # also finds out that crops are too small for it
+    return Network(name, options, outputs, model, facts, said.get("dataset"))
 
 
 def read_options(text: str) -> dict:
@@ -310,9 +309,8 @@ class Scorer:
     @torch.inference_mode()
     def logits(self, crops: Tensor) -> Tensor:
         """float32 logits `(N, 10, outputs)` of uint8 crops `(N, 10, 3, H, W)`."""
-        x = crops.to(self.device, non_blocking=True).flatten(0, 1).float().div_(255)
-        mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.mean, self.std))
-        x = x.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+        normalize = Normalization(self.device, self.mean, self.std, crops.shape[-1])
+        x = normalize(crops.to(self.device, non_blocking=True).flatten(0, 1))
         with self.precision.autocast():
             logits = self.model(x)
         return logits.float().unflatten(0, crops.shape[:2])
@@ -326,9 +324,7 @@ class Scorer:
         logits = self.logits(batch.crops)
         labels = torch.tensor(self.labels)[batch.labels].to(self.device)
         for crops, scores in zip(CROPS, (logits[:, CENTRE], logits.mean(dim=1)), strict=True):
-            hits = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-            counts[f"{crops}_top1"] = len(labels) - int(hits[:, 0].sum())
-            counts[f"{crops}_top5"] = len(labels) - int(hits.sum())
+            counts[f"{crops}_top1"], counts[f"{crops}_top5"] = top_errors(scores, labels)
         return counts
 
 
@@ -341,7 +337,7 @@ def count_errors(args: Args, images: Dataset, scorer: Scorer, workers: Workers) 
     Raises:
         InputError: an image cannot be read and is not to be skipped; or none can be read.
     """
-    chosen = choose(len(images), args.limit)
+    chosen = random_subset(len(images), args.limit).tolist()
     mine = chosen[workers.rank :: workers.world_size]
     steps = -(-len(chosen) // (workers.world_size * args.batch_size))
     pin = workers.device.type == "cuda"
@@ -370,13 +366,6 @@ def count_errors(args: Args, images: Dataset, scorer: Scorer, workers: Workers) 
     return summed
 
 
-def choose(count: int, limit: int | None) -> list[int]:
-    """All indices below `count`, or the first `limit` of a fixed random order, as `ImageSet.subset` takes them."""
-    if limit is None:
-        return list(range(count))
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].tolist()
-
-
 # ---- Results ------------------------------------------------------------------------------------------------------
 
 
@@ -391,7 +380,7 @@ def wilson_interval(errors: int, count: int) -> tuple[float, float]:
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
-def describe_network(args: Args, network: Network, device: torch.device) -> dict:
+def describe_network(args: Args, network: Network) -> dict:
     """What the JSON file says of the network."""
     return {
         "kind": RESULT_KIND,
@@ -401,7 +390,7 @@ def describe_network(args: Args, network: Network, device: torch.device) -> dict
         "model": network.name,
         "model_options": network.options,
         "outputs": network.outputs,
-        **network_facts(network.model, args.crop, device),
+        **network.facts,
     }
 
 
