@@ -6,6 +6,7 @@ any moment; opening it again brings the other files in line with `last.pt`.
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -65,7 +66,7 @@ class Progress:
 
     Attributes:
         epoch: finished epochs.
-        history: the metrics of each of them, as `metrics.jsonl` has them.
+        history: the metrics of each of them, as `metrics.jsonl` has them (null there is NaN or infinite here).
         step: steps done in the epoch under way; the following are sums over these.
         losses: this process's summed cross-entropy, a number a step.
         errors: this process's wrongly classified images.
@@ -186,7 +187,7 @@ class Run:
     def publish(self, state: dict) -> None:
         """Bring `best.safetensors`, `curves.png` and `metrics.jsonl` in line with a checkpoint."""
         progress = Progress(**state["progress"])
-        lines = "".join(json.dumps(row) + "\n" for row in progress.history)
+        lines = "".join(json_line(row) + "\n" for row in progress.history)
         if not lines or self._read("metrics.jsonl") == lines:
             return
         if progress.step == 0 and progress.best()["epoch"] == progress.epoch:
@@ -226,6 +227,15 @@ class Run:
         write_atomically(self.folder / name, write)
 
 
+def json_line(metrics: dict) -> str:
+    """Metrics as JSON, which has no infinity and no NaN: null takes their place."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in metrics.items()
+    }
+    return json.dumps(finite, allow_nan=False)
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder, and its parents, and make sure that files can be written there.
 
@@ -253,6 +263,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path} cannot be written ({reason}): make room, or pass another --out") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # also after Ctrl-C

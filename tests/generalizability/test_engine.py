@@ -1,13 +1,17 @@
 """A step in parts, and checkpoints in mid-epoch."""
 
+import json
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from batches import TrainingBatches
 from data import ImageSet
-from engine import Precision, Trainer, Workers
-from runs import Progress
+from engine import Precision, Trainer, Workers, top_errors
+from models import InputError
+from runs import Progress, Run
 
 CPU = torch.device("cpu")
 
@@ -45,3 +49,36 @@ def test_checkpoints_come_after_every_so_many_steps_but_the_last(every, expected
     trainer = make_trainer(checkpoint=lambda: steps.append(progress.step), checkpoint_every=every)
     assert trainer.train_epoch(make_batches(25, 5), progress)
     assert steps == expected and progress.step == 5
+
+
+def test_a_part_of_one_image_where_batchnorm_needs_two():
+    trainer = make_trainer(accumulate=3)
+    trainer.model.insert(3, nn.BatchNorm1d(4 * 36))
+    with pytest.raises(InputError, match=r"cannot be trained on a single image at a time .* or --accumulate that"):
+        trainer.train_epoch(make_batches(23, 10), Progress())  # the last batch has 3 images
+
+
+# -- Logits that are not finite --
+
+
+def test_logits_that_are_not_finite_are_errors():
+    logits = torch.tensor([[3.0, 1, 0, 0, 0, 0], [1, 3, 0, 0, 0, 2], [math.nan] * 6, [math.inf, 0, 0, 0, 0, 0]])
+    assert top_errors(logits, torch.tensor([0, 0, 0, 0])) == (3, 2)
+
+
+def test_a_validation_loss_that_is_not_finite_is_null(tmp_path):
+    metrics = {"train_loss": 1.0, "train_error": 50.0, "images_per_second": 9.0}
+    progress = Progress(lr=0.1, images=5, seconds=1.0)
+    for loss in (math.nan, math.inf):
+        progress.end_epoch(metrics, {"val_loss": loss, "val_error": 100.0, "val_top5_error": 100.0}, 1.0)
+    config = {"model": "s3net_cifar", "model_options": {}, "num_classes": 2, "classes": ["a", "b"], "mean": [0.0] * 3}
+    config |= {"std": [1.0] * 3, "image_size": 8, "dataset": "folder"}
+    Run(tmp_path).save({"config": config, "progress": vars(progress), "model": {"weight": torch.zeros(1)}})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["val_loss"] for row in rows] == [None, None] and rows[1]["train_loss"] == 1.0
+    assert (tmp_path / "curves.png").stat().st_size > 0
