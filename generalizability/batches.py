@@ -70,6 +70,9 @@ class _Batches:
         """Batches in one pass."""
         return -(-len(self.labels) // self.batch_size)
 
+    def close(self) -> None:
+        """Nothing has to be ended, unlike with the batches from disk."""
+
     def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         index = index.to(self.images.device, non_blocking=True)
         images, labels = self.images.index_select(0, index), self.labels.index_select(0, index)

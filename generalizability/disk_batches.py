@@ -77,15 +77,14 @@ def leave_signals_to_main(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal: the main one decides; SIGTERM is how it ends a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
 
 
 @dataclass
 class _Plan:
     """The batch sampler of a `_DiskBatches`: what its next pass asks for.
 
-    It is an object of its own so that nothing refers to itself: the workers then end with the batches, and not when
-    garbage is collected, which may be never.
+    It is an object of its own so that nothing refers to itself: the workers then end when the loader is let go of, and
+    not when garbage is collected, which may be never.
     """
 
     batches: Callable[[], Iterator[list[Item]]] = lambda: iter(())
@@ -126,6 +125,10 @@ class _DiskBatches:
     def __len__(self) -> int:
         """Batches in one pass."""
         return -(-len(self.data) // self.batch_size)
+
+    def close(self) -> None:
+        """End the workers. Those that are left to the interpreter it kills, which PyTorch reports as a crash."""
+        self.loader = None
 
     def _load(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Normalised images, labels, and which of them could be read; on the device.

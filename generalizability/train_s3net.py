@@ -16,12 +16,13 @@ The error of saved weights:
     python train_s3net.py --eval-only --checkpoint runs/cifar100-s3net_cifar-s0/best.safetensors
 """
 
-import json
 import os
 import signal
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import nn
@@ -45,6 +46,7 @@ from command_line import run_script
 from cpu_kernels import keep_freed_memory
 from data import load_dataset
 from engine import (
+    Batches,
     NonFiniteLossError,
     Precision,
     StopSignal,
@@ -61,8 +63,8 @@ from engine import (
 )
 from models import InputError, load_weights, read_metadata
 from recipes import RECIPES, recipe_for
-from reporting import TensorBoardLog, describe, diverged, epoch_line, network_facts, relative, summarize
-from runs import Progress, Run, RunConfig
+from reporting import TensorBoardLog, describe, diverged, epoch_line, facts_of, network_facts, relative, summarize
+from runs import Progress, Run, RunConfig, json_line
 
 
 def main(args: Args, amp_given: bool) -> int:
@@ -89,13 +91,13 @@ def main(args: Args, amp_given: bool) -> int:
         args.image_size, args.limit_train, args.limit_val = started.image_size, started.limit_train, started.limit_val
         args.hold_out = started.hold_out
     data = read_data(args, workers)
+    config = started or resolve_config(args, amp_given, data, workers.device)
+    facts = facts_of(config.model, config.num_classes, config.model_options, config.image_size)
     if started:
         check_same_data(data, started, run.folder)
-        return train(args, run, started, data, workers)
-    config = resolve_config(args, amp_given, data, workers.device)
-    create_network(config.model, config.num_classes, **config.model_options)  # raises before anything is written
-    workers.from_main(lambda: run.create(config))
-    return train(args, run, config, data, workers)
+    else:  # nothing is wrong with the configuration, so it may be written
+        workers.from_main(lambda: run.create(config))
+    return train(args, run, config, facts, data, workers)
 
 
 def open_run(args: Args, amp_given: bool, run: Run) -> RunConfig | None:
@@ -152,43 +154,41 @@ def reader_count(args: Args) -> int:
 # ---- Training -----------------------------------------------------------------------------------------------------
 
 
-def train(args: Args, run: Run, config: RunConfig, data: Halves, workers: Workers) -> int:
-    """Train from the run's checkpoint, or from the start, to the last epoch; returns the exit code."""
+def train(args: Args, run: Run, config: RunConfig, facts: dict[str, int], data: Halves, workers: Workers) -> int:
+    """Train from the run's checkpoint, or from the start, to the last epoch; returns the exit code.
+
+    `facts` are those of `reporting.network_facts`.
+    """
     torch.manual_seed(config.seed)
     model = create_network(config.model, config.num_classes, **config.model_options)
     model.to(workers.device, memory_format=torch.channels_last)
-    facts = network_facts(model, config.image_size, workers.device)
     batches, val_batches = make_batches(config, data, workers, reader_count(args))
     trainer = make_trainer(model, config, len(batches), args.compile, workers)
     trainer.stop_requested = stop = StopSignal()
     progress = load_progress(run, model, trainer)
-    trainer.checkpoint = lambda: save_progress(run, config, model, trainer, progress)
+    trainer.checkpoint = save = partial(save_progress, run, config, model, trainer, progress)
     trainer.checkpoint_every = args.checkpoint_every or 0
     log = TensorBoardLog(run.folder, progress) if args.tensorboard and workers.is_main else None
     if workers.is_main:
         print(describe(run, config, facts, trainer, progress), flush=True)
 
-    while progress.epoch < config.epochs:
-        try:
-            finished = trainer.train_epoch(batches, progress)
-        except NonFiniteLossError as error:
-            if workers.is_main:
-                print(diverged(error, run, config), file=sys.stderr)
-            return 1
-        if finished:
-            average_buffers(model, workers)
-            started = time.perf_counter()
-            validation = evaluate(model, val_batches, trainer)
-            progress.end_epoch(trainer.training_metrics(progress), validation, time.perf_counter() - started)
-        save_progress(run, config, model, trainer, progress)
-        if finished and workers.is_main:
-            print(epoch_line(progress.history[-1], config.epochs), flush=True)
-            if log:
-                log.write(progress.history[-1])
-        if progress.epoch < config.epochs and trainer.should_stop():
-            if workers.is_main:
-                print(f"stopped; go on with\n  {resume_command(args, run.folder)}", flush=True)
-            return 128 + (stop.number or signal.SIGTERM)
+    with closing(batches), closing(val_batches):
+        while progress.epoch < config.epochs:
+            try:
+                finished = run_epoch(model, trainer, (batches, val_batches), progress)
+            except NonFiniteLossError as error:
+                if workers.is_main:
+                    print(diverged(error, run, config), file=sys.stderr)
+                return 1
+            save()
+            if finished and workers.is_main:
+                print(epoch_line(progress.history[-1], config.epochs), flush=True)
+                if log:
+                    log.write(progress.history[-1])
+            if progress.epoch < config.epochs and trainer.should_stop():
+                if workers.is_main:
+                    print(f"stopped; go on with\n  {resume_command(args, run.folder)}", flush=True)
+                return 128 + (stop.number or signal.SIGTERM)
     if workers.is_main:
         run.finish(summarize(config, facts, progress, trainer))
         best, last = progress.best(), progress.history[-1]
@@ -198,6 +198,22 @@ def train(args: Args, run: Run, config: RunConfig, data: Halves, workers: Worker
             flush=True,
         )
     return 0
+
+
+def run_epoch(model: nn.Module, trainer: Trainer, halves: Batches, progress: Progress) -> bool:
+    """Train one epoch, or what is left of it, and evaluate; False where it was stopped in between.
+
+    Raises:
+        NonFiniteLossError: in training; the validation loss may be anything.
+    """
+    batches, val_batches = halves
+    if not trainer.train_epoch(batches, progress):
+        return False
+    average_buffers(model, trainer.workers)
+    started = time.perf_counter()
+    validation = evaluate(model, val_batches, trainer)
+    progress.end_epoch(trainer.training_metrics(progress), validation, time.perf_counter() - started)
+    return True
 
 
 def load_progress(run: Run, model: nn.Module, trainer: Trainer) -> Progress:
@@ -265,19 +281,21 @@ def evaluate_checkpoint(args: Args, amp_given: bool, workers: Workers) -> int:
         raise InputError(f"the weights are for {num_classes} classes and the data have {len(val.classes)}")
     flags = {key: getattr(args, key) for key in NETWORK_FLAGS if getattr(args, key) is not None}
     network = args.model or said.get("model", recipe.model)
-    model = create_network(network, num_classes, **(said.get("model_options", {}) | flags))
+    options = said.get("model_options", {}) if network == said.get("model") else {}
+    model = create_network(network, num_classes, **(options | flags))
     load_weights(model, args.checkpoint)
     model.to(workers.device, memory_format=torch.channels_last)
     mean, std = said.get("mean", recipe.mean), said.get("std", recipe.std)
     precision = Precision(workers.device, args.amp if amp_given else Precision.pays(workers.device))
-    batches = make_evaluation_batches(val, workers, mean, std, args.image_size, reader_count(args))
-    metrics = evaluate(model, batches, Trainer(model, None, None, precision, workers))
+    facts = network_facts(model, args.image_size, workers.device)
+    with closing(make_evaluation_batches(val, workers, mean, std, args.image_size, reader_count(args))) as batches:
+        metrics = evaluate(model, batches, Trainer(model, None, None, precision, workers))
     if workers.is_main:
         print(
             f"{network} on {args.dataset}: error {metrics['val_error']:.2f}%, top-5 error "
             f"{metrics['val_top5_error']:.2f}%, loss {metrics['val_loss']:.4f} over {len(val):,} images"
         )
-        print(json.dumps(metrics | {"images": len(val)}))
+        print(json_line(metrics | {"images": len(val)} | facts))
     return 0
 
 

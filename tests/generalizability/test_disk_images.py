@@ -10,6 +10,8 @@ from image_trees import digit_photos, make_imagenet
 from PIL import Image
 from torchvision import transforms
 
+import train_s3net
+from arguments import Args
 from command_line import LocalError
 from data import load_dataset
 from disk_batches import Decoder, DiskEvaluationBatches, DiskTrainingBatches
@@ -65,6 +67,21 @@ def test_workers_end_with_the_batches(halves):
         batches = training(halves[0], workers=1)
         assert len(list(batches.epoch(0))) == 5 and len(multiprocessing.active_children()) == 1
         del batches
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
+def test_a_run_and_an_evaluation_leave_no_workers(tree, tmp_path):
+    """Those that are left to the interpreter's end it kills, and PyTorch then prints a traceback."""
+    flags = {"dataset": "imagenet", "data_dir": tree, "model": "s3net_cifar", "growth_rate": 4, "depth": 7}
+    flags |= {"image_size": 16, "device": "cpu", "workers": 1}
+    gc.disable()
+    try:
+        assert train_s3net.main(Args(**flags, epochs=1, out=tmp_path / "run"), amp_given=False) == 0
+        assert multiprocessing.active_children() == []
+        flags |= {"eval_only": True, "checkpoint": tmp_path / "run" / "best.safetensors"}
+        assert train_s3net.main(Args(**flags), amp_given=False) == 0
         assert multiprocessing.active_children() == []
     finally:
         gc.enable()
