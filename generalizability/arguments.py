@@ -150,6 +150,10 @@ def check_flags(args: Args) -> None:
             raise InputError(f"--{key.replace('_', '-')} {value} is not possible: give a number of {lowest} or more")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise InputError(f"--lr {args.lr} is not possible: give a number above 0")
+    if args.seed is not None and args.seed >= 2**62:
+        raise InputError(f"--seed {args.seed} is not possible: give a number below 2^62")
+    if args.checkpoint is not None and not args.eval_only:
+        raise InputError("--checkpoint is for --eval-only: leave it out, or pass --resume to go on with a run")
 
 
 def check_tools(args: Args, workers: Workers) -> None:
@@ -207,6 +211,8 @@ def resolve_config(args: Args, amp_given: bool, data: Halves, device: torch.devi
         raise InputError(
             f"--num-classes {config.num_classes} is too small: the data have {len(config.classes)} classes"
         )
+    if config.accumulate > config.batch_size:
+        raise InputError(f"--accumulate {config.accumulate} is too large: the batch has {config.batch_size} images")
     return RunConfig(**json.loads(json.dumps(asdict(config))))  # tuples become lists, as in config.json
 
 

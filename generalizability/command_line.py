@@ -23,11 +23,14 @@ class LocalError(InputError):
 def run_script(main: Callable[[Args], int | None], arguments: type[Args], description: str) -> None:
     """Parse the command line into the dataclass `arguments`, call `main` with it, and exit with what it returns.
 
-    Flags that cannot be parsed, and InputError, end the program with one line on stderr and exit code 2; Ctrl-C
-    with exit code 130.
+    Flags that cannot be parsed, InputError, and a stdout that cannot be written (a full disk, a pipe whose reader is
+    gone) end the program with one line on stderr and exit code 2; Ctrl-C with exit code 130.
     """
+    if sys.stdout is None:  # whoever started the program closed it
+        sys.stdout = io.StringIO()
     try:
         code = main(parse(arguments, description))
+        sys.stdout.flush()  # while there is still someone to handle its error
     except InputError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):  # of several processes one speaks
             print(f"error: {error}", file=sys.stderr)
@@ -35,6 +38,12 @@ def run_script(main: Callable[[Args], int | None], arguments: type[Args], descri
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except OSError as error:
+        if error.filename is not None:  # of opening a file; writing to an open one knows no name
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again at its end
+        print(f"error: the output cannot be written ({error.strerror}): give it a reader or room", file=sys.stderr)
+        code = 2
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
@@ -52,8 +61,9 @@ def parse(arguments: type[Args], description: str) -> Args:
             return tyro.cli(arguments, description=description)
     except SystemExit as stop:
         if not stop.code:  # --help
+            sys.stdout.flush()
             raise
-        frame = re.compile(r"\x1b\[[0-9;]*m|[╭╰╮╯│─]+")
+        frame = re.compile(r"\x1b\[[0-9;]*m|[╭╰╮╯│─]+|-{4,}")  # the last where the terminal has ASCII only
         lines = [frame.sub(" ", line).strip() for line in said.getvalue().splitlines()]
         text = " ".join(" ".join(lines[1:]).split())
         text = re.split(r" (?:Argument helptext|For full helptext)", text)[0].rstrip(".")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import engine
 import runs
 import train_s3net
 from arguments import Args
+from command_line import run_script
 from models import InputError
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "train_s3net.py"
@@ -304,8 +306,12 @@ def refusal(tmp_path, **flags):
         ({"momentum": float("inf")}, "--momentum inf is not possible"),
         ({"lr": float("nan")}, "--lr nan is not possible"),
         ({"limit_train": 0}, "--limit-train 0 is not possible"),
+        ({"seed": 2**62}, "--seed 4611686018427387904 is not possible: give a number below 2^62"),
+        ({"accumulate": 65}, "--accumulate 65 is too large: the batch has 64 images"),
+        ({"checkpoint": Path("best.safetensors")}, "--checkpoint is for --eval-only: leave it out, or pass --resume"),
+        ({"model": "octresnet50", "image_size": 8}, "this network cannot take images of 8x8"),
         ({"num_classes": 4}, "--num-classes 4 is too small: the data have 10 classes"),
-        ({"dataset": "folder", "data_dir": Path("/nowhere")}, "/nowhere has no images"),
+        ({"dataset": "folder", "data_dir": Path("/nowhere/at/all")}, "/nowhere/at/all has no images"),
         ({"device": "gpu"}, "there is no device 'gpu'"),
         ({"eval_only": True}, "--eval-only needs the weights: pass --checkpoint FILE"),
         ({"eval_only": True, "checkpoint": Path("absent.pt")}, "there is no checkpoint absent.pt"),
@@ -399,6 +405,31 @@ def test_flags_that_cannot_be_parsed(monkeypatch, flags, message):
     done = run(command(*flags))
     assert done.returncode == 2 and done.stderr.startswith(message)
     assert done.stderr.endswith("; see --help\n") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", ["/dev/full", None])
+def test_output_that_cannot_be_written(monkeypatch, capsys, path):
+    def main(args):
+        print("a line")
+        return 0
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    output = Path(path).open("w") if path else None  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", output)
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, NoArgs, "")
+    errors = capsys.readouterr().err
+    if path:
+        assert ended.value.code == 2
+        assert errors == "error: the output cannot be written (No space left on device): give it a reader or room\n"
+        output.close()  # what is left in it has somewhere to go
+    else:
+        assert ended.value.code == 0 and errors == ""
+
+
+@dataclass
+class NoArgs:
+    """No flags."""
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
