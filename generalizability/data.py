@@ -205,7 +205,7 @@ def _read_images(
         try:
             for _ in pool.map(read, range(len(files))):
                 progress.update()
-        except InputError:
+        except (InputError, KeyboardInterrupt):
             pool.shutdown(cancel_futures=True)
             raise
         finally:

@@ -1,6 +1,6 @@
 """The settings that each data set and network is trained with: the paper's where it has them."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -35,7 +35,7 @@ class Recipe:
     std: tuple[float, float, float]
     flip: bool
     crop_padding: float
-    milestones: tuple[float, ...] = field(default=(0.25, 0.5, 0.75))
+    milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
     model: str = "s3net_cifar"
     image_size: int = 32
 
