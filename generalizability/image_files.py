@@ -105,8 +105,9 @@ def read_rgb(file: Path | bytes | memoryview, name: str | Path | None = None, or
     try:
         return decode(file, orient)
     except InputError as error:
+        called = file if name is None else name
         raise InputError(
-            f"{name or file} cannot be read as an image ({error}): remove or repair it, or pass --skip-unreadable"
+            f"{called} cannot be read as an image ({error}): remove or repair it, or pass --skip-unreadable"
         ) from error
 
 

@@ -301,16 +301,27 @@ class ImageFolderLMDB(Dataset):
 
     @contextmanager
     def _record(self, index: int) -> Iterator[memoryview]:
-        """A record in the memory map; it must not be used after the context."""
+        """A record in the memory map; it must not be used after the context.
+
+        Raises:
+            InputError: it is damaged, as far as can be seen without decoding its image; or the file was replaced.
+        """
         position = range(self._length)[index]  # negative as in a list; raises IndexError
         if self._file is None or self._file.process != os.getpid():
             self._file = _open_here(self.path)
             if self._file.contents.digest != self.digest:
                 raise InputError(f"{self.path} was replaced by another file while it was in use: start again")
         with self._file.environment.begin(db=self._file.images, buffers=True) as transaction:
-            record = transaction.get(KEY.pack(position))
-            if record is None:
-                raise InputError(f"{self.path} is damaged: image {position} is missing; build it again")
+            try:
+                record = transaction.get(KEY.pack(position), b"")
+            except lmdb.Error:
+                record = b""
+            label, name_size = HEADER.unpack_from(record) if len(record) >= HEADER.size else (0, 0)
+            if not name_size or label >= len(self.classes):
+                raise InputError(
+                    f"{self.path} is damaged: image {position} is missing, or not as it was written; copy it again, or "
+                    "build it again"
+                )
             yield record
 
     def __getstate__(self) -> dict:

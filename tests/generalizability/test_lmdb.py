@@ -339,6 +339,19 @@ def test_files_that_cannot_be_used(built, tmp_path):
             ImageFolderLMDB(tmp_path / name)
 
 
+def test_a_record_that_is_not_as_it_was_written(built, tmp_path):
+    content, name = built.read_bytes(), b"cat/cat0.JPEG"
+    header = b"\0\0\0\0" + bytes([len(name), 0]) + name
+    damaged = tmp_path / "damaged.lmdb"
+    for replaced in (bytes(len(header)), b"\7" + header[1:]):  # no name; label 7 of 3 classes
+        assert content.count(header) == 1
+        damaged.write_bytes(content.replace(header, replaced))
+        with pytest.raises(InputError, match=r"damaged.lmdb is damaged: image 0 is missing, or not as it was written"):
+            ImageFolderLMDB(damaged).encoded(0)
+        assert ImageFolderLMDB(damaged).encoded(1)[1] == 0
+        damaged.unlink()
+
+
 def test_verify_finds_a_changed_byte(built, tmp_path, capsys):
     assert main(Args(built, verify=True)) == 0
     assert f"16 images decoded, digest {ImageFolderLMDB(built).digest}" in capsys.readouterr().out
