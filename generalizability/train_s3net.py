@@ -145,10 +145,12 @@ def read_data(args: Args, workers: Workers) -> Halves:
 
 
 def reader_count(args: Args) -> int:
-    """How many workers decode images for this process."""
+    """How many workers decode images for this process: by default its share of the processors that it may use."""
     if args.workers is not None:
         return args.workers
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # Slurm and containers give a process some of the machine's processors.
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # ---- Training -----------------------------------------------------------------------------------------------------
