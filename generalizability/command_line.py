@@ -67,4 +67,5 @@ def parse(arguments: type[Args], description: str) -> Args:
         lines = [frame.sub(" ", line).strip() for line in said.getvalue().splitlines()]
         text = " ".join(" ".join(lines[1:]).split())
         text = re.split(r" (?:Argument helptext|For full helptext)", text)[0].rstrip(".")
+        text = re.sub(r"no type matching .* - <class '\w+'>: ", "", text)  # of a flag that may also be left out
         raise InputError(f"{text}; see --help") from None

@@ -398,7 +398,7 @@ def test_tools_that_are_not_installed(tmp_path, monkeypatch, flag, finder, messa
     ("flags", "message"),
     [
         (["--lrr", "3"], "error: Unrecognized options: --lrr"),
-        (["--epochs", "many"], "error: Error parsing --epochs"),
+        (["--epochs", "many"], "error: Error parsing --epochs: invalid literal for int() with base 10: 'many'"),
     ],
 )
 def test_flags_that_cannot_be_parsed(monkeypatch, flags, message):
