@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from baselines import fix_options, list_networks
+from command_line import flag
 from data import DATASETS, ImageSet
 from disk_images import DiskImages
 from engine import SCHEDULES, Precision, Workers
@@ -26,11 +27,6 @@ from runs import RunConfig
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_DATASET = "cifar100"
 Halves = tuple[ImageSet, ImageSet] | tuple[DiskImages, DiskImages]  # training and validation images
-
-
-def flag(kind: type, shown: str, default: str) -> type:
-    """The type of a flag that may be left out; --help shows `shown` for its value and says what it then is."""
-    return Annotated[kind | None, tyro.conf.arg(metavar=shown, help_behavior_hint=f"(default: {default})")]
 
 
 RECIPE, NETWORK = "the data set's recipe", "the network's own"

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch.distributed as dist
 import tyro
@@ -18,6 +18,11 @@ Args = TypeVar("Args")
 
 class LocalError(InputError):
     """An InputError that is raised in one of several processes, which speaks for itself whatever its rank."""
+
+
+def flag(kind: type, shown: str, default: str) -> type:
+    """The type of a flag that may be left out; --help shows `shown` for its value and says what it then is."""
+    return Annotated[kind | None, tyro.conf.arg(metavar=shown, help_behavior_hint=f"(default: {default})")]
 
 
 def run_script(main: Callable[[Args], int | None], arguments: type[Args], description: str) -> None:

@@ -22,12 +22,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import lmdb
+import tyro
 from tqdm import tqdm
 
-from command_line import run_script
+from command_line import flag, run_script
 from image_files import class_images, class_names, decode, read_class_names
 from image_lmdb import (
     Contents,
@@ -52,11 +53,11 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 class Args:
     """Put the images of class folders into one LMDB file, or verify such a file."""
 
-    out: Path
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """The LMDB file."""
-    images: Path | None = None
+    images: flag(Path, "DIR", "nothing is built") = None
     """The folder with the images: DIR/<class>/**."""
-    classes: Path | None = None
+    classes: flag(Path, "FILE", "the folders, in alphabetical order") = None
     """A file with a class name a line, in the order of the labels; what follows a tab is ignored."""
     workers: int = 0
     """Threads that read and decode; 0 for as many as there are processors."""

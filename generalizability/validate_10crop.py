@@ -31,10 +31,9 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from arguments import flag
 from baselines import create_network, list_networks
 from batches import Normalization
-from command_line import run_script
+from command_line import flag, run_script
 from cpu_kernels import keep_freed_memory
 from crop_images import CENTRE, CropBatch, TenCrops, crop_batches, open_images
 from engine import Precision, Workers, progress_bar, start_workers, top_errors
