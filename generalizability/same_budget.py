@@ -11,7 +11,7 @@ search      each network, one short run for each peak learning rate, on a part o
             training images that were held out: the test images are not looked at.
 comparison  each network with its own best peak: the same images, augmentation, batch, epochs and one-cycle schedule.
 ablation    S3-Net's layers with its shortcuts, with none (a chain) and with dense connections, at the same width and
-            at about the same number of parameters; a part of the training images, S3-Net's peak for all.
+            at about the same number of parameters; on a part of the training images, each with two peaks.
 
 Writes results.json, tables.md, curves.png, search.png and ablation.png into --out, beside the runs.
 """
@@ -73,6 +73,8 @@ class Args:
     """Epochs of each run of the ablation."""
     ablation_images: int | None = 10_000
     """Training images of the ablation."""
+    ablation_peaks: tuple[float, ...] = (0.2, 1.6)
+    """Its peak learning rates: the paper's learning rate, and what the search finds best for S3-Net on CIFAR-100."""
     jobs: int = 1
     """Runs at a time; with more than 1, each computes in one thread on a CPU."""
     device: str | None = None
@@ -140,7 +142,7 @@ def main(args: Args) -> None:
         run_jobs(args, report["search"].values(), "search")
     peaks = best_peaks(networks, report["search"])
     report["comparison"] = comparison_jobs(args, networks, peaks)
-    report["ablation"] = ablation_jobs(args, peaks[networks[0].title])
+    report["ablation"] = ablation_jobs(args)
     if "comparison" in args.only:
         first_seeds = [job for (_, seed), job in report["comparison"].items() if seed == 0]
         run_jobs(args, first_seeds, "comparison, seed 0")
@@ -156,8 +158,9 @@ def check(args: Args) -> None:
     for name in ("seeds", "epochs", "batch_size", "search_epochs", "ablation_epochs", "hold_out", "jobs"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not possible: give 1 or more")
-    if not args.peaks or min(args.peaks) <= 0:
-        raise InputError("--peaks needs one or more learning rates above 0")
+    for flag, peaks in (("--peaks", args.peaks), ("--ablation-peaks", args.ablation_peaks)):
+        if not peaks or min(peaks) <= 0:
+            raise InputError(f"{flag} needs one or more learning rates above 0")
     if args.dataset not in DATASETS:
         raise InputError(f"there is no data set {args.dataset!r}: {nearest_names(args.dataset, DATASETS)}")
 
@@ -241,12 +244,13 @@ def comparison_jobs(args: Args, networks: list[Network], peaks: dict[str, float]
     }
 
 
-def ablation_jobs(args: Args, peak: float) -> dict[tuple[str, int], Job]:
-    """A run of every kind of connections."""
+def ablation_jobs(args: Args) -> dict[tuple[str, float], Job]:
+    """A run of every kind of connections with every peak learning rate."""
     budget = ["--epochs", str(args.ablation_epochs), "--seed", "0"]
     budget += ["--limit-train", str(args.ablation_images)] if args.ablation_images else []
     return {
-        (network.title, 0): make_job(args, f"ablation/{network.folder}", network, peak, budget)
+        (network.title, peak): make_job(args, f"ablation/{network.folder}-lr-{peak:g}", network, peak, budget)
+        for peak in args.ablation_peaks
         for network in ablated_networks(args)
     }
 

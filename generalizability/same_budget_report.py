@@ -38,14 +38,16 @@ def write_report(out: Path, jobs: dict[str, dict], peaks: dict[str, float]) -> N
 
     Args:
         out: folder to write to.
-        jobs: for "search", "comparison" and "ablation" the jobs by network and peak, or by network and seed.
+        jobs: for "search" and "ablation" the jobs by network and peak, for "comparison" by network and seed.
         peaks: the peak learning rate chosen for each network.
     """
     rows = {part: [row(*key, job) for key, job in of.items() if job.finished()] for part, of in jobs.items()}
     unfinished = sum(not job.finished() for of in jobs.values() for job in of.values())
     results = {"peaks": peaks, "unfinished_runs": unfinished, **rows}
     write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
-    tables = "\n".join([search_table(rows["search"]), comparison_table(rows["comparison"]), ablation_table(rows)])
+    tables = "\n".join(
+        [search_table(rows["search"]), comparison_table(rows["comparison"]), ablation_table(rows["ablation"])]
+    )
     write_atomically(out / "tables.md", lambda path: path.write_text(tables))
     for part, draw in (("search", draw_search), ("comparison", draw_comparison), ("ablation", draw_ablation)):
         if rows[part]:
@@ -79,14 +81,17 @@ def search_table(rows: list[dict]) -> str:
     """Held-out error by network and peak learning rate."""
     peaks = sorted({row["peak_lr"] for row in rows})
     lines = ["| held-out error, % | " + " | ".join(f"peak {peak:g}" for peak in peaks) + " |", rule(len(peaks))]
-    for name, of in by_network(rows):
-        errors = {row["peak_lr"]: row["last_val_error"] for row in of}
-        best = min(errors.values())
-        cells = [
-            f"**{errors[p]:.2f}**" if errors.get(p) == best else f"{errors.get(p, float('nan')):.2f}" for p in peaks
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [f"| {name} | " + " | ".join(errors_by_peak(of, peaks)) + " |" for name, of in by_network(rows)]
     return "\n".join(lines) + "\n"
+
+
+def errors_by_peak(rows: list[dict], peaks: list[float]) -> list[str]:
+    """One network's last error at each peak learning rate, the lowest in bold; a dash where it is not known."""
+    errors = {row["peak_lr"]: row["last_val_error"] for row in rows}
+    cells = {peak: f"{error:.2f}" for peak, error in errors.items()}
+    best = min(errors, key=errors.get)
+    cells[best] = f"**{cells[best]}**"
+    return [cells.get(peak, "–") for peak in peaks]
 
 
 def comparison_table(rows: list[dict]) -> str:
@@ -105,14 +110,14 @@ def comparison_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ablation_table(rows: dict[str, list[dict]]) -> str:
-    """Error and size of each kind of connections."""
-    lines = ["| | parameters | multiply-adds | error, % | training error, % |", rule(4)]
-    for row in rows["ablation"]:
-        lines.append(
-            f"| {row['network']} | {row['parameters']:,} | {row['multiply_adds'] / 1e6:.1f}M | "
-            f"{row['last_val_error']:.2f} | {row['train_error'][-1]:.2f} |"
-        )
+def ablation_table(rows: list[dict]) -> str:
+    """Size of each kind of connections, and its error at each peak learning rate."""
+    peaks = sorted({row["peak_lr"] for row in rows})
+    errors = " | ".join(f"error, %, peak {peak:g}" for peak in peaks)
+    lines = [f"| | parameters | multiply-adds | {errors} |", rule(2 + len(peaks))]
+    for name, of in by_network(rows):
+        cells = [f"{of[0]['parameters']:,}", f"{of[0]['multiply_adds'] / 1e6:.1f}M", *errors_by_peak(of, peaks)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -172,7 +177,8 @@ def draw_comparison(rows: list[dict]) -> Figure:
 
 
 def draw_ablation(rows: list[dict]) -> Figure:
-    """Validation error of each kind of connections over the epochs, and at the end against parameters."""
+    """Error of each kind of connections, with its better peak, over the epochs, and at the end against parameters."""
+    rows = [min(of, key=lambda row: row["last_val_error"]) for _, of in by_network(rows)]
     figure = Figure(figsize=(10, 3.9), layout="constrained")
     curves, sizes = figure.subplots(1, 2, sharey=True)
     draw_curves(curves, by_network(rows), "val_error")

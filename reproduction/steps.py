@@ -237,7 +237,7 @@ QUICK_SAME_BUDGET = Step(
     ),
     command=(
         "generalizability/same_budget.py --dataset digits --depth 22 --seeds 1 --peaks 0.1 0.4 --hold-out 300 "
-        "--search-epochs 3 --epochs 10 --ablation-epochs 6 --jobs 2 --out {here}"
+        "--search-epochs 3 --epochs 10 --ablation-epochs 6 --ablation-peaks 0.2 --jobs 2 --out {here}"
     ),
     shows=BUDGET_SHOWS,
 )

@@ -77,8 +77,8 @@ def test_ablated_networks_have_the_same_width_or_size():
 def test_everything_is_run_once_and_reported(trained, tmp_path, capsys):
     args = Args(out=tmp_path, seeds=2, peaks=(0.2, 0.4, 0.8))
     main(args)
-    assert len(trained) == len(set(trained)) == 9 + 6 + 5
-    assert [folder.parent.name for folder in trained] == 9 * ["search"] + 3 * ["comparison"] + 5 * ["ablation"] + 3 * [
+    assert len(trained) == len(set(trained)) == 9 + 6 + 10
+    assert [folder.parent.name for folder in trained] == 9 * ["search"] + 3 * ["comparison"] + 10 * ["ablation"] + 3 * [
         "comparison"
     ]
     results = json.loads((tmp_path / "results.json").read_text())
@@ -91,7 +91,8 @@ def test_everything_is_run_once_and_reported(trained, tmp_path, capsys):
     assert printed.startswith((tmp_path / "tables.md").read_text())
     assert "| S3-Net k=12, depth=40 | 62.00 | **60.00** | 64.00 |" in printed
     assert "| ResNet-20 | 0.4 | 2 | 60.50 ± 0.71 | 30.25 ± 0.35 | 272,836 | 63.0M | 20 | 2.00 |" in printed
-    assert "| no shortcuts, k=12 | 272,836 | 63.0M | 69.00 | 64.00 |" in printed
+    assert "| | parameters | multiply-adds | error, %, peak 0.2 | error, %, peak 1.6 |" in printed
+    assert "| no shortcuts, k=12 | 272,836 | 63.0M | **71.00** | 81.00 |" in printed
     for name in ("curves", "search", "ablation"):
         assert Image.open(tmp_path / f"{name}.png").width > 500
     trained.clear()
@@ -113,7 +114,7 @@ def test_the_best_peak_is_each_networks_own_and_needs_the_search(trained, tmp_pa
     main(Args(out=tmp_path, only=("search",), peaks=(0.1, 1.6)))
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["peaks"].values()) == {0.1} and results["comparison"] == []
-    assert results["unfinished_runs"] == 9 + 5
+    assert results["unfinished_runs"] == 9 + 10
 
 
 def test_a_run_that_fails_is_named_with_its_last_line(tmp_path, monkeypatch):
