@@ -179,8 +179,9 @@ def draw_comparison(rows: list[dict]) -> Figure:
         strict=True,
     ):
         draw_curves(axes, by_network(rows), quantity)
-        axes.set(title=title, xlabel="epoch")
-    figure.suptitle("Comparison, each network with its best peak learning rate", fontsize="medium")
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("epoch")
+    figure.suptitle("Comparison, each network with its best peak learning rate")
     figure.axes[0].set_ylabel("top-1 error (%)")
     figure.axes[0].legend()
     return figure
@@ -189,14 +190,16 @@ def draw_comparison(rows: list[dict]) -> Figure:
 def draw_ablation(rows: list[dict]) -> Figure:
     """Validation error of each kind of connections over the epochs, and at the end against parameters."""
     figure = Figure(figsize=(10, 3.9), layout="constrained")
-    figure.suptitle("Ablation of the shortcuts", fontsize="medium")
+    figure.suptitle("Ablation of the shortcuts")
     curves, sizes = figure.subplots(1, 2, sharey=True)
     draw_curves(curves, by_network(rows), "val_error")
     curves.set(xlabel="epoch", ylabel="top-1 error on test images (%)")
+    curves.set_title("over the epochs", fontsize="medium")
     curves.legend(fontsize="small")
     for row in rows:
         sizes.plot(row["parameters"], row["last_val_error"], "o")
-    sizes.set(xscale="log", xlabel="parameters", title="after the last epoch, in the same colours")
+    sizes.set(xscale="log", xlabel="parameters")
+    sizes.set_title("after the last epoch, in the same colours", fontsize="medium")
     sizes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     sizes.xaxis.set_major_formatter(EngFormatter(sep=""))
     sizes.xaxis.set_minor_formatter(NullFormatter())
