@@ -20,7 +20,8 @@ def _entry_point(name: str) -> _Callable[..., _S3Net]:
         return _create_model(name, num_classes, pretrained, **options)
 
     create.__name__ = name
-    create.__doc__ = _create_model.__doc__.replace("one of the paper's networks", name)
+    doc = _create_model.__doc__.replace("one of the paper's networks", name)
+    create.__doc__ = doc.replace("        name: one of `list_models()`.\n", "")  # which the function doesn't take
     return create
 
 

@@ -21,6 +21,7 @@ To build on the topology, start at `Block`; to change a network, pass other argu
 
 import argparse
 import difflib
+import inspect
 import json
 import pickle
 import re
@@ -157,6 +158,8 @@ class S3Net(nn.Module):
     ) -> None:
         super().__init__()
         _check_positive(growth_rate=growth_rate, num_init_features=num_init_features, num_classes=num_classes)
+        if not block_config:
+            raise InputError("block_config is empty: give the number of layers of one block or more")
         _check_positive(**{f"block_config[{i}]": layers for i, layers in enumerate(block_config)})
         if bn_size is not None:
             _check_positive(bn_size=bn_size)
@@ -255,17 +258,19 @@ def create_model(name: str, num_classes: int | None = None, pretrained: bool = F
             (40 by default): its three blocks have `(depth - 4) / 3` layers each.
 
     Raises:
-        InputError: for an unknown name (with the nearest ones), an unknown option, a value out of its range, or
-            trained weights that there are not.
+        InputError: for an unknown name (with the nearest ones), an unknown option, options that contradict each
+            other, a value out of its range, or trained weights that there are not or that are damaged.
     """
     if name not in NETWORKS:
         raise InputError(f"there is no network {name!r}: {nearest_names(name, NETWORKS)}")
     settings = NETWORKS[name] if name == "s3net_cifar" else _IMAGENET | NETWORKS[name]
-    known = {*settings, "block_config", "bn_size", "compression", "connections", "drop_rate", "stem"}
+    own = {option.name: option.default for option in inspect.signature(S3Net).parameters.values()} | settings
     for option in options:
-        if option not in known:
-            raise InputError(f"{name} has no option {option!r}: {nearest_names(option, known)}")
-    changed = [option for option in options if option != "drop_rate" and options[option] != settings.get(option)]
+        if option not in own:
+            raise InputError(f"{name} has no option {option!r}: {nearest_names(option, own)}")
+    if {"depth", "block_config"} <= options.keys():
+        raise InputError("depth and block_config both say how many layers the blocks have: leave one of them out")
+    changed = [option for option in options if option != "drop_rate" and options[option] != own[option]]
     settings = settings | options
     if num_classes is not None:
         settings["num_classes"] = num_classes
@@ -323,7 +328,9 @@ def _load_pretrained(model: S3Net, name: str, changed: Sequence[str]) -> S3Net:
     if changed:
         own = ", ".join(f"{option}={value}" for option, value in NETWORKS[name].items() if option != "num_classes")
         raise InputError(f"there are trained weights for {name} with {own} only: leave out {', '.join(changed)}")
-    model.classifier = nn.Linear(head.in_features, read_metadata(file)["num_classes"])
+    if "num_classes" not in (said := read_metadata(file)):
+        raise InputError(f"{file} does not say how many classes it has: put the trainer's best.safetensors there")
+    model.classifier = nn.Linear(head.in_features, said["num_classes"])
     load_weights(model, file)
     if head.out_features != model.classifier.out_features:
         model.classifier = head
@@ -375,7 +382,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is damaged or no safetensors file ({_first_line(error)})") from error
+            raise InputError(
+                f"{path} is damaged or no safetensors file ({_first_line(error)}): get it again"
+            ) from error
     content = read_pickle(path)
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -412,7 +421,9 @@ def read_metadata(path: str | Path) -> dict:
         known["model_options"] = json.loads(said["options"])
         return known | {key: json.loads(said[key]) for key in ("num_classes", "classes", "mean", "std", "image_size")}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is damaged or no safetensors file of the trainer ({_first_line(error)})") from error
+        raise InputError(
+            f"{path} is damaged or no safetensors file of the trainer ({_first_line(error)}): get it again"
+        ) from error
 
 
 def read_pickle(path: str | Path) -> object:
@@ -429,9 +440,9 @@ def read_pickle(path: str | Path) -> object:
             raise InputError(
                 f"{path} was not loaded: it would run code on loading ({forbidden[1]}); save a plain state dict instead"
             ) from error
-        raise InputError(f"{path} is damaged or no PyTorch checkpoint") from error
+        raise InputError(f"{path} is damaged or no PyTorch checkpoint: get it again") from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} is damaged or no PyTorch checkpoint ({_first_line(error)})") from error
+        raise InputError(f"{path} is damaged or no PyTorch checkpoint ({_first_line(error)}): get it again") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -25,7 +25,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from generalizability.command_line import run_script
+from generalizability.command_line import run_script, sigterm_as_exit
 from models import InputError
 from reproduction.page import duration, write_page
 from reproduction.record import (
@@ -73,6 +73,7 @@ def main(args: Args, steps: Sequence[Step] | None = None) -> int:
 
     Raises:
         InputError: there is nothing to run or no GPU to run it on, or the folder cannot be written or is in use.
+        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, when the step under way has ended and the page is written.
     """
     gpus = torch.cuda.device_count()
     if args.budget == "gpu" and gpus == 0:
@@ -83,7 +84,7 @@ def main(args: Args, steps: Sequence[Step] | None = None) -> int:
     steps = steps_of(args.budget, gpus) if steps is None else steps
     wanted = [step for step in steps if step.experiment in args.only]
     failed = 0
-    with sigterm_as_exit(), locked(out) as lock, tqdm(wanted, unit="step", disable=None) as bar:
+    with sigterm_as_exit(), writable(out), locked(out) as lock, tqdm(wanted, unit="step", disable=None) as bar:
         for step in bar:
             bar.set_description(step.name)
             try:
@@ -100,36 +101,42 @@ def main(args: Args, steps: Sequence[Step] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def sigterm_as_exit() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit meanwhile, so that the step under way is ended, too, and the page is written."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def writable(out: Path) -> Iterator[None]:
+    """Turn what goes wrong in writing there, at the start or later, into one line.
+
+    Raises:
+        InputError: the folder, or a file in it, cannot be written.
+    """
     try:
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except OSError as error:
+        where = Path(error.filename or out)
+        if not (where.is_relative_to(out) or out.is_relative_to(where)):  # a part of the repository that is missing
+            raise
+        raise InputError(f"{shorter(out)} cannot be written ({error.strerror}): pass another --out") from error
 
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[IO]:
     """Make the folder and hold its lock; the steps hold it, too, so that one that outlives a kill is noticed.
 
+    Meanwhile the file says how to end the step under way (see `run_command`), for the error.
+
     Raises:
-        InputError: the folder cannot be written, or another process holds the lock.
+        InputError: another process holds the lock.
     """
-    try:
-        logs_folder(out).mkdir(parents=True, exist_ok=True)
-        lock = (out / "lock").open("w")
-    except OSError as error:
-        raise InputError(f"{shorter(out)} cannot be written ({error.strerror}): pass another --out") from error
-    with lock:
+    logs_folder(out).mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("a+") as lock:
         try:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            lock.seek(0)
             raise InputError(
                 f"{shorter(out)} is in use by another reproduce.py, or by a step that a killed one has left running: "
-                "wait for it, end it, or pass another --out"
+                f"wait for it, end it ({lock.read() or 'it is just beginning'}), or pass another --out"
             ) from None
+        lock.truncate(0)
         yield lock
 
 
@@ -214,6 +221,8 @@ def run_command(step: Step, record: Record, out: Path, log: IO, lock: IO) -> int
         start_new_session=True,
         pass_fds=(lock.fileno(),) if fcntl else (),
     )
+    lock.write(f"kill -TERM -- -{process.pid}")
+    lock.flush()
     started, before = time.monotonic(), record.seconds
     try:
         while True:
@@ -227,6 +236,7 @@ def run_command(step: Step, record: Record, out: Path, log: IO, lock: IO) -> int
     finally:
         if process.poll() is None:
             end(process)
+        lock.truncate(0)
 
 
 def end(process: subprocess.Popen) -> None:

@@ -4,8 +4,9 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, TypeVar
 
 import torch.distributed as dist
@@ -74,3 +75,13 @@ def parse(arguments: type[Args], description: str) -> Args:
         text = re.split(r" (?:Argument helptext|For full helptext)", text)[0].rstrip(".")
         text = re.sub(r"no type matching .* - <class '\w+'>: ", "", text)  # of a flag that may also be left out
         raise InputError(f"{text}; see --help") from None
+
+
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit meanwhile, so that processes that were started are ended, too, and files closed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -5,13 +5,13 @@
     python same_budget.py --dataset digits --hold-out 300 --epochs 4 --search-epochs 1 --ablation-epochs 2 --seeds 1
 
 Three parts, each made of runs of train_s3net.py that are resumed where they stand; a finished one is not repeated, and
-one in the same folder that had other flags is an error:
+one in the same folder that had other flags is an error. On Ctrl-C and SIGTERM the runs save themselves and end.
 
-search      each network, one short run for each peak learning rate, on a part of the training images, judged on
-            training images that were held out: the test images are not looked at.
-comparison  each network with its own best peak: the same images, augmentation, batch, epochs and one-cycle schedule.
-ablation    S3-Net's layers with its shortcuts, with none (a chain) and with dense connections, at the same width and
-            at about the same number of parameters; a part of the training images, S3-Net's peak for all.
+    search      each network, one short run for each peak learning rate, on a part of the training images, judged on
+                training images that were held out: the test images are not looked at.
+    comparison  each network with its own best peak: the same images, augmentation, batch, epochs, one-cycle schedule.
+    ablation    S3-Net's layers with its shortcuts, with none (a chain) and with dense connections, at the same width
+                and at about the same number of parameters; on a part of the training images, each with two peaks.
 
 Writes results.json, tables.md, curves.png, search.png and ablation.png into --out, beside the runs.
 """
@@ -20,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,8 @@ from torch import nn
 from tqdm import tqdm
 
 from baselines import create_network
-from command_line import run_script
-from data import DATASETS
-from models import InputError, nearest_names
+from command_line import run_script, sigterm_as_exit
+from models import InputError
 from runs import make_folder
 from same_budget_report import read_summary, write_report
 
@@ -66,13 +66,15 @@ class Args:
     search_epochs: int = 8
     """Epochs of each run of the search."""
     search_images: int | None = 10_000
-    """Training images of the search."""
+    """Training images of the search; None for all."""
     hold_out: int = 5_000
     """Training images that judge the search's runs."""
     ablation_epochs: int = 20
     """Epochs of each run of the ablation."""
     ablation_images: int | None = 10_000
-    """Training images of the ablation."""
+    """Training images of the ablation; None for all."""
+    ablation_peaks: tuple[float, ...] = (0.2, 1.6)
+    """Its peak learning rates: the paper's learning rate, and what the search finds best for S3-Net on CIFAR-100."""
     jobs: int = 1
     """Runs at a time; with more than 1, each computes in one thread on a CPU."""
     device: str | None = None
@@ -111,7 +113,8 @@ class Job:
             return False
         config = json.loads((self.folder / "config.json").read_text())
         config |= config.pop("model_options")
-        for flag, asked in zip(self.flags[::2], self.flags[1::2], strict=True):
+        whole = {"--limit-train": "None"}  # where the flag is not given
+        for flag, asked in (whole | dict(zip(self.flags[::2], self.flags[1::2], strict=True))).items():
             name = flag.removeprefix("--").replace("-", "_")
             if name not in ELSEWHERE and not same(config.get(name), asked):
                 raise InputError(
@@ -140,7 +143,7 @@ def main(args: Args) -> None:
         run_jobs(args, report["search"].values(), "search")
     peaks = best_peaks(networks, report["search"])
     report["comparison"] = comparison_jobs(args, networks, peaks)
-    report["ablation"] = ablation_jobs(args, peaks[networks[0].title])
+    report["ablation"] = ablation_jobs(args)
     if "comparison" in args.only:
         first_seeds = [job for (_, seed), job in report["comparison"].items() if seed == 0]
         run_jobs(args, first_seeds, "comparison, seed 0")
@@ -153,13 +156,15 @@ def main(args: Args) -> None:
 
 def check(args: Args) -> None:
     """Raises InputError for a number out of its range."""
-    for name in ("seeds", "epochs", "batch_size", "search_epochs", "ablation_epochs", "hold_out", "jobs"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is not possible: give 1 or more")
-    if not args.peaks or min(args.peaks) <= 0:
-        raise InputError("--peaks needs one or more learning rates above 0")
-    if args.dataset not in DATASETS:
-        raise InputError(f"there is no data set {args.dataset!r}: {nearest_names(args.dataset, DATASETS)}")
+    numbers = ("seeds", "epochs", "batch_size", "search_epochs", "search_images", "hold_out", "ablation_epochs")
+    for name in (*numbers, "ablation_images", "jobs"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value} is not possible: give 1 or more")
+    for flag, peaks in (("--peaks", args.peaks), ("--ablation-peaks", args.ablation_peaks)):
+        if not peaks or not all(peak > 0 for peak in peaks):
+            raise InputError(f"{flag} needs one or more learning rates above 0")
+    if not args.only:
+        raise InputError(f"--only needs one or more of {', '.join(PARTS)}")
 
 
 # ---- What is compared ---------------------------------------------------------------------------------------------
@@ -241,12 +246,13 @@ def comparison_jobs(args: Args, networks: list[Network], peaks: dict[str, float]
     }
 
 
-def ablation_jobs(args: Args, peak: float) -> dict[tuple[str, int], Job]:
-    """A run of every kind of connections."""
+def ablation_jobs(args: Args) -> dict[tuple[str, float], Job]:
+    """A run of every kind of connections with every peak learning rate."""
     budget = ["--epochs", str(args.ablation_epochs), "--seed", "0"]
     budget += ["--limit-train", str(args.ablation_images)] if args.ablation_images else []
     return {
-        (network.title, 0): make_job(args, f"ablation/{network.folder}", network, peak, budget)
+        (network.title, peak): make_job(args, f"ablation/{network.folder}-lr-{peak:g}", network, peak, budget)
+        for peak in args.ablation_peaks
         for network in ablated_networks(args)
     }
 
@@ -261,33 +267,43 @@ def make_job(args: Args, name: str, network: Network, peak: float, budget: list[
     return Job(folder, tuple(flags))
 
 
-def run_jobs(args: Args, jobs, what: str) -> None:
+def run_jobs(args: Args, jobs: Iterable[Job], what: str) -> None:
     """Run the jobs that aren't finished, some at a time.
 
     Raises:
         InputError: one of them failed; the others that had begun are finished first.
+        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, when the runs under way have saved themselves and ended.
     """
     missing = [job for job in jobs if not job.finished()]
+    under_way: set[subprocess.Popen] = set()
     with (
+        sigterm_as_exit(),
         tqdm(total=len(missing), desc=what, unit="run", disable=None) as bar,
         ThreadPoolExecutor(args.jobs) as pool,
     ):
 
         def one(job: Job) -> None:
-            run_training(job, one_thread=args.jobs > 1)
+            run_training(job, args.jobs > 1, under_way)
             bar.update()
 
-        running = [pool.submit(one, job) for job in missing]
         try:
-            for future in running:
+            for future in [pool.submit(one, job) for job in missing]:
                 future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not isinstance(error, Exception):  # Ctrl-C or SIGTERM, which may have reached only this process
+                for process in under_way.copy():
+                    process.terminate()
             raise
 
 
-def run_training(job: Job, one_thread: bool) -> None:
+def run_training(job: Job, one_thread: bool, under_way: set[subprocess.Popen]) -> None:
     """Train to the end, from where it stands; the output goes to log.txt in the run's folder.
+
+    Args:
+        job: the run.
+        one_thread: whether it computes in one thread.
+        under_way: holds the process as long as it runs.
 
     Raises:
         InputError: the run failed; the message ends with its last line.
@@ -297,7 +313,13 @@ def run_training(job: Job, one_thread: bool) -> None:
     command = [sys.executable, str(Path(__file__).with_name("train_s3net.py")), *job.flags, "--resume"]
     log = job.folder / "log.txt"
     with log.open("a") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads).returncode
+        # Inherited files stay open: reproduce.py's lock among them, which so notices a run that outlives a kill.
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads, close_fds=False
+        )
+    under_way.add(process)
+    code = process.wait()
+    under_way.remove(process)
     if code:
         lines = log.read_text().strip().splitlines() or ["it said nothing"]
         raise InputError(f"the run in {job.folder} ended with exit code {code}: {lines[-1]}")

@@ -4,11 +4,16 @@ import json
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from runs import write_atomically
+
+if TYPE_CHECKING:
+    from same_budget import Job  # which imports this module
 
 KEPT = [
     "model",
@@ -26,6 +31,11 @@ KEPT = [
     "device",
     "versions",
 ]
+HEADINGS = {
+    "search": "#### Search for the peak learning rate: error on held-out training images, %",
+    "comparison": "#### Comparison, each network with its best peak: errors on the test images after the last epoch",
+    "ablation": "#### Ablation of the shortcuts: errors after the last epoch",
+}
 
 
 def read_summary(folder: Path) -> dict:
@@ -33,19 +43,22 @@ def read_summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
-def write_report(out: Path, jobs: dict[str, dict], peaks: dict[str, float]) -> None:
+def write_report(out: Path, jobs: "dict[str, dict[tuple, Job]]", peaks: dict[str, float]) -> None:
     """Write everything that the finished ones of the jobs allow.
 
     Args:
         out: folder to write to.
-        jobs: for "search", "comparison" and "ablation" the jobs by network and peak, or by network and seed.
+        jobs: for "search" and "ablation" the jobs by network and peak, for "comparison" by network and seed.
         peaks: the peak learning rate chosen for each network.
     """
-    rows = {part: [row(*key, job) for key, job in of.items() if job.finished()] for part, of in jobs.items()}
+    rows = {
+        part: [row(network, job) for (network, _), job in of.items() if job.finished()] for part, of in jobs.items()
+    }
     unfinished = sum(not job.finished() for of in jobs.values() for job in of.values())
     results = {"peaks": peaks, "unfinished_runs": unfinished, **rows}
     write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
-    tables = "\n".join([search_table(rows["search"]), comparison_table(rows["comparison"]), ablation_table(rows)])
+    writers = {"search": search_table, "comparison": comparison_table, "ablation": ablation_table}
+    tables = "\n".join(f"{HEADINGS[part]}\n\n{write(rows[part])}" for part, write in writers.items() if rows[part])
     write_atomically(out / "tables.md", lambda path: path.write_text(tables))
     for part, draw in (("search", draw_search), ("comparison", draw_comparison), ("ablation", draw_ablation)):
         if rows[part]:
@@ -55,7 +68,7 @@ def write_report(out: Path, jobs: dict[str, dict], peaks: dict[str, float]) -> N
     print(f"written to {out}" + (f"; {unfinished} runs are still to be done" if unfinished else ""))
 
 
-def row(network: str, peak_or_seed: float, job) -> dict:
+def row(network: str, job: "Job") -> dict:
     """A run's line of results.json: what it was, its summary, its command and its curves."""
     summary = read_summary(job.folder)
     history = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
@@ -78,21 +91,24 @@ def row(network: str, peak_or_seed: float, job) -> dict:
 def search_table(rows: list[dict]) -> str:
     """Held-out error by network and peak learning rate."""
     peaks = sorted({row["peak_lr"] for row in rows})
-    lines = ["| held-out error, % | " + " | ".join(f"peak {peak:g}" for peak in peaks) + " |", rule(len(peaks))]
-    for name, of in by_network(rows):
-        errors = {row["peak_lr"]: row["last_val_error"] for row in of}
-        best = min(errors.values())
-        cells = [
-            f"**{errors[p]:.2f}**" if errors.get(p) == best else f"{errors.get(p, float('nan')):.2f}" for p in peaks
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines = ["| network | " + " | ".join(f"peak {peak:g}" for peak in peaks) + " |", rule(len(peaks))]
+    lines += [f"| {name} | " + " | ".join(errors_by_peak(of, peaks)) + " |" for name, of in by_network(rows)]
     return "\n".join(lines) + "\n"
+
+
+def errors_by_peak(rows: list[dict], peaks: list[float]) -> list[str]:
+    """One network's last error at each peak learning rate, the lowest in bold; a dash where it is not known."""
+    errors = {row["peak_lr"]: row["last_val_error"] for row in rows}
+    cells = {peak: f"{error:.2f}" for peak, error in errors.items()}
+    best = min(errors, key=errors.get)
+    cells[best] = f"**{cells[best]}**"
+    return [cells.get(peak, "–") for peak in peaks]
 
 
 def comparison_table(rows: list[dict]) -> str:
     """Error, size, cost and speed of each network, over its seeds."""
     lines = [
-        "| | peak lr | seeds | error, % | top-5 error, % | parameters | multiply-adds | images/s | hours |",
+        "| network | peak lr | seeds | error, % | top-5 error, % | parameters | multiply-adds | images/s | hours |",
         rule(8),
     ]
     for name, of in by_network(rows):
@@ -105,14 +121,14 @@ def comparison_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ablation_table(rows: dict[str, list[dict]]) -> str:
-    """Error and size of each kind of connections."""
-    lines = ["| | parameters | multiply-adds | error, % | training error, % |", rule(4)]
-    for row in rows["ablation"]:
-        lines.append(
-            f"| {row['network']} | {row['parameters']:,} | {row['multiply_adds'] / 1e6:.1f}M | "
-            f"{row['last_val_error']:.2f} | {row['train_error'][-1]:.2f} |"
-        )
+def ablation_table(rows: list[dict]) -> str:
+    """Size of each kind of connections, and its error at each peak learning rate."""
+    peaks = sorted({row["peak_lr"] for row in rows})
+    errors = " | ".join(f"test error, %, peak {peak:g}" for peak in peaks)
+    lines = [f"| connections | parameters | multiply-adds | {errors} |", rule(2 + len(peaks))]
+    for name, of in by_network(rows):
+        cells = [f"{of[0]['parameters']:,}", f"{of[0]['multiply_adds'] / 1e6:.1f}M", *errors_by_peak(of, peaks)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -148,6 +164,7 @@ def draw_search(rows: list[dict]) -> Figure:
         axes.plot([row["peak_lr"] for row in of], [row["last_val_error"] for row in of], marker="o", label=name)
     ticks = sorted({row["peak_lr"] for row in rows})
     axes.set(xscale="log", xlabel="peak learning rate", ylabel="error on held-out training images (%)")
+    axes.set_title("Search for the peak learning rate", fontsize="medium")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -165,22 +182,28 @@ def draw_comparison(rows: list[dict]) -> Figure:
         strict=True,
     ):
         draw_curves(axes, by_network(rows), quantity)
-        axes.set(title=title, xlabel="epoch")
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("epoch")
+    figure.suptitle("Comparison, each network with its best peak learning rate")
     figure.axes[0].set_ylabel("top-1 error (%)")
     figure.axes[0].legend()
     return figure
 
 
 def draw_ablation(rows: list[dict]) -> Figure:
-    """Validation error of each kind of connections over the epochs, and at the end against parameters."""
+    """Error of each kind of connections, with its better peak, over the epochs, and at the end against parameters."""
+    rows = [min(of, key=lambda row: row["last_val_error"]) for _, of in by_network(rows)]
     figure = Figure(figsize=(10, 3.9), layout="constrained")
+    figure.suptitle("Ablation of the shortcuts")
     curves, sizes = figure.subplots(1, 2, sharey=True)
     draw_curves(curves, by_network(rows), "val_error")
     curves.set(xlabel="epoch", ylabel="top-1 error on test images (%)")
+    curves.set_title("over the epochs", fontsize="medium")
     curves.legend(fontsize="small")
     for row in rows:
         sizes.plot(row["parameters"], row["last_val_error"], "o")
-    sizes.set(xscale="log", xlabel="parameters", title="after the last epoch, in the same colours")
+    sizes.set(xscale="log", xlabel="parameters")
+    sizes.set_title("after the last epoch, in the same colours", fontsize="medium")
     sizes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     sizes.xaxis.set_major_formatter(EngFormatter(sep=""))
     sizes.xaxis.set_minor_formatter(NullFormatter())
@@ -189,7 +212,7 @@ def draw_ablation(rows: list[dict]) -> Figure:
     return figure
 
 
-def draw_curves(axes, groups: list[tuple[str, list[dict]]], quantity: str) -> None:
+def draw_curves(axes: Axes, groups: list[tuple[str, list[dict]]], quantity: str) -> None:
     """A colour for each network, a line for each of its runs."""
     for i, (name, of) in enumerate(groups):
         for j, row in enumerate(of):

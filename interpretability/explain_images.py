@@ -98,7 +98,7 @@ def load_networks(args: NetworkArgs, device: torch.device) -> list[Network]:
     Without images, names and checkpoints it is the repository's S3-Net; with images only, the paper's.
 
     Raises:
-        InputError: as `load_network`, or a checkpoint is of none of the networks.
+        InputError: as `load_network`, a checkpoint is of none of the networks, or --image-size does not fit one.
     """
     names, files = list(args.networks), {}
     for text in args.checkpoint:
@@ -122,10 +122,29 @@ def load_networks(args: NetworkArgs, device: torch.device) -> list[Network]:
     networks = []
     for name in dict.fromkeys(names):
         network = load_network(name, files.get(name), args.num_classes, args.random_weights)
-        network.image_size = args.image_size or network.image_size
+        if args.image_size is not None:
+            check_image_size(network, args.image_size)
+            network.image_size = args.image_size
         network.model.to(device)
         networks.append(network)
     return networks
+
+
+def check_image_size(network: Network, size: int) -> None:
+    """Try the network, still on the CPU, on an empty image of that size.
+
+    Raises:
+        InputError: it does not take such images.
+    """
+    if size < 1:
+        raise InputError(f"--image-size {size} is not possible: give 1 or more")
+    try:
+        with torch.no_grad():
+            network.model(torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(
+            f"--image-size {size} does not fit {network.name}: leave it out, which takes {network.image_size}"
+        ) from error
 
 
 def picture_reader(args: NetworkArgs, masks: Path | None = None) -> Callable[[int], list[Picture]]:

@@ -8,6 +8,8 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 
+from PIL import Image, UnidentifiedImageError
+
 from reproduction.record import FINISHED, LEFT_OUT, Record, logs_folder, read_record
 from reproduction.steps import EXPERIMENTS, LOG, Step, Table
 
@@ -72,8 +74,8 @@ def contents(steps: Sequence[Step], records: dict[str, Record | None]) -> str:
         rows.append(f'<tr><td>{step.experiment}</td><td>{link}</td><td>{mark}</td><td class="number">{took}</td></tr>')
     total = duration(sum(record.seconds for record in records.values() if record))
     rows.append(f'<tr class="total"><td></td><td>all of it</td><td></td><td class="number">{total}</td></tr>')
-    head = "<tr><th>experiment</th><th>step</th><th></th><th>time</th></tr>"
-    return f"<table>{head}{''.join(rows)}</table>"
+    head = f"<tr><th>experiment</th><th>step</th><th>status</th><th{NUMBER_CLASS}>time</th></tr>"
+    return f'<table class="contents">{head}{"".join(rows)}</table>'
 
 
 def section(step: Step, record: Record | None, out: Path) -> str:
@@ -94,7 +96,8 @@ def provenance(record: Record) -> str:
     """The command, its time, the machine and the versions."""
     libraries = ", ".join(f"{name} {number}" for name, number in record.versions.items())
     facts = " · ".join(escape(fact) for fact in (duration(record.seconds), record.machine, libraries) if fact)
-    return f'<div class="made"><code>{escape(record.shown_command())}</code><br>{facts}</div>'
+    words = " ".join(f"<span>{escape(word)}</span>" for word in record.shown_command().split(" "))  # never broken at -
+    return f'<div class="made"><code>{words}</code><br>{facts}</div>'
 
 
 def shown(what: str | Table, step: Step, out: Path) -> str:
@@ -105,23 +108,41 @@ def shown(what: str | Table, step: Step, out: Path) -> str:
     path = out / step.name / (what.file if isinstance(what, Table) else what)
     if not path.is_file():
         return ""
-    if not isinstance(what, Table):
-        return inline_picture(path, step.title)
-    caption = f'<p class="caption">{escape(what.caption)}</p>' if what.caption else ""
+    try:
+        return table_of_file(what, path) if isinstance(what, Table) else inline_picture(path, step.title)
+    except (ValueError, UnidentifiedImageError):
+        return f'<p class="note">{escape(path.name)} is damaged: delete the folder {step.name} and run again.</p>'
+
+
+def table_of_file(table: Table, path: Path) -> str:
+    """A table with its caption.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    caption = f'<p class="caption">{escape(table.caption)}</p>' if table.caption else ""
     text = path.read_text(encoding="utf-8")
-    return caption + (markdown_tables(text) if what.rows is None else table_of_rows(what.rows(json.loads(text))))
+    return caption + (markdown_tables(text) if table.rows is None else table_of_rows(table.rows(json.loads(text))))
 
 
 def inline_picture(path: Path, description: str) -> str:
-    """A picture as a data URI."""
+    """A picture as a data URI; one much wider than high, several panels side by side, scrolls on narrow screens.
+
+    Raises:
+        UnidentifiedImageError: the file is damaged.
+    """
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img alt="{escape(description)}" src="data:{MEDIA[path.suffix]};base64,{data}"></figure>'
+    width, height = (1, 1) if path.suffix == ".svg" else Image.open(path).size
+    panels = ' class="panels"' if width > 2 * height else ""
+    return f'<figure{panels}><img alt="{escape(description)}" src="data:{MEDIA[path.suffix]};base64,{data}"></figure>'
 
 
 def duration(seconds: float) -> str:
     """Seconds as people say them."""
     if seconds < 90:
         return f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{seconds / 60:.1f} min"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 

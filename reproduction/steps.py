@@ -6,6 +6,7 @@ becomes the paths that match it, as in a shell, and such a step is repeated ever
 """
 
 import shlex
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,7 @@ DIGITS = Step(
     shows=("curves.png", RUN_TABLE),
 )
 
-BUDGET_SHOWS = (Table("tables.md"), "curves.png", "search.png", "ablation.png")
+BUDGET_SHOWS = (Table("tables.md"), "search.png", "curves.png", "ablation.png")
 ABLATION = (
     " The ablation takes S3-Net's shortcuts away (a chain), or connects its layers densely, at the same width and at "
     "about the same number of parameters."
@@ -237,7 +238,7 @@ QUICK_SAME_BUDGET = Step(
     ),
     command=(
         "generalizability/same_budget.py --dataset digits --depth 22 --seeds 1 --peaks 0.1 0.4 --hold-out 300 "
-        "--search-epochs 3 --epochs 10 --ablation-epochs 6 --jobs 2 --out {here}"
+        "--search-epochs 3 --epochs 10 --ablation-epochs 6 --ablation-peaks 0.2 --jobs 2 --out {here}"
     ),
     shows=BUDGET_SHOWS,
 )
@@ -340,7 +341,7 @@ def saliency_rows(found: dict) -> list[dict]:
                 f"class {place}": f"{name} {probability:.2f}"
                 for place, (name, probability) in enumerate(row["most_probable"], start=1)
             },
-            "completeness error": row["completeness_error"],
+            "completeness error": f"{row['completeness_error']:.1e}",
         }
         for row in found["maps"]
     ]
@@ -353,7 +354,7 @@ def score_rows(found: dict) -> list[dict]:
     return [
         {
             "map": f"FullGrad ({method})" if method in found["largest_completeness_error"] else method,
-            **{names.get(name, name): score for name, score in scores.items()},
+            **{names.get(name, name): f"{score:.4f}" for name, score in scores.items()},
         }
         for method, scores in found["mean"].items()
     ]
@@ -366,7 +367,7 @@ def faithfulness_rows(found: dict) -> list[dict]:
         {
             "map": method,
             **{
-                f"{kind} ({better} is better)": sum(curves[f"{kind}_area"]) / len(curves[f"{kind}_area"])
+                f"{kind} ({better} is better)": f"{statistics.mean(curves[f'{kind}_area']):.4f}"
                 for kind, better in (("insertion", "higher"), ("deletion", "lower"))
             },
         }
@@ -374,6 +375,10 @@ def faithfulness_rows(found: dict) -> list[dict]:
     ]
 
 
+FAITHFULNESS = (
+    "Does the network itself need the pixels? Areas under the curves of the class's probability while the pixels are "
+    "revealed on a blurred copy (insertion) or painted over (deletion), those with the largest values first."
+)
 SALIENCY = (
     Step(
         name="fullgrad",
@@ -381,8 +386,9 @@ SALIENCY = (
         title="What the network looks at",
         about=(
             "FullGrad maps of the S3-Net whose weights are in this repository, trained on CIFAR-100, on parts of two "
-            "photographs that it has never seen. The completeness error says how far the terms of the map are from "
-            "adding up to the network's output."
+            "photographs that it has never seen: a temple at a lake and a dahlia, neither of them among its 100 "
+            "classes. The maps show what speaks for the class that it names first, right or wrong. The completeness "
+            "error says how far the terms of the map are from adding up to the network's output, relative to it."
         ),
         command="interpretability/interpret_fullgrad.py --out {here}",
         shows=(
@@ -395,7 +401,8 @@ SALIENCY = (
         experiment="interpretability",
         title="Saliency maps scored against true masks",
         about=(
-            "Digits among clutter, the top tenth of each map, and two maps that any method must beat: a centred "
+            "A small S3-Net, trained here, names the digit in a scene of clutter; where it is, nobody has told it. The "
+            "top tenth of its map against the digit's strokes, and two maps that any method must beat: a centred "
             "Gaussian, which never saw the image, and the image's edges, which never saw the network."
         ),
         command="interpretability/plot_segmentation_map.py --faithfulness --out {here}",
@@ -403,11 +410,12 @@ SALIENCY = (
             "segmentation.png",
             Table(
                 "scores.json",
-                "Scores against the masks, means over the images; 1 is the best.",
+                "Scores against the masks, means over the images; 1 is the best. Pointing game: the share of images "
+                "in which the map's largest pixel lies on the digit.",
                 score_rows,
             ),
             "dice.png",
-            Table("faithfulness.json", "Areas under the insertion and deletion curves.", faithfulness_rows),
+            Table("faithfulness.json", FAITHFULNESS, faithfulness_rows),
             "faithfulness.png",
         ),
     ),

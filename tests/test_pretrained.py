@@ -52,6 +52,8 @@ def test_pretrained_is_the_file(weights):
     assert same_weights(create_model("s3net_cifar", pretrained=True), expected)
     assert same_weights(create_model("s3net_cifar", 100, pretrained=True, growth_rate=12), expected)
     assert not same_weights(create_model("s3net_cifar"), expected)
+    spelled = {"stem": "cifar", "compression": 1.0, "connections": "sparse", "bn_size": None}  # the network's own
+    assert same_weights(create_model("s3net_cifar", pretrained=True, **spelled), expected)
     dropping = create_model("s3net_cifar", pretrained=True, drop_rate=0.5)
     assert same_weights(dropping, expected)
     assert any(isinstance(module, nn.Dropout) for module in dropping.modules())
@@ -80,6 +82,27 @@ def test_weights_that_there_are_not(weights, name, options, message):
     with pytest.raises(InputError) as raised:
         create_model(name, pretrained=True, **options)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_weights_that_do_not_say_their_classes_or_are_damaged(weights):
+    save_file(create_model("s3net_cifar").state_dict(), weights)
+    with pytest.raises(InputError, match=r"best\.safetensors does not say how many classes it has: put the trainer's"):
+        create_model("s3net_cifar", pretrained=True)
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"best\.safetensors is damaged or no safetensors file .*: get it again$"):
+        create_model("s3net_cifar", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 40, "block_config": (2, 2)}, "depth and block_config both say how many layers"),
+        ({"block_config": ()}, "block_config is empty: give the number of layers of one block or more"),
+    ],
+)
+def test_layers_that_contradict_each_other_or_are_none(options, message):
+    with pytest.raises(InputError, match=message):
+        create_model("s3net_cifar", **options)
 
 
 def test_without_the_folder_the_error_says_where_it_should_be(tmp_path, monkeypatch):
@@ -122,6 +145,7 @@ def test_torch_hub_has_every_network_and_nothing_else(weights, monkeypatch):
     public = [name for name in dir(hubconf) if not name.startswith("_") and callable(getattr(hubconf, name))]
     assert sorted(public) == sorted(models.list_models())
     assert "Build s3net_cifar, with random weights or with those of this repository" in hubconf.s3net_cifar.__doc__
+    assert "name: one of" not in hubconf.s3net_cifar.__doc__  # an argument of create_model only
     assert hubconf.dependencies == ["safetensors", "torch"]
 
 
@@ -134,3 +158,13 @@ def test_the_saliency_scripts_explain_the_repositorys_network_by_default(weights
     assert same_weights(named.model, network.model)
     with pytest.raises(InputError, match="there are no trained weights for s3net_imagenet_k48, only for s3net_cifar"):
         load_networks(NetworkArgs(networks=("s3net_imagenet_k48",)), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [(0, "--image-size 0 is not possible"), (3, "3 does not fit s3net_cifar")]
+)
+def test_images_that_are_too_small(weights, size, message):
+    with pytest.raises(InputError, match=message):
+        load_networks(NetworkArgs(image_size=size), torch.device("cpu"))
+    (network,) = load_networks(NetworkArgs(image_size=4), torch.device("cpu"))
+    assert network.image_size == 4

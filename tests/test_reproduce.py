@@ -1,5 +1,6 @@
 """reproduce.py: steps that are skipped, fail, are left out and go on; and its page, on results like the scripts'."""
 
+import errno
 import functools
 import importlib.util
 import os
@@ -132,7 +133,7 @@ def test_a_terminated_run_ends_its_step_and_the_next_one_goes_on(scripts):
     )
     driver = subprocess.Popen([sys.executable, scripts / "driver.py"], env=os.environ | {"PYTHONPATH": str(ROOT)})
     wait_until(lambda: (scripts / "child").is_file() and (scripts / "child").read_text())
-    with pytest.raises(InputError, match="is in use by another"):
+    with pytest.raises(InputError, match=r"is in use by another .* end it \(kill -TERM -- -\d+\)"):
         run(scripts, [slow])
     child = int((scripts / "child").read_text())
     driver.terminate()
@@ -143,6 +144,11 @@ def test_a_terminated_run_ends_its_step_and_the_next_one_goes_on(scripts):
     assert "the run was ended before it was done" in (scripts / "out" / "index.html").read_text()
     assert run(scripts, [slow]) == 0
     assert read_record(scripts / "out", "slow").seconds > before.seconds
+
+
+def without_spans(text: str) -> str:
+    """A command's words stand in spans, where lines may be broken."""
+    return re.sub("</?span>", "", text)
 
 
 def wait_until(condition) -> None:
@@ -181,9 +187,27 @@ def test_the_page_needs_nothing_else_and_has_figures_tables_and_commands(scripts
     assert '<tr><td>S3-Net</td><td class="number">29.81</td></tr>' in text
     assert "Errors, in &lt;percent&gt;." in text
     assert "<h4>Runs</h4>" in text and '<td>A &amp; B</td><td class="number"><b>12.5</b></td>' in text
-    assert f"<code>python {scripts}/draws.py {here}</code>" in text
+    assert f"<code>python {scripts}/draws.py {here}</code>" in without_spans(text)
     assert "Not run yet." in text
     assert [text.index(f'id="{name}"') for name in EXPERIMENTS] == sorted(text.index(f'id="{e}"') for e in EXPERIMENTS)
+
+
+def test_damaged_results_are_said_and_spare_the_rest_of_the_page(scripts):
+    shows = ("x.png", Table("found.json", "", rows), Table("tables.md"))
+    damaged = step("damaged", f"{scripts}/works.py {{here}}", shows)
+    assert run(scripts, [damaged]) == 0
+    (scripts / "out" / "damaged" / "found.json").write_text('{"errors": ')
+    (scripts / "out" / "damaged" / "x.png").write_bytes(b"no picture")
+    assert run(scripts, [damaged]) == 0
+    text = (scripts / "out" / "index.html").read_text()
+    assert "x.png is damaged" in text
+    assert "found.json is damaged: delete the folder damaged and run again" in text and "<h4>Runs</h4>" in text
+
+
+def test_pictures_of_several_panels_can_scroll(tmp_path):
+    for size, panels in (((2, 5, 3), True), ((3, 5, 3), False)):
+        Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / "x.png")
+        assert ('class="panels"' in page.inline_picture(tmp_path / "x.png", "")) == panels
 
 
 def test_tables_that_follow_each_other_without_a_blank_line_are_kept_apart():
@@ -195,7 +219,15 @@ def test_tables_that_follow_each_other_without_a_blank_line_are_kept_apart():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (89, "89 s"), (100, "2 min"), (5390, "90 min"), (5400, "1.5 h"), (90000, "25.0 h")],
+    [
+        (0.4, "0 s"),
+        (89, "89 s"),
+        (100, "1.7 min"),
+        (610, "10 min"),
+        (5390, "90 min"),
+        (5400, "1.5 h"),
+        (90000, "25.0 h"),
+    ],
 )
 def test_durations(seconds, text):
     assert page.duration(seconds) == text
@@ -259,8 +291,9 @@ def test_the_scripts_own_results_are_shown(name, tmp_path):
     page.write_page(tmp_path / "index.html", "quick", [real], tmp_path)
     text = (tmp_path / "index.html").read_text()
     assert all(number in text for number in expected)
-    assert text.count("<img") - 1 == sum((ROOT / folder / str(what)).is_file() for what in real.shows)
-    assert "python x.py</code><br>12 s" in text
+    pictures = [what for what in real.shows if isinstance(what, str)]
+    assert text.count("<img") - 1 == sum((ROOT / folder / picture).is_file() for picture in pictures)
+    assert "python x.py</code><br>12 s" in without_spans(text)
 
 
 def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch):
@@ -273,6 +306,15 @@ def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="file cannot be written"):
         reproduce.main(reproduce.Args(out=tmp_path / "file"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_full_is_one_line(scripts, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(reproduce, "write_record", write)
+    with pytest.raises(InputError, match=r"out cannot be written \(No space left on device\): pass another --out"):
+        run(scripts, [step("one", f"{scripts}/works.py {{here}}")])
 
 
 def test_the_command_line(tmp_path):

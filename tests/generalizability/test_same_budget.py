@@ -1,14 +1,18 @@
 """The comparison under one budget: what it runs, in which order, and what it reports. Training itself is elsewhere."""
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 
 import pytest
 from PIL import Image
 
 import same_budget
 from models import InputError
-from same_budget import Args, ablated_networks, compared_networks, main
+from same_budget import Args, Job, ablated_networks, compared_networks, main, run_jobs
 
 SPEED = {"resnet20_cifar": 20.0, "s3net_cifar": 10.0, "densenet_cifar": 5.0}
 
@@ -18,7 +22,7 @@ def trained(monkeypatch):
     """Instead of training, write what a run writes, with an error that depends on its flags; the runs in order."""
     runs = []
 
-    def train(job, one_thread):
+    def train(job, one_thread, under_way):
         flags = dict(zip(job.flags[::2], job.flags[1::2], strict=True))
         runs.append(job.folder)
         job.folder.mkdir(parents=True)
@@ -77,8 +81,8 @@ def test_ablated_networks_have_the_same_width_or_size():
 def test_everything_is_run_once_and_reported(trained, tmp_path, capsys):
     args = Args(out=tmp_path, seeds=2, peaks=(0.2, 0.4, 0.8))
     main(args)
-    assert len(trained) == len(set(trained)) == 9 + 6 + 5
-    assert [folder.parent.name for folder in trained] == 9 * ["search"] + 3 * ["comparison"] + 5 * ["ablation"] + 3 * [
+    assert len(trained) == len(set(trained)) == 9 + 6 + 10
+    assert [folder.parent.name for folder in trained] == 9 * ["search"] + 3 * ["comparison"] + 10 * ["ablation"] + 3 * [
         "comparison"
     ]
     results = json.loads((tmp_path / "results.json").read_text())
@@ -91,7 +95,8 @@ def test_everything_is_run_once_and_reported(trained, tmp_path, capsys):
     assert printed.startswith((tmp_path / "tables.md").read_text())
     assert "| S3-Net k=12, depth=40 | 62.00 | **60.00** | 64.00 |" in printed
     assert "| ResNet-20 | 0.4 | 2 | 60.50 ± 0.71 | 30.25 ± 0.35 | 272,836 | 63.0M | 20 | 2.00 |" in printed
-    assert "| no shortcuts, k=12 | 272,836 | 63.0M | 69.00 | 64.00 |" in printed
+    assert "| connections | parameters | multiply-adds | test error, %, peak 0.2 | test error, %, peak 1.6 |" in printed
+    assert "| no shortcuts, k=12 | 272,836 | 63.0M | **71.00** | 81.00 |" in printed
     for name in ("curves", "search", "ablation"):
         assert Image.open(tmp_path / f"{name}.png").width > 500
     trained.clear()
@@ -104,6 +109,48 @@ def test_a_finished_run_with_other_flags_is_not_taken_for_this_one(trained, tmp_
     with pytest.raises(InputError, match=r"a finished run with --epochs 2 instead of 3: pass another --out"):
         main(Args(out=tmp_path, only=("search",), peaks=(0.4,), search_epochs=3))
     assert len(trained) == 3
+    with pytest.raises(InputError, match=r"a finished run with --limit-train 10000 instead of None"):
+        main(Args(out=tmp_path, only=("search",), peaks=(0.4,), search_epochs=2, search_images=None))
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Instead of the trainer: a script that is given its code."""
+    monkeypatch.setattr(same_budget, "__file__", str(tmp_path / "same_budget.py"))
+    return tmp_path / "train_s3net.py"
+
+
+def test_a_termination_reaches_the_runs_under_way_and_starts_no_other(script, tmp_path):
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        "folder = pathlib.Path(sys.argv[2])\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit((folder / 'saved').write_text('')))\n"
+        "(folder / 'begun').touch()\n"
+        "time.sleep(30)\n"
+    )
+    jobs = [Job(tmp_path / name, ("--out", str(tmp_path / name))) for name in ("a", "b")]
+
+    def terminate():
+        while not (tmp_path / "a" / "begun").is_file():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    with pytest.raises(SystemExit) as stopped:
+        run_jobs(Args(), jobs, "two")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "a" / "saved").is_file() and not (tmp_path / "b").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_holds_the_files_that_were_passed_on(script, tmp_path):
+    """As reproduce.py's lock is, so that a run that outlives both is noticed."""
+    reading, writing = os.pipe()
+    os.set_inheritable(writing, True)
+    script.write_text("import os, sys; os.write(int(sys.argv[2]), b'held')")
+    run_jobs(Args(), [Job(tmp_path / "a", ("--lock", str(writing)))], "one")
+    assert os.read(reading, 4) == b"held"
+    os.close(reading), os.close(writing)
 
 
 def test_the_best_peak_is_each_networks_own_and_needs_the_search(trained, tmp_path):
@@ -113,7 +160,9 @@ def test_the_best_peak_is_each_networks_own_and_needs_the_search(trained, tmp_pa
     main(Args(out=tmp_path, only=("search",), peaks=(0.1, 1.6)))
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["peaks"].values()) == {0.1} and results["comparison"] == []
-    assert results["unfinished_runs"] == 9 + 5
+    assert results["unfinished_runs"] == 9 + 10
+    tables = (tmp_path / "tables.md").read_text()
+    assert "Search for the peak" in tables and "Comparison" not in tables  # no heads of tables without rows
 
 
 def test_a_run_that_fails_is_named_with_its_last_line(tmp_path, monkeypatch):
@@ -122,7 +171,16 @@ def test_a_run_that_fails_is_named_with_its_last_line(tmp_path, monkeypatch):
         main(Args(out=tmp_path, peaks=(0.1,)))
 
 
-@pytest.mark.parametrize(("flags", "message"), [({"seeds": 0}, "--seeds 0"), ({"peaks": ()}, "--peaks needs")])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"seeds": 0}, "--seeds 0"),
+        ({"search_images": 0}, "--search-images 0"),
+        ({"peaks": ()}, "--peaks needs"),
+        ({"peaks": (float("nan"),)}, "--peaks needs"),
+        ({"only": ()}, "--only needs one or more of search, comparison, ablation"),
+    ],
+)
 def test_numbers_out_of_range(tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
         main(Args(out=tmp_path / "new", **flags))
