@@ -135,12 +135,13 @@ def test_a_termination_reaches_the_runs_under_way_and_starts_no_other(script, tm
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=terminate, daemon=True).start()
     with pytest.raises(SystemExit) as stopped:
         run_jobs(Args(), jobs, "two")
     assert stopped.value.code == 128 + signal.SIGTERM
     assert (tmp_path / "a" / "saved").is_file() and not (tmp_path / "b").exists()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_run_holds_the_files_that_were_passed_on(script, tmp_path):
