@@ -9,6 +9,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,7 +21,13 @@ from torch import Tensor
 from curves import draw_curves
 from models import InputError, read_pickle
 
+try:
+    import fcntl
+except ImportError:  # Windows, where two processes in one folder are not noticed
+    fcntl = None
+
 CHECKPOINT_FORMAT = 1
+LOCK_SECONDS = 10.0  # the decoding processes of one that was killed hold its lock until they notice, up to 5 s later
 VALIDATION = ("val_loss", "val_error", "val_top5_error")
 METRICS = ("epoch", "lr", "train_loss", "train_error", *VALIDATION, "images_per_second", "seconds")
 
@@ -109,6 +116,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        self._lock: int | None = None  # a file descriptor
 
     # -- Opening --
 
@@ -123,13 +131,44 @@ class Run:
             reason = "is not writable" if there.is_dir() else "is not a folder"
             raise InputError(f"{self.folder} cannot be written, since {there} {reason}: pass another --out")
 
-    def create(self, config: RunConfig) -> None:
-        """Make the folder and write the configuration. A run that was in it is removed.
+    def hold(self) -> None:
+        """Keep other processes from training into the folder until `release`, or until this process is gone.
 
         Raises:
-            InputError: the folder cannot be written.
+            InputError: another process trains into it.
+        """
+        if fcntl is None:
+            return
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        give_up = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if time.monotonic() > give_up:
+                    self.release()
+                    raise InputError(
+                        f"another process trains into {self.folder}: wait until it has ended, or pass another --out"
+                    ) from error
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                return
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def create(self, config: RunConfig) -> None:
+        """Make the folder, hold it, and write the configuration. A run that was in it is removed.
+
+        Raises:
+            InputError: the folder cannot be written, or another process trains into it.
         """
         make_folder(self.folder)
+        self.hold()
         try:
             for name in (
                 "last.pt",

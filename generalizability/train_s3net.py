@@ -95,9 +95,13 @@ def main(args: Args, amp_given: bool) -> int:
     facts = facts_of(config.model, config.num_classes, config.model_options, config.image_size)
     if started:
         check_same_data(data, started, run.folder)
+        workers.from_main(run.hold)
     else:  # nothing is wrong with the configuration, so it may be written
         workers.from_main(lambda: run.create(config))
-    return train(args, run, config, facts, data, workers)
+    try:
+        return train(args, run, config, facts, data, workers)
+    finally:
+        run.release()
 
 
 def open_run(args: Args, amp_given: bool, run: Run) -> RunConfig | None:

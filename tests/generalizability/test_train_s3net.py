@@ -336,6 +336,16 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         runs.make_folder(tmp_path / "file" / "run")
 
 
+def test_one_process_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "LOCK_SECONDS", 0.2)
+    first, second = runs.Run(tmp_path), runs.Run(tmp_path)
+    first.hold()
+    with pytest.raises(InputError, match=f"another process trains into {tmp_path}: wait until it has ended"):
+        second.hold()
+    first.release()
+    second.hold()
+
+
 def test_a_run_is_never_overwritten_unasked(reference, tmp_path):
     folder, _ = reference
     before = (folder / "last.pt").read_bytes()
