@@ -18,11 +18,12 @@ from baselines import fix_options, list_networks
 from command_line import flag
 from data import DATASETS, ImageSet
 from disk_images import DiskImages
-from engine import SCHEDULES, Precision, Workers
+from engine import SCHEDULES, Precision
 from models import CONNECTIONS, InputError, nearest_names
 from recipes import RECIPES, recipe_for
 from reporting import relative
 from runs import RunConfig
+from workers import Workers
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_DATASET = "cifar100"

@@ -37,10 +37,11 @@ from command_line import run_script
 from cpu_kernels import keep_freed_memory
 from data import ImageSet
 from decoding_benchmark import benchmark_decoding, print_decoding
-from engine import Precision, Trainer, start_workers
+from engine import Precision, Trainer
 from models import InputError
 from recipes import RECIPES
 from runs import make_folder, write_atomically
+from workers import start_workers
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 64

@@ -51,7 +51,6 @@ from engine import (
     Precision,
     StopSignal,
     Trainer,
-    Workers,
     average_buffers,
     evaluate,
     make_batches,
@@ -59,12 +58,12 @@ from engine import (
     make_trainer,
     random_state,
     set_random_state,
-    start_workers,
 )
 from models import InputError, load_weights, read_metadata
 from recipes import RECIPES, recipe_for
 from reporting import TensorBoardLog, describe, diverged, epoch_line, facts_of, network_facts, relative, summarize
 from runs import Progress, Run, RunConfig, json_line
+from workers import Workers, start_workers
 
 
 def main(args: Args, amp_given: bool) -> int:

@@ -36,13 +36,14 @@ from batches import Normalization
 from command_line import flag, run_script
 from cpu_kernels import keep_freed_memory
 from crop_images import CENTRE, CropBatch, TenCrops, crop_batches, open_images
-from engine import Precision, Workers, progress_bar, start_workers, top_errors
+from engine import Precision, progress_bar, top_errors
 from image_files import read_class_names
 from models import InputError, load_weights, nearest_names, read_metadata
 from recipes import IMAGENET_MEAN, IMAGENET_STD
 from reporting import network_facts, relative
 from runs import make_folder, write_atomically
 from splits import random_subset
+from workers import Workers, start_workers
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT_KIND = "validate_10crop"

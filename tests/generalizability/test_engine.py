@@ -9,9 +9,10 @@ from torch import nn
 
 from batches import TrainingBatches
 from data import ImageSet
-from engine import Precision, Trainer, Workers, top_errors
+from engine import Precision, Trainer, top_errors
 from models import InputError
 from runs import Progress, Run
+from workers import Workers
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torchvision import transforms
 
 import validate_10crop
-from engine import Workers
 from models import InputError, create_model, load_weights
 from validate_10crop import COUNTS, Args, wilson_interval
+from workers import Workers
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "validate_10crop.py"
 SHARED = Path(__file__).parents[3] / "shared"
