@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from runs import write_atomically
 
@@ -194,7 +194,7 @@ def draw_ablation(rows: list[dict]) -> Figure:
     """Error of each kind of connections, with its better peak, over the epochs, and at the end against parameters."""
     rows = [min(of, key=lambda row: row["last_val_error"]) for _, of in by_network(rows)]
     figure = Figure(figsize=(10, 3.9), layout="constrained")
-    figure.suptitle("Ablation of the shortcuts")
+    figure.suptitle("Ablation of the shortcuts, each with the better of its peak learning rates")
     curves, sizes = figure.subplots(1, 2, sharey=True)
     draw_curves(curves, by_network(rows), "val_error")
     curves.set(xlabel="epoch", ylabel="top-1 error on test images (%)")
@@ -218,6 +218,7 @@ def draw_curves(axes: Axes, groups: list[tuple[str, list[dict]]], quantity: str)
         for j, row in enumerate(of):
             label = name if j == 0 else None
             axes.plot(range(1, len(row[quantity]) + 1), row[quantity], color=f"C{i}", label=label, alpha=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
 
 
