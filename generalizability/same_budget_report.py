@@ -97,11 +97,12 @@ def search_table(rows: list[dict]) -> str:
 
 
 def errors_by_peak(rows: list[dict], peaks: list[float]) -> list[str]:
-    """One network's last error at each peak learning rate, the lowest in bold; a dash where it is not known."""
+    """One network's last error at each peak learning rate, the lowest of several in bold; a dash for a missing one."""
     errors = {row["peak_lr"]: row["last_val_error"] for row in rows}
     cells = {peak: f"{error:.2f}" for peak, error in errors.items()}
-    best = min(errors, key=errors.get)
-    cells[best] = f"**{cells[best]}**"
+    if len(errors) > 1:
+        best = min(errors, key=errors.get)
+        cells[best] = f"**{cells[best]}**"
     return [cells.get(peak, "–") for peak in peaks]
 
 
