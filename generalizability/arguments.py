@@ -168,13 +168,16 @@ def default_folder(args: Args) -> Path:
 
 
 def resume_command(args: Args, folder: Path) -> str:
-    """The command that goes on with this run, from the same working directory."""
+    """The command that goes on with this run, from the same working directory; with several nodes, on each of them."""
     flags = [flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite")]
     if args.out is None:
         flags += ["--out", str(relative(folder))]
     program = ["python"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+        if (nodes := os.environ.get("GROUP_WORLD_SIZE", "1")) != "1":
+            meeting = f"{os.environ['MASTER_ADDR']}:29500"
+            program += [f"--nnodes={nodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint={meeting}"]
     return shlex.join([*program, sys.argv[0], *flags, "--resume"])
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import engine
 import runs
 import train_s3net
-from arguments import Args
+from arguments import Args, resume_command
 from command_line import run_script
 from models import InputError
 
@@ -155,6 +155,22 @@ def test_a_signal_ends_the_run_with_the_command_that_resumes_it(tmp_path, number
         completed([sys.executable, *resume[1:]])
         completed(command(*flags[:-3], tmp_path / "whole", *flags[-2:]))
         assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "launcher"),
+    [
+        (1, "torchrun --nproc_per_node=4"),
+        (2, "torchrun --nproc_per_node=4 --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=first:29500"),
+    ],
+)
+def test_the_command_that_resumes_names_all_processes(monkeypatch, nodes, launcher):
+    said = {"TORCHELASTIC_RUN_ID": "7", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": str(nodes), "MASTER_ADDR": "first"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train_s3net.py", "--resume", "--lr", "0.1"])
+    expected = f"{launcher} train_s3net.py --lr 0.1 --out there --resume"
+    assert resume_command(Args(), Path("there")) == expected
 
 
 def test_a_kill_between_checkpoint_and_metrics_is_repaired(reference, tmp_path):
