@@ -1,6 +1,6 @@
 """S3-Net, a ResNet and a DenseNet of its size under one budget, and S3-Net without its shortcuts or with dense ones.
 
-    python same_budget.py                           # all of it on CIFAR-100: about 12 hours on 2 cores
+    python same_budget.py --jobs 2                  # all of it on CIFAR-100: about 10 hours on 2 cores
     python same_budget.py --only search comparison --seeds 1
     python same_budget.py --dataset digits --hold-out 300 --epochs 4 --search-epochs 1 --ablation-epochs 2 --seeds 1
 
