@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, TypeVar
 
-import torch.distributed as dist
 import tyro
 
 from models import InputError
+from workers import leave_workers
 
 Args = TypeVar("Args")
 
@@ -50,8 +50,7 @@ def run_script(main: Callable[[Args], int | None], arguments: type[Args], descri
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again at its end
         print(f"error: the output cannot be written ({error.strerror}): give it a reader or room", file=sys.stderr)
         code = 2
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_workers()
     sys.exit(code)
 
 

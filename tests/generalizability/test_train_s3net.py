@@ -229,6 +229,45 @@ def test_two_processes_killed_in_mid_epoch_resume_exactly_under_torchrun_and_by_
     assert_same_run(folder, tmp_path / "whole")
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux only")
+def test_no_thread_of_the_process_group_is_left_when_the_interpreter_shuts_down(tmp_path):
+    listing = tmp_path / "listing.py"
+    listing.write_text(LISTING)
+    flags = [*TINY, "--limit-train", "20", "--limit-val", "20", "--epochs", "1", "--out", tmp_path / "run"]
+    arguments = torchrun(2, *flags)
+    completed([str(listing) if part == str(SCRIPT) else part for part in arguments], cwd=tmp_path)
+    for rank in "01":
+        training, at_the_end = json.loads((tmp_path / f"threads{rank}.json").read_text())
+        assert any("gloo" in name for name in training)
+        assert not any("gloo" in name for name in at_the_end)
+
+
+# Runs the trainer and lists the names of the process's threads, in training and at its end.
+LISTING = f"""
+import atexit, json, os, runpy, sys
+from pathlib import Path
+
+def names():
+    return [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
+
+def save():
+    Path(f"threads{{os.environ['RANK']}}.json").write_text(json.dumps([training, names()]))
+
+sys.argv[0] = {str(SCRIPT)!r}
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import engine
+
+def evaluate(*arguments, evaluate=engine.evaluate):
+    training.extend(names())
+    return evaluate(*arguments)
+
+training = []
+engine.evaluate = evaluate
+atexit.register(save)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_two_processes_say_an_error_once_and_none_waits_forever(tmp_path):
     done = run(torchrun(2, "--dataset", "folder", "--data-dir", tmp_path / "absent", "--out", tmp_path / "run"))
     assert done.returncode != 0
