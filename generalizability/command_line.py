@@ -1,6 +1,7 @@
 """How the scripts here start and end: one line for what is wrong, and an exit code that says so."""
 
 import contextlib
+import gc
 import io
 import os
 import re
@@ -9,10 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, TypeVar
 
+import torch.distributed as dist
 import tyro
 
 from models import InputError
-from workers import leave_workers
 
 Args = TypeVar("Args")
 
@@ -50,7 +51,11 @@ def run_script(main: Callable[[Args], int | None], arguments: type[Args], descri
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again at its end
         print(f"error: the output cannot be written ({error.strerror}): give it a reader or room", file=sys.stderr)
         code = 2
-    leave_workers()
+    if dist.is_initialized():
+        # A distributed network, which is part of reference cycles, keeps the threads of the process group. One of them
+        # that frees a tensor while the interpreter shuts down aborts the process.
+        gc.collect()
+        dist.destroy_process_group()
     sys.exit(code)
 
 

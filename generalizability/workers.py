@@ -1,6 +1,5 @@
 """The processes that torchrun started, or the only one: which this is, on what device, and how they agree."""
 
-import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,17 +90,6 @@ def start_workers(device: str | None) -> Workers:
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return Workers(dist.get_rank(), dist.get_world_size(), chosen)
-
-
-def leave_workers() -> None:
-    """Leave the processes that `start_workers` joined, and end the threads that exchange tensors with them.
-
-    A distributed network keeps these threads for as long as it is there. One that frees a tensor while the interpreter
-    shuts down aborts the process, so the network goes first: nobody holds it, but it is part of reference cycles.
-    """
-    gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _cuda_device(device: torch.device) -> torch.device:
