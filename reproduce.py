@@ -25,8 +25,6 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from generalizability.command_line import run_script, sigterm_as_exit
-from models import InputError
 from reproduction.page import duration, write_page
 from reproduction.record import (
     FAILED,
@@ -40,13 +38,10 @@ from reproduction.record import (
     write_record,
 )
 from reproduction.steps import EXPERIMENTS, Step, steps_of
+from s3net_common.command_line import run_script, sigterm_as_exit
+from s3net_common.errors import InputError
+from s3net_common.output_files import ROOT, lock_exclusively
 
-try:
-    import fcntl
-except ImportError:  # Windows, which has no such locks: there two at a time are not noticed
-    fcntl = None
-
-ROOT = Path(__file__).resolve().parent
 SAVE_EVERY = 10.0  # seconds between notes of how long a step has been running, for the case of a kill
 
 
@@ -127,15 +122,12 @@ def locked(out: Path) -> Iterator[IO]:
     """
     logs_folder(out).mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("a+") as lock:
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock_exclusively(lock.fileno()):
             lock.seek(0)
             raise InputError(
                 f"{shorter(out)} is in use by another reproduce.py, or by a step that a killed one has left running: "
                 f"wait for it, end it ({lock.read() or 'it is just beginning'}), or pass another --out"
-            ) from None
+            )
         lock.truncate(0)
         yield lock
 
@@ -219,7 +211,7 @@ def run_command(step: Step, record: Record, out: Path, log: IO, lock: IO) -> int
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        pass_fds=(lock.fileno(),) if fcntl else (),
+        pass_fds=(lock.fileno(),) if os.name == "posix" else (),
     )
     lock.write(f"kill -TERM -- -{process.pid}")
     lock.flush()

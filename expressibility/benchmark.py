@@ -28,8 +28,10 @@ import tabular
 from kernel_regression import mean_squared_error
 from kernels import B_STD, TOPOLOGIES, W_STD, Topology, kernel_row_blocks
 from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths, compare
+from s3net_common.command_line import run_script
+from s3net_common.errors import InputError
+from s3net_common.output_files import default_out, make_folder, run_record, save_figure, write_json
 from scaling_fit import fitted_order
-from script_io import InputError, default_out, output_folder, run, save_figure, save_json
 
 SCALING_DEPTH = 8  # Figure 3's K = 10
 SCALING_FEATURES = 13
@@ -203,17 +205,17 @@ def main(arguments: Arguments) -> None:
         raise InputError(f"--repeats is {arguments.repeats}: it must be at least 1")
     if not arguments.points or min(arguments.points) < 1:
         raise InputError("--points must be one or more numbers of at least 1, such as --points 500 1000")
-    out = output_folder(arguments.out)
+    out = make_folder(arguments.out)
     found = {
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
         "figure_3": figure_3(depths, arguments.repeats),
         "scaling": scaling(tuple(sorted(set(arguments.points)))),
     }
-    save_json(out / "benchmark.json", found)
+    write_json(out / "benchmark.json", run_record() | found)
     save_figure(out / "benchmark.png", draw(found))
     print(tables(found))
     print(f"Wrote {out / 'benchmark.json'} and {out / 'benchmark.png'}")
 
 
 if __name__ == "__main__":
-    run(main, Arguments)
+    run_script(main, Arguments, __doc__)

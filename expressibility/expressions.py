@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from script_io import InputError
+from s3net_common.errors import InputError
 
 FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "abs": np.abs,
@@ -50,6 +50,8 @@ def parse(text: str) -> Callable[[np.ndarray], np.ndarray]:
     try:
         body = ast.parse(text.strip(), mode="eval").body
         _refuse_unknown(body)
+    except InputError:  # a ValueError, too
+        raise
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         shown = text if len(text) <= 60 else f"{text[:60]}..."
         raise InputError(f"{shown!r} is not an expression: write one like sin(2*x)+abs(x)") from None

@@ -17,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from kernels import TOPOLOGIES, Topology, closed_form_kernels, empirical_ntk, stax_network
+from s3net_common.output_files import run_record, save_figure, write_json
 from scaling_fit import fitted_order
-from script_io import save_figure, save_json
 
 WIDTHS = (32, 64, 128, 256, 512, 1024)
 DEPTH = 3
@@ -87,7 +87,7 @@ def draw(found: dict[str, Any]) -> plt.Figure:
 def measure_and_save(out: Path) -> None:
     """Writes finite_width.json and finite_width.png into `out`."""
     found = measure()
-    save_json(out / "finite_width.json", found)
+    write_json(out / "finite_width.json", run_record() | found)
     save_figure(out / "finite_width.png", draw(found))
     for topology in TOPOLOGIES:
         print(f"Finite {topology} networks approach their NTK as width^({found[topology]['order']:.2f})")

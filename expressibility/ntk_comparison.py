@@ -21,7 +21,9 @@ import finite_width
 import tabular
 from kernel_regression import NtkMatrices, mean_squared_error, ntk_matrices, predict
 from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES, Topology, stax_network
-from script_io import InputError, default_out, output_folder, run, save_figure, save_json
+from s3net_common.command_line import run_script
+from s3net_common.errors import InputError
+from s3net_common.output_files import default_out, make_folder, run_record, save_figure, write_json
 
 DIAG_REG = 0.1
 MAX_DEPTH = 100
@@ -195,11 +197,11 @@ def check_depths(depths: tuple[int, ...]) -> tuple[int, ...]:
 def main(arguments: Arguments) -> None:
     """Computes, prints and writes Figure 3."""
     depths = check_depths(arguments.depths)
-    out = output_folder(arguments.out)
+    out = make_folder(arguments.out)
     data = tabular.split(tabular.boston(), tabular.PAPER_SEED)
     comparison = compare(data, depths, h0_shortcut=arguments.h0_shortcut, progress=True)
     found = results(comparison, len(data.y_test), arguments.h0_shortcut)
-    save_json(out / "ntk_results.json", found)
+    write_json(out / "ntk_results.json", run_record() | found)
     save_figure(out / "ntk_results.png", draw(found))
     print(table(found))
     print(WHY_THEY_DIFFER)
@@ -210,4 +212,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Arguments)
+    run_script(main, Arguments, __doc__)

@@ -27,7 +27,9 @@ from baseline_regressors import BASELINES
 from kernel_regression import mean_squared_error, ntk_matrices, predict
 from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES
 from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths
-from script_io import InputError, default_out, output_folder, run, save_figure, save_json
+from s3net_common.command_line import run_script
+from s3net_common.errors import InputError
+from s3net_common.output_files import default_out, make_folder, run_record, save_figure, write_json
 
 SCALINGS = ("raw", "standardised")
 
@@ -269,7 +271,7 @@ def report(found: dict[str, Any]) -> str:
 def main(arguments: Arguments) -> None:
     """Runs the study, or what is left of it, and writes its results."""
     tables, settings = checked(arguments)
-    out = output_folder(arguments.out)
+    out = make_folder(arguments.out)
     partial = out / "sensitivity.partial.jsonl"
     measured = list(records(tables, settings, partial))
     compared = cells(measured, settings)
@@ -279,7 +281,7 @@ def main(arguments: Arguments) -> None:
         "baselines": baselines(measured, compared, settings),
         "cells": compared,
     }
-    save_json(out / "sensitivity.json", found)
+    write_json(out / "sensitivity.json", run_record() | found)
     save_figure(out / "sensitivity.png", sensitivity_figures.draw_cells(found))
     save_figure(out / "baselines.png", sensitivity_figures.draw_baselines(found))
     partial.unlink()
@@ -288,4 +290,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Arguments)
+    run_script(main, Arguments, __doc__)

@@ -20,8 +20,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import expressions
+from s3net_common.command_line import run_script
+from s3net_common.errors import InputError
+from s3net_common.output_files import default_out, make_folder, run_record, save_figure, write_json
 from scaling_fit import fitted_order
-from script_io import InputError, default_out, output_folder, run, save_figure, save_json
 
 jax.config.update("jax_enable_x64", True)  # float32 would hide the error beyond a hundred layers
 
@@ -253,10 +255,10 @@ def main(arguments: Arguments) -> None:
     function = expressions.parse(arguments.function)
     low, high = arguments.interval
     function(np.linspace(low, high, POINTS + 1))
-    out = output_folder(arguments.out)
+    out = make_folder(arguments.out)
     found, chain, clipping = study(function, low, high, arguments.depth)
     found = {"function": arguments.function, **found}
-    save_json(out / "one_neuron.json", found)
+    write_json(out / "one_neuron.json", run_record() | found)
     save_figure(out / "one_neuron.png", draw(found, function, chain, clipping))
     chained = found["without_shortcuts"]
     order = found["order"]
@@ -270,4 +272,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Arguments)
+    run_script(main, Arguments, __doc__)

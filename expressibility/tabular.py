@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
 
-from script_io import InputError
+from s3net_common.errors import InputError
 
 BOSTON_CSV = Path(__file__).parent / "data" / "boston_housing.csv"
 BOSTON_TARGET = "MEDV"  # median value of the owner-occupied homes of a tract, in 1000 US dollars

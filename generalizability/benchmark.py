@@ -31,19 +31,18 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
-from baselines import create_network
-from batches import TrainingBatches
-from command_line import run_script
-from cpu_kernels import keep_freed_memory
-from data import ImageSet
+from data.batches import TrainingBatches
+from data.image_sets import ImageSet
 from decoding_benchmark import benchmark_decoding, print_decoding
-from engine import Precision, Trainer
-from models import InputError
+from distributed import join_ranks
 from recipes import RECIPES
-from runs import make_folder, write_atomically
-from workers import start_workers
+from s3net_common.command_line import run_script
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.errors import InputError
+from s3net_common.output_files import ROOT, make_folder, write_atomically
+from s3net_networks import create_network
+from training.engine import Precision, Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
 BATCH = 64
 NETWORKS = {  # what is measured: name -> (network, options)
     "S3-Net k=12": ("s3net_cifar", {"growth_rate": 12}),
@@ -122,7 +121,7 @@ class PublishedFormulation(nn.Module):
 
 def measure_side(side: str, seconds: float, device: str | None) -> dict[str, float]:
     """Train one side for a while; images/s and memory in MiB."""
-    workers = start_workers(device)
+    workers = join_ranks(device)
     step = published_step(side, workers.device) if side.startswith("published") else our_step(side, workers)
     before = peak_memory()
     started = time.perf_counter()
@@ -177,7 +176,7 @@ def our_step(side: str, workers):
         model=torch.compile(model) if kind == "compiled" else model,
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
-        precision=Precision(workers.device, Precision.pays(workers.device)),
+        precision=Precision(workers.device, Precision.is_faster(workers.device)),
         workers=workers,
     )
     batches = cifar_like_batches(workers.device)
@@ -310,7 +309,7 @@ def main(args: Args) -> None:
     """Measure, print and write."""
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds} is too small: give 1 or more")
-    start_workers(args.device)  # raises for a device that is not there
+    join_ranks(args.device)  # raises for a device that is not there
     make_folder(args.out)
     results = {
         "command": " ".join(["python", *sys.argv]),

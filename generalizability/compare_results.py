@@ -21,15 +21,14 @@ from typing import Annotated
 
 import tyro
 
-from command_line import run_script
-from comparison_table import MEASURED, QUOTED_THERE, TRAINED_THERE, Row, csv_text, markdown_section, title
-from error_scatter import Point, draw_scatter
-from models import NETWORKS, InputError
-from paper_tables import PAPER_ROWS, PaperRow
-from reporting import facts_of, relative
-from runs import make_folder, write_atomically
-
-ROOT = Path(__file__).resolve().parents[1]
+from comparison.comparison_table import MEASURED, QUOTED_THERE, TRAINED_THERE, Row, csv_text, markdown_section, title
+from comparison.error_scatter import Point, draw_scatter
+from comparison.paper_tables import PAPER_ROWS, PaperRow
+from models import NETWORKS
+from s3net_common.command_line import run_script
+from s3net_common.errors import InputError
+from s3net_common.output_files import ROOT, make_folder, relative, write_atomically
+from s3net_networks.size import network_size
 
 
 @dataclass
@@ -125,7 +124,7 @@ def read_run(folder: Path) -> ReadRun:
     summary = folder / "summary.json"
     facts = read_json(summary) if summary.is_file() else {}
     if not facts.keys() >= set(SIZES):
-        facts = facts_of(config["model"], config["num_classes"], config["model_options"], config["image_size"])
+        facts = network_size(config["model"], config["num_classes"], config["model_options"], config["image_size"])
     return ReadRun(folder, config, history, {name: facts[name] for name in SIZES})
 
 

@@ -27,10 +27,10 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import folder2lmdb
-from image_files import decode
-from image_lmdb import ImageFolderLMDB
-from models import InputError
+from data.image_lmdb import ImageFolderLMDB
 from recipes import IMAGENET_MEAN, IMAGENET_STD
+from s3net_common.errors import InputError
+from s3net_common.images import decode
 
 IMAGES, CLASSES, SIZE = 512, 8, (500, 375)  # the size of ImageNet's typical photograph
 BATCH = 32

@@ -10,7 +10,6 @@ described in image_lmdb.py). Until it is finished the file is called FILE.partia
 crash or a full disk, the same command goes on with that file, and ends with the same bytes as if nothing had happened.
 """
 
-import fcntl
 import hashlib
 import os
 import signal
@@ -28,9 +27,7 @@ import lmdb
 import tyro
 from tqdm import tqdm
 
-from command_line import flag, run_script
-from image_files import class_images, class_names, decode, read_class_names
-from image_lmdb import (
+from data.image_lmdb import (
     Contents,
     ImageFolderLMDB,
     append_records,
@@ -40,8 +37,10 @@ from image_lmdb import (
     reopen_unfinished,
     split_record,
 )
-from models import InputError
-from runs import make_folder
+from s3net_common.command_line import flag, run_script
+from s3net_common.errors import InputError
+from s3net_common.images import class_images, class_names, decode, read_class_names
+from s3net_common.output_files import lock_exclusively, make_folder
 
 TRANSACTION_BYTES = 4 * 2**20  # what a kill can lose; decoding it takes far longer than the transaction's two fsyncs
 NAMED = 10  # so many bad images are named one by one
@@ -162,7 +161,7 @@ def build(args: Args, workers: int) -> Contents:
     total = count_files(args.images, classes)
     make_folder(args.out.absolute().parent)
     partial = args.out.with_name(f"{args.out.name}.partial")
-    with alone(partial):
+    with exclusive_access(partial):
         contents = begin(partial, args, classes)
         try:
             if not contents.complete:
@@ -179,17 +178,15 @@ def build(args: Args, workers: int) -> Contents:
 
 
 @contextmanager
-def alone(partial: Path) -> Iterator[None]:
-    """Hold a file against other processes that would write it too; the system lets go of it with this process."""
+def exclusive_access(partial: Path) -> Iterator[None]:
+    """Lock a file for exclusive writing. The operating system releases the lock when the process ends."""
     try:
         file = partial.open("ab")
     except OSError as error:
         raise InputError(f"{partial} cannot be written ({error.strerror}): pass another --out") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{partial} is being written by another process: wait until it has ended") from error
+        if not lock_exclusively(file.fileno()):
+            raise InputError(f"{partial} is being written by another process: wait until it has ended")
         yield
 
 

@@ -136,3 +136,38 @@ def recipe_for(dataset: str, model: str | None = None) -> Recipe:
     model = model or recipe.model
     changes = TINY_IMAGENET_NETWORKS.get(model, {}) if dataset == "tinyimagenet" else {}
     return replace(recipe, model=model, **changes)
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides what a run computes; it is saved as `config.json` and cannot change on resuming.
+
+    Attributes are those of `recipes.Recipe` and the command line's flags of the same names, with every default
+    filled in. `train_images`, `val_images` and `classes` describe the data that the run was started on.
+    """
+
+    dataset: str
+    model: str
+    model_options: dict
+    num_classes: int
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    schedule: str
+    milestones: list[float]
+    mean: list[float]
+    std: list[float]
+    flip: bool
+    crop_padding: float
+    image_size: int
+    seed: int
+    amp: bool
+    limit_train: int | None
+    limit_val: int | None
+    train_images: int
+    val_images: int
+    classes: list[str]
+    hold_out: int | None = None
+    accumulate: int = 1

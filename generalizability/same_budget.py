@@ -16,29 +16,18 @@ one in the same folder that had other flags is an error. On Ctrl-C and SIGTERM t
 Writes results.json, tables.md, curves.png, search.png and ablation.png into --out, beside the runs.
 """
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import nn
-from tqdm import tqdm
+from comparison.budget_report import write_report
+from comparison.jobs import Job, read_summary, run_jobs
+from s3net_common.command_line import run_script
+from s3net_common.errors import InputError
+from s3net_common.output_files import ROOT, make_folder
+from s3net_networks.size import count_parameters
 
-from baselines import create_network
-from command_line import run_script, sigterm_as_exit
-from models import InputError
-from runs import make_folder
-from same_budget_report import read_summary, write_report
-
-ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("search", "comparison", "ablation")
-ELSEWHERE = {"out", "data_dir", "device"}  # flags that decide where a run is, not what it computes
 
 
 @dataclass
@@ -96,39 +85,6 @@ class Network:
         return "-".join(flag.removeprefix("--") for flag in self.flags)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run of train_s3net.py."""
-
-    folder: Path
-    flags: tuple[str, ...]
-
-    def finished(self) -> bool:
-        """Whether it has been run to its end.
-
-        Raises:
-            InputError: what has been run there had other flags.
-        """
-        if not (self.folder / "summary.json").is_file():
-            return False
-        config = json.loads((self.folder / "config.json").read_text())
-        config |= config.pop("model_options")
-        whole = {"--limit-train": "None"}  # where the flag is not given
-        for flag, asked in (whole | dict(zip(self.flags[::2], self.flags[1::2], strict=True))).items():
-            name = flag.removeprefix("--").replace("-", "_")
-            if name not in ELSEWHERE and not same(config.get(name), asked):
-                raise InputError(
-                    f"{self.folder} holds a finished run with {flag} {config.get(name)} instead of {asked}: "
-                    "pass another --out"
-                )
-        return True
-
-
-def same(saved: object, flag: str) -> bool:
-    """Whether a run's saved setting is what a flag asks for."""
-    return float(flag) == saved if isinstance(saved, float) else flag == str(saved)
-
-
 def main(args: Args) -> None:
     """Run what is missing, then write the report on what there is.
 
@@ -140,17 +96,17 @@ def main(args: Args) -> None:
     networks = compared_networks(args)
     report = {"search": search_jobs(args, networks)}
     if "search" in args.only:
-        run_jobs(args, report["search"].values(), "search")
+        run_jobs(report["search"].values(), args.jobs, "search")
     peaks = best_peaks(networks, report["search"])
     report["comparison"] = comparison_jobs(args, networks, peaks)
     report["ablation"] = ablation_jobs(args)
     if "comparison" in args.only:
         first_seeds = [job for (_, seed), job in report["comparison"].items() if seed == 0]
-        run_jobs(args, first_seeds, "comparison, seed 0")
+        run_jobs(first_seeds, args.jobs, "comparison, seed 0")
     if "ablation" in args.only:
-        run_jobs(args, report["ablation"].values(), "ablation")
+        run_jobs(report["ablation"].values(), args.jobs, "ablation")
     if "comparison" in args.only:
-        run_jobs(args, report["comparison"].values(), "comparison, other seeds")
+        run_jobs(report["comparison"].values(), args.jobs, "comparison, other seeds")
     write_report(args.out, report, peaks)
 
 
@@ -173,9 +129,9 @@ def check(args: Args) -> None:
 def compared_networks(args: Args) -> list[Network]:
     """S3-Net, ResNet-20, and the DenseNet of S3-Net's growth rate that is nearest to it in parameters."""
     k, depth = args.growth_rate, args.depth
-    target = parameters("s3net_cifar", growth_rate=k, depth=depth)
+    target = count_parameters("s3net_cifar", growth_rate=k, depth=depth)
     dense = min(
-        range(7, depth + 1, 3), key=lambda d: abs(parameters("densenet_cifar", growth_rate=k, depth=d) - target)
+        range(7, depth + 1, 3), key=lambda d: abs(count_parameters("densenet_cifar", growth_rate=k, depth=d) - target)
     )
     return [
         Network(f"S3-Net k={k}, depth={depth}", s3net_flags(k, depth)),
@@ -190,13 +146,13 @@ def compared_networks(args: Args) -> list[Network]:
 def ablated_networks(args: Args) -> list[Network]:
     """S3-Net, and its layers as a chain and densely connected: at its growth rate, and with about its parameters."""
     k, depth = args.growth_rate, args.depth
-    target = parameters("s3net_cifar", growth_rate=k, depth=depth)
+    target = count_parameters("s3net_cifar", growth_rate=k, depth=depth)
     networks = [Network(f"sparse shortcuts, k={k}", s3net_flags(k, depth))]
     for connections, title in (("chain", "no shortcuts"), ("dense", "dense connections")):
         same_size = min(
             range(1, 4 * k),
             key=lambda width, c=connections: abs(
-                parameters("s3net_cifar", growth_rate=width, depth=depth, connections=c) - target
+                count_parameters("s3net_cifar", growth_rate=width, depth=depth, connections=c) - target
             ),
         )
         for width in sorted({k, same_size}):
@@ -208,13 +164,6 @@ def ablated_networks(args: Args) -> list[Network]:
 def s3net_flags(growth_rate: int, depth: int) -> tuple[str, ...]:
     """The flags of an S3-Net."""
     return ("--model", "s3net_cifar", "--growth-rate", str(growth_rate), "--depth", str(depth))
-
-
-def parameters(name: str, **options) -> int:
-    """How many parameters a network with 100 classes has."""
-    with torch.device("meta"):
-        model: nn.Module = create_network(name, 100, **options)
-    return sum(p.numel() for p in model.parameters())
 
 
 # ---- The runs -----------------------------------------------------------------------------------------------------
@@ -265,64 +214,6 @@ def make_job(args: Args, name: str, network: Network, peak: float, budget: list[
     flags += ["--data-dir", str(args.data_dir)] if args.data_dir else []
     flags += ["--device", args.device] if args.device else []
     return Job(folder, tuple(flags))
-
-
-def run_jobs(args: Args, jobs: Iterable[Job], what: str) -> None:
-    """Run the jobs that aren't finished, some at a time.
-
-    Raises:
-        InputError: one of them failed; the others that had begun are finished first.
-        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, when the runs under way have saved themselves and ended.
-    """
-    missing = [job for job in jobs if not job.finished()]
-    under_way: set[subprocess.Popen] = set()
-    with (
-        sigterm_as_exit(),
-        tqdm(total=len(missing), desc=what, unit="run", disable=None) as bar,
-        ThreadPoolExecutor(args.jobs) as pool,
-    ):
-
-        def one(job: Job) -> None:
-            run_training(job, args.jobs > 1, under_way)
-            bar.update()
-
-        try:
-            for future in [pool.submit(one, job) for job in missing]:
-                future.result()
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if not isinstance(error, Exception):  # Ctrl-C or SIGTERM, which may have reached only this process
-                for process in under_way.copy():
-                    process.terminate()
-            raise
-
-
-def run_training(job: Job, one_thread: bool, under_way: set[subprocess.Popen]) -> None:
-    """Train to the end, from where it stands; the output goes to log.txt in the run's folder.
-
-    Args:
-        job: the run.
-        one_thread: whether it computes in one thread.
-        under_way: holds the process as long as it runs.
-
-    Raises:
-        InputError: the run failed; the message ends with its last line.
-    """
-    job.folder.mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": "1"} if one_thread else {}
-    command = [sys.executable, str(Path(__file__).with_name("train_s3net.py")), *job.flags, "--resume"]
-    log = job.folder / "log.txt"
-    with log.open("a") as file:
-        # Inherited files stay open: reproduce.py's lock among them, which so notices a run that outlives a kill.
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads, close_fds=False
-        )
-    under_way.add(process)
-    code = process.wait()
-    under_way.remove(process)
-    if code:
-        lines = log.read_text().strip().splitlines() or ["it said nothing"]
-        raise InputError(f"the run in {job.folder} ended with exit code {code}: {lines[-1]}")
 
 
 def best_peaks(networks: list[Network], search: dict[tuple[str, float], Job]) -> dict[str, float]:

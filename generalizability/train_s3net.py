@@ -4,198 +4,323 @@ One process (a GPU if there is one, else the CPU):
     python train_s3net.py                                     # S3-Net k=12, depth=40 on CIFAR-100, as in the paper
     python train_s3net.py --dataset digits                    # two minutes on a laptop, nothing to download
     python train_s3net.py --dataset folder --data-dir my/images --image-size 64
-    python train_s3net.py --resume                            # go on where a run was ended
+    python train_s3net.py --resume                            # resume an interrupted run
 
-Several GPUs of one node, the batch divided between them:
+Several GPUs of one node, each batch divided between them:
     torchrun --nproc_per_node=4 train_s3net.py
 
 Several nodes (the same on each of them):
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_s3net.py
 
-The error of saved weights:
+Evaluate saved weights:
     python train_s3net.py --eval-only --checkpoint runs/cifar100-s3net_cifar-s0/best.safetensors
 """
 
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from arguments import (
+from data.batches import Batches, make_batches, make_evaluation_batches
+from data.datasets import DATASETS, load_dataset
+from data.image_sets import Halves
+from distributed import Ranks, join_ranks
+from recipes import RECIPES, RunConfig, recipe_for
+from s3net_common.checkpoints import load_weights, read_metadata
+from s3net_common.command_line import flag, given_flags, run_script
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.errors import InputError
+from s3net_common.output_files import ROOT, default_out, json_line, relative
+from s3net_networks import create_network, list_networks
+from s3net_networks.connections import CONNECTIONS
+from s3net_networks.size import model_size, network_size
+from training.config import (
+    DATA_FLAGS,
     DEFAULT_DATASET,
     NETWORK_FLAGS,
-    ROOT,
-    Args,
-    Halves,
+    Flags,
     check_flags,
     check_same_data,
     check_same_recipe,
-    check_tools,
-    default_folder,
     resolve_config,
-    resume_command,
 )
-from baselines import create_network, list_networks
-from command_line import run_script
-from cpu_kernels import keep_freed_memory
-from data import load_dataset
-from engine import (
-    Batches,
+from training.engine import (
+    SCHEDULES,
     NonFiniteLossError,
     Precision,
+    Progress,
     StopSignal,
     Trainer,
     average_buffers,
     evaluate,
-    make_batches,
-    make_evaluation_batches,
     make_trainer,
-    random_state,
-    set_random_state,
 )
-from models import InputError, load_weights, read_metadata
-from recipes import RECIPES, recipe_for
-from reporting import TensorBoardLog, describe, diverged, epoch_line, facts_of, network_facts, relative, summarize
-from runs import Progress, Run, RunConfig, json_line
-from workers import Workers, start_workers
+from training.reporting import TensorBoardLog, describe, diverged, epoch_line, summarize
+from training.run_folder import Run, load_progress, save_progress
+
+RECIPE, NETWORK = "the data set's recipe", "the network's own"  # what --help says about a default
 
 
-def main(args: Args, amp_given: bool) -> int:
-    """Do what the command line says; returns the exit code.
+@dataclass
+class Args:
+    """Train S3-Net, or a network to compare it with, on images."""
+
+    dataset: flag(str, f"{{{','.join(DATASETS)}}}", DEFAULT_DATASET) = None
+    """Images to train on: scikit-learn's digits (embedded), CIFAR-100, Tiny ImageNet, ImageNet, or your own."""
+    data_dir: flag(Path, "DIR", "data/<dataset>") = None
+    """Folder of the images: cifar-100-python/, tiny-imagenet-200/, train.lmdb and val.lmdb, or train/<class>/* and
+    val/<class>/* (or test/<class>/*)."""
+    download: bool = False
+    """Download Tiny ImageNet (237 MiB) if it is missing. CIFAR-100 is downloaded without this flag."""
+    model: flag(str, "NAME", RECIPE) = None
+    """Network to train; --list-models names them."""
+    growth_rate: flag(int, "INT", NETWORK) = None
+    """Output channels of each layer (k)."""
+    depth: flag(int, "INT", NETWORK) = None
+    """Total number of layers of a CIFAR network; depth - 4 must be divisible by 3."""
+    drop_rate: flag(float, "FLOAT", NETWORK) = None
+    """Dropout after each layer, 0 to below 1."""
+    connections: flag(str, f"{{{','.join(CONNECTIONS)}}}", "sparse") = None
+    """Connections inside a block: sparse (S3-Net), chain (no shortcuts), dense (as in DenseNet) or residual."""
+    num_classes: flag(int, "INT", "the data's") = None
+    """Outputs of the network."""
+
+    epochs: flag(int, "INT", RECIPE) = None
+    """Passes over the training images."""
+    batch_size: flag(int, "INT", RECIPE) = None
+    """Images per step, over all distributed ranks together."""
+    accumulate: flag(int, "N", "1") = None
+    """Gradient accumulation steps: compute each batch in N parts, to save memory. The gradient is that of the whole
+    batch; BatchNorm normalises each part separately."""
+    lr: flag(float, "FLOAT", RECIPE) = None
+    """Learning rate of SGD: the peak for onecycle, else the initial one."""
+    momentum: flag(float, "FLOAT", RECIPE) = None
+    """Momentum of SGD."""
+    weight_decay: flag(float, "FLOAT", RECIPE) = None
+    """L2 penalty."""
+    schedule: flag(str, f"{{{','.join(SCHEDULES)}}}", RECIPE) = None
+    """Learning-rate schedule: step (divide by 10 at each milestone), onecycle or cosine."""
+    image_size: flag(int, "INT", RECIPE) = None
+    """Height and width in pixels of the images that the network reads."""
+    seed: flag(int, "INT", "0") = None
+    """Seed of the initial weights, the order of the images and their augmentation."""
+    hold_out: flag(int, "N", "the data set's own validation images") = None
+    """Hold out N training images and validate on them instead of on the validation set."""
+    limit_train: flag(int, "N", "all") = None
+    """Train on N of the training images only, always the same ones."""
+    limit_val: flag(int, "N", "all") = None
+    """Evaluate on N of the validation images only, always the same ones."""
+
+    device: flag(str, "{cpu,cuda,cuda:N,mps}", "a GPU if there is one") = None
+    """Device to compute on. Under torchrun, each rank gets the GPU of its LOCAL_RANK."""
+    amp: flag(bool, None, "where it is faster") = True
+    """Mixed precision: bfloat16, or float16 with a gradient scaler on CUDA devices that lack it."""
+    compile: bool = False
+    """Compile the network with torch.compile (on a CPU it needs a C++ compiler)."""
+    workers: flag(int, "N", "one a processor") = None
+    """DataLoader workers of each rank, which decode image files: processes for ImageNet, whose images stay on disk (0:
+    decode in the training process), threads for the other data sets."""
+    skip_unreadable: bool = False
+    """Skip image files that cannot be read, and print their number, instead of stopping."""
+
+    out: flag(Path, "DIR", "runs/<dataset>-<model>-s<seed>") = None
+    """Folder for everything that the run writes."""
+    resume: bool = False
+    """Resume the run in --out, or start it if it does not exist."""
+    checkpoint_every: flag(int, "N", "each epoch only") = None
+    """Also save a checkpoint every N steps."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+    tensorboard: bool = False
+    """Also write the metrics as TensorBoard events, into <out>/tensorboard."""
+
+    eval_only: bool = False
+    """Evaluate --checkpoint on the validation images, without training."""
+    checkpoint: flag(Path, "FILE", "none") = None
+    """Weights for --eval-only: ours (.safetensors, .pt) or a file that the paper's authors published."""
+    list_models: bool = False
+    """Print the names of all networks and exit."""
+
+
+def main(args: Args) -> int:
+    """Train, evaluate a checkpoint or list the networks. Return the exit code.
 
     Raises:
-        InputError: something that the user gave cannot be used.
+        InputError: user input cannot be used.
     """
     if args.list_models:
         print("\n".join(list_networks()))
         return 0
-    check_flags(args)
+    flags = given_flags(args)
+    check_flags(flags)
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    workers = start_workers(args.device)
-    check_tools(args, workers)
+    ranks = join_ranks(flags.get("device"))
+    check_tools(flags, ranks)
     if args.eval_only:
-        return evaluate_checkpoint(args, amp_given, workers)
-    run = Run(args.out or default_folder(args))
-    started = workers.from_main(lambda: open_run(args, amp_given, run))
-    args.dataset = started.dataset if started else args.dataset or DEFAULT_DATASET
-    if started:
-        args.image_size, args.limit_train, args.limit_val = started.image_size, started.limit_train, started.limit_val
-        args.hold_out = started.hold_out
-    data = read_data(args, workers)
-    config = started or resolve_config(args, amp_given, data, workers.device)
-    facts = facts_of(config.model, config.num_classes, config.model_options, config.image_size)
+        return evaluate_checkpoint(flags, ranks)
+    run = Run(flags.get("out") or default_folder(flags))
+    started = ranks.on_main_rank(lambda: open_run(flags, run))
+    if started:  # the run's own images, also where the flags do not name them
+        flags |= {name: getattr(started, name) for name in DATA_FLAGS}
+    data = read_data(flags, ranks)
+    config = started or resolve_config(flags, data, ranks.device)
+    size = network_size(config.model, config.num_classes, config.model_options, config.image_size)
     if started:
         check_same_data(data, started, run.folder)
-        workers.from_main(run.hold)
-    else:  # nothing is wrong with the configuration, so it may be written
-        workers.from_main(lambda: run.create(config))
+        ranks.on_main_rank(run.hold)
+    else:  # all flags are valid now, so the folder may be written
+        ranks.on_main_rank(lambda: run.create(config))
     try:
-        return train(args, run, config, facts, data, workers)
+        return train(flags, run, config, size, data, ranks)
     finally:
         run.release()
 
 
-def open_run(args: Args, amp_given: bool, run: Run) -> RunConfig | None:
-    """The configuration of the run that is to be resumed, or None where a new one is to be started.
+def check_tools(flags: Flags, ranks: Ranks) -> None:
+    """Check that everything that a flag needs is installed.
 
     Raises:
-        InputError: the folder cannot be written; or holds a run and neither --resume nor --overwrite is given; or a
+        InputError: TensorBoard or a C++ compiler is missing.
+    """
+    if "tensorboard" in flags and find_spec("tensorboard") is None:
+        raise InputError("TensorBoard is not installed: pip install tensorboard, or leave out --tensorboard")
+    if "compile" in flags and ranks.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
+        raise InputError("--compile on a CPU needs a C++ compiler, and there is none: leave it out")
+
+
+def default_folder(flags: Flags) -> Path:
+    """Return `runs/<dataset>-<model>-s<seed>` in the repository."""
+    dataset = flags.get("dataset", DEFAULT_DATASET)
+    return default_out(f"{dataset}-{flags.get('model', RECIPES[dataset].model)}-s{flags.get('seed', 0)}")
+
+
+def open_run(flags: Flags, run: Run) -> RunConfig | None:
+    """Return the configuration of the run to be resumed, or None if a new one is to be started.
+
+    Raises:
+        InputError: the folder cannot be written; it holds a run and neither --resume nor --overwrite is given; or a
             flag differs from what the run was started with.
     """
     run.check_writable()  # before the data are read, which may take a while
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun started all processes anew
-    if not run.exists() or (args.overwrite and not restarted):
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun restarted all ranks
+    if not run.exists() or ("overwrite" in flags and not restarted):
         return None
-    if not args.resume and not restarted:
+    if "resume" not in flags and not restarted:
         raise InputError(
             f"{relative(run.folder)} already holds a run: pass --resume to go on with it, --overwrite to replace it, "
             "or another --out"
         )
     started = run.read_config()
-    check_same_recipe(args, amp_given, started)
+    check_same_recipe(flags, started)
     return started
 
 
-def read_data(args: Args, workers: Workers) -> Halves:
-    """The images that the flags name. One process of each node reads first: it may have to download."""
+def resume_command(flags: Flags, folder: Path) -> str:
+    """Return the shell command that resumes this run from the same working directory.
+
+    With several nodes, run it on each node.
+    """
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    if "out" not in flags:
+        words += ["--out", str(relative(folder))]
+    program = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+        if (nodes := os.environ.get("GROUP_WORLD_SIZE", "1")) != "1":
+            endpoint = f"{os.environ['MASTER_ADDR']}:29500"
+            program += [f"--nnodes={nodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}"]
+    return shlex.join([*program, sys.argv[0], *words, "--resume"])
+
+
+# ---- Data ---------------------------------------------------------------------------------------------------------
+
+
+def read_data(flags: Flags, ranks: Ranks) -> Halves:
+    """Read the training and validation images. One rank of each node reads first: it may have to download."""
+    dataset = flags.get("dataset", DEFAULT_DATASET)
     first_of_node = int(os.environ.get("LOCAL_RANK", 0)) == 0
 
     def read() -> Halves:
         return load_dataset(
-            args.dataset,
-            args.data_dir or ROOT / "data" / args.dataset,
-            image_size=args.image_size or RECIPES[args.dataset].image_size,
-            workers=max(1, reader_count(args)),
-            skip_unreadable=args.skip_unreadable,
-            download=args.download,
+            dataset,
+            flags.get("data_dir", ROOT / "data" / dataset),
+            image_size=flags.get("image_size", RECIPES[dataset].image_size),
+            workers=max(1, loader_workers(flags)),
+            skip_unreadable="skip_unreadable" in flags,
+            download="download" in flags,
         )
 
-    halves = workers.together(lambda: read() if first_of_node else None)
-    halves = workers.together(lambda: halves or read())
-    if workers.is_main and (skipped := sum(half.skipped for half in halves)):
+    halves = ranks.on_all_ranks(lambda: read() if first_of_node else None)
+    halves = ranks.on_all_ranks(lambda: halves or read())
+    if ranks.is_main and (skipped := sum(half.skipped for half in halves)):
         print(f"left out {skipped} unreadable images", flush=True)
-    if args.hold_out is not None:
-        halves = workers.together(lambda: halves[0].hold_out(args.hold_out))
-    return tuple(half.subset(limit) for half, limit in zip(halves, (args.limit_train, args.limit_val), strict=True))
+    if (held_out := flags.get("hold_out")) is not None:
+        halves = ranks.on_all_ranks(lambda: halves[0].hold_out(held_out))
+    limits = (flags.get("limit_train"), flags.get("limit_val"))
+    return tuple(half.subset(limit) for half, limit in zip(halves, limits, strict=True))
 
 
-def reader_count(args: Args) -> int:
-    """How many workers decode images for this process: by default its share of the processors that it may use."""
-    if args.workers is not None:
-        return args.workers
+def loader_workers(flags: Flags) -> int:
+    """Return the number of DataLoader workers of this rank: by default its share of the available processors."""
+    if "workers" in flags:
+        return flags["workers"]
     # Slurm and containers give a process some of the machine's processors.
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # ---- Training -----------------------------------------------------------------------------------------------------
 
 
-def train(args: Args, run: Run, config: RunConfig, facts: dict[str, int], data: Halves, workers: Workers) -> int:
-    """Train from the run's checkpoint, or from the start, to the last epoch; returns the exit code.
+def train(flags: Flags, run: Run, config: RunConfig, size: dict[str, int], data: Halves, ranks: Ranks) -> int:
+    """Train to the last epoch, from the run's checkpoint or from the start. Return the exit code.
 
-    `facts` are those of `reporting.network_facts`.
+    `size` is from `s3net_networks.size.network_size`.
     """
     torch.manual_seed(config.seed)
     model = create_network(config.model, config.num_classes, **config.model_options)
-    model.to(workers.device, memory_format=torch.channels_last)
-    batches, val_batches = make_batches(config, data, workers, reader_count(args))
-    trainer = make_trainer(model, config, len(batches), args.compile, workers)
+    model.to(ranks.device, memory_format=torch.channels_last)
+    batches, val_batches = make_batches(config, data, ranks, loader_workers(flags))
+    trainer = make_trainer(model, config, len(batches), "compile" in flags, ranks)
     trainer.stop_requested = stop = StopSignal()
     progress = load_progress(run, model, trainer)
     trainer.checkpoint = save = partial(save_progress, run, config, model, trainer, progress)
-    trainer.checkpoint_every = args.checkpoint_every or 0
-    log = TensorBoardLog(run.folder, progress) if args.tensorboard and workers.is_main else None
-    if workers.is_main:
-        print(describe(run, config, facts, trainer, progress), flush=True)
+    trainer.checkpoint_every = flags.get("checkpoint_every", 0)
+    log = TensorBoardLog(run.folder, progress) if "tensorboard" in flags and ranks.is_main else None
+    if ranks.is_main:
+        print(describe(run, config, size, trainer, progress), flush=True)
 
     with closing(batches), closing(val_batches):
         while progress.epoch < config.epochs:
             try:
                 finished = run_epoch(model, trainer, (batches, val_batches), progress)
             except NonFiniteLossError as error:
-                if workers.is_main:
+                if ranks.is_main:
                     print(diverged(error, run, config), file=sys.stderr)
                 return 1
             save()
-            if finished and workers.is_main:
+            if finished and ranks.is_main:
                 print(epoch_line(progress.history[-1], config.epochs), flush=True)
                 if log:
                     log.write(progress.history[-1])
             if progress.epoch < config.epochs and trainer.should_stop():
-                if workers.is_main:
-                    print(f"stopped; go on with\n  {resume_command(args, run.folder)}", flush=True)
+                if ranks.is_main:
+                    print(f"stopped; go on with\n  {resume_command(flags, run.folder)}", flush=True)
                 return 128 + (stop.number or signal.SIGTERM)
-    if workers.is_main:
-        run.finish(summarize(config, facts, progress, trainer))
+    if ranks.is_main:
+        run.finish(summarize(config, size, progress, trainer))
         best, last = progress.best(), progress.history[-1]
         print(
             f"best error {best['val_error']:.2f}% at epoch {best['epoch']}, last {last['val_error']:.2f}%: "
@@ -205,104 +330,56 @@ def train(args: Args, run: Run, config: RunConfig, facts: dict[str, int], data: 
     return 0
 
 
-def run_epoch(model: nn.Module, trainer: Trainer, halves: Batches, progress: Progress) -> bool:
-    """Train one epoch, or what is left of it, and evaluate; False where it was stopped in between.
+def run_epoch(model: nn.Module, trainer: Trainer, batches: Batches, progress: Progress) -> bool:
+    """Train the rest of an epoch and evaluate. Return False if the epoch was stopped before its end.
 
     Raises:
-        NonFiniteLossError: in training; the validation loss may be anything.
+        NonFiniteLossError: the training loss is infinite or NaN. The validation loss may be anything.
     """
-    batches, val_batches = halves
-    if not trainer.train_epoch(batches, progress):
+    training_batches, validation_batches = batches
+    if not trainer.train_epoch(training_batches, progress):
         return False
-    average_buffers(model, trainer.workers)
+    average_buffers(model, trainer.ranks)
     started = time.perf_counter()
-    validation = evaluate(model, val_batches, trainer)
-    progress.end_epoch(trainer.training_metrics(progress), validation, time.perf_counter() - started)
+    validation = evaluate(model, validation_batches, trainer)
+    progress.finish_epoch(trainer.training_metrics(progress), validation, time.perf_counter() - started)
     return True
-
-
-def load_progress(run: Run, model: nn.Module, trainer: Trainer) -> Progress:
-    """Put everything back as the run's checkpoint has it; a fresh start where there is none."""
-    workers = trainer.workers
-    state = workers.from_main(run.read_checkpoint)
-    if state is None:
-        return Progress()
-    try:
-        model.load_state_dict(state["model"])
-        trainer.load_state(state)
-        progress = Progress(**state["progress"])
-        same_processes = len(state["processes"]) == workers.world_size
-        if same_processes:
-            mine = state["processes"][workers.rank]
-            set_random_state(mine["random"], workers.device)
-            model.load_state_dict(mine["buffers"], strict=False)
-            progress.losses, progress.errors = mine["losses"], mine["errors"]
-        elif not workers.is_main:
-            progress.losses, progress.errors = [], 0
-        else:
-            progress.losses = [loss for process in state["processes"] for loss in process["losses"]]
-            progress.errors = sum(process["errors"] for process in state["processes"])
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{run.folder / 'last.pt'} does not fit this run: start a new one with another --out"
-        ) from error
-    if workers.is_main and not same_processes:
-        print(f"the run had {len(state['processes'])} processes, not {workers.world_size}: not exactly the same")
-    workers.from_main(lambda: run.publish(state))
-    return progress
-
-
-def save_progress(run: Run, config: RunConfig, model: nn.Module, trainer: Trainer, progress: Progress) -> None:
-    """Write the checkpoint, and what follows from it, from the main process."""
-    workers = trainer.workers
-    in_mid_epoch = workers.world_size > 1 and progress.step > 0  # else the buffers are the same in all processes
-    buffers = {name: b.cpu() for name, b in model.named_buffers()} if in_mid_epoch else {}
-    mine = {"random": random_state(workers.device), "buffers": buffers}
-    mine |= {"losses": progress.losses, "errors": progress.errors}
-    state = {
-        "config": asdict(config),
-        "progress": asdict(progress),
-        "model": model.state_dict(),
-        "processes": workers.gather(mine),
-        **trainer.state(),
-    }
-    workers.from_main(lambda: run.save(state))
 
 
 # ---- Evaluation only ----------------------------------------------------------------------------------------------
 
 
-def evaluate_checkpoint(args: Args, amp_given: bool, workers: Workers) -> int:
-    """Measure the error of a file of weights. What it says of itself holds where no flag says otherwise."""
-    if args.checkpoint is None:
+def evaluate_checkpoint(flags: Flags, ranks: Ranks) -> int:
+    """Evaluate a file of weights. Where a flag is missing, the file's metadata decide."""
+    if "checkpoint" not in flags:
         raise InputError("--eval-only needs the weights: pass --checkpoint FILE")
-    said = read_metadata(args.checkpoint)
-    args.dataset = args.dataset or said.get("dataset", DEFAULT_DATASET)
-    recipe = recipe_for(args.dataset)
-    args.image_size = args.image_size or said.get("image_size", recipe.image_size)
-    _, val = read_data(args, workers)
-    num_classes = args.num_classes or said.get("num_classes", len(val.classes))
+    metadata = read_metadata(flags["checkpoint"])
+    dataset = flags.get("dataset", metadata.get("dataset", DEFAULT_DATASET))
+    recipe = recipe_for(dataset)
+    image_size = flags.get("image_size", metadata.get("image_size", recipe.image_size))
+    _, val = read_data(flags | {"dataset": dataset, "image_size": image_size}, ranks)
+    num_classes = flags.get("num_classes", metadata.get("num_classes", len(val.classes)))
     if num_classes < len(val.classes):
         raise InputError(f"the weights are for {num_classes} classes and the data have {len(val.classes)}")
-    flags = {key: getattr(args, key) for key in NETWORK_FLAGS if getattr(args, key) is not None}
-    network = args.model or said.get("model", recipe.model)
-    options = said.get("model_options", {}) if network == said.get("model") else {}
-    model = create_network(network, num_classes, **(options | flags))
-    load_weights(model, args.checkpoint)
-    model.to(workers.device, memory_format=torch.channels_last)
-    mean, std = said.get("mean", recipe.mean), said.get("std", recipe.std)
-    precision = Precision(workers.device, args.amp if amp_given else Precision.pays(workers.device))
-    facts = network_facts(model, args.image_size, workers.device)
-    with closing(make_evaluation_batches(val, workers, mean, std, args.image_size, reader_count(args))) as batches:
-        metrics = evaluate(model, batches, Trainer(model, None, None, precision, workers))
-    if workers.is_main:
+    name = flags.get("model", metadata.get("model", recipe.model))
+    options = metadata.get("model_options", {}) if name == metadata.get("model") else {}
+    options = options | {option: flags[option] for option in NETWORK_FLAGS if option in flags}
+    model = create_network(name, num_classes, **options)
+    load_weights(model, flags["checkpoint"])
+    model.to(ranks.device, memory_format=torch.channels_last)
+    mean, std = metadata.get("mean", recipe.mean), metadata.get("std", recipe.std)
+    precision = Precision(ranks.device, flags.get("amp", Precision.is_faster(ranks.device)))
+    size = model_size(model, image_size, ranks.device)
+    with closing(make_evaluation_batches(val, ranks, mean, std, image_size, loader_workers(flags))) as batches:
+        metrics = evaluate(model, batches, Trainer(model, None, None, precision, ranks))
+    if ranks.is_main:
         print(
-            f"{network} on {args.dataset}: error {metrics['val_error']:.2f}%, top-5 error "
+            f"{name} on {dataset}: error {metrics['val_error']:.2f}%, top-5 error "
             f"{metrics['val_top5_error']:.2f}%, loss {metrics['val_loss']:.4f} over {len(val):,} images"
         )
-        print(json_line(metrics | {"images": len(val)} | facts))
+        print(json_line(metrics | {"images": len(val)} | size))
     return 0
 
 
 if __name__ == "__main__":
-    run_script(lambda args: main(args, amp_given=not {"--amp", "--no-amp"}.isdisjoint(sys.argv)), Args, __doc__)
+    run_script(main, Args, __doc__)

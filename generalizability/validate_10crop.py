@@ -31,21 +31,21 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from baselines import create_network, list_networks
-from batches import Normalization
-from command_line import flag, run_script
-from cpu_kernels import keep_freed_memory
-from crop_images import CENTRE, CropBatch, TenCrops, crop_batches, open_images
-from engine import Precision, progress_bar, top_errors
-from image_files import read_class_names
-from models import InputError, load_weights, nearest_names, read_metadata
+from data.batches import Normalization
+from data.image_sets import random_subset
+from data.ten_crops import CENTRE, CropBatch, TenCrops, crop_batches, open_images
+from distributed import Ranks, join_ranks
 from recipes import IMAGENET_MEAN, IMAGENET_STD
-from reporting import network_facts, relative
-from runs import make_folder, write_atomically
-from splits import random_subset
-from workers import Workers, start_workers
+from s3net_common.checkpoints import load_weights, read_metadata
+from s3net_common.command_line import flag, given_flags, run_script
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.errors import InputError, nearest_names
+from s3net_common.images import read_class_names
+from s3net_common.output_files import ROOT, make_folder, relative, write_atomically
+from s3net_networks import create_network, list_networks
+from s3net_networks.size import model_size
+from training.engine import Precision, progress_bar, top_errors
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULT_KIND = "validate_10crop"
 SAID = "the checkpoint's"
 NORMAL_95 = 1.959963984540054  # the normal distribution's 97.5% point
@@ -94,7 +94,7 @@ class Args:
     """Replace the file if it is already there."""
 
 
-def main(args: Args, amp_given: bool) -> int:
+def main(args: Args) -> int:
     """Do what the command line says; returns the exit code.
 
     Raises:
@@ -104,16 +104,16 @@ def main(args: Args, amp_given: bool) -> int:
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    workers = start_workers(args.device)
+    ranks = join_ranks(args.device)
     out = args.out or default_out(args.checkpoint)
-    workers.from_main(lambda: check_out(out, args.overwrite))
-    images, network, scorer = workers.together(lambda: prepare(args, amp_given, workers.device))
+    ranks.on_main_rank(lambda: check_out(out, args.overwrite))
+    images, network, scorer = ranks.on_all_ranks(lambda: prepare(args, ranks.device))
     started = time.perf_counter()
-    counts = count_errors(args, images, scorer, workers)
+    counts = count_errors(args, images, scorer, ranks)
     seconds = time.perf_counter() - started
-    if workers.is_main:
+    if ranks.is_main:
         results = describe_network(args, network) | describe_images(args, images, scorer, counts)
-        results |= describe_work(counts, seconds, scorer.precision, workers)
+        results |= describe_work(counts, seconds, scorer.precision, ranks)
         write_atomically(out, lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
         print(table(results))
         print(f"written to {relative(out)}", flush=True)
@@ -123,7 +123,7 @@ def main(args: Args, amp_given: bool) -> int:
 # ---- What to evaluate ---------------------------------------------------------------------------------------------
 
 
-def prepare(args: Args, amp_given: bool, device: torch.device) -> tuple[Dataset, "Network", "Scorer"]:
+def prepare(args: Args, device: torch.device) -> tuple[Dataset, "Network", "Scorer"]:
     """Open the images and the checkpoint; what the flags leave open, the checkpoint says.
 
     Raises:
@@ -136,7 +136,7 @@ def prepare(args: Args, amp_given: bool, device: torch.device) -> tuple[Dataset,
     network = make_network(args, said, names, images.classes)
     scorer = Scorer(
         network.model.to(device, memory_format=torch.channels_last).eval(),
-        Precision(device, args.amp if amp_given else Precision.pays(device)),
+        Precision(device, given_flags(args).get("amp", Precision.is_faster(device))),
         device,
         labels,
         said.get("mean", IMAGENET_MEAN),
@@ -228,7 +228,7 @@ def first_difference(one: list[str], other: list[str]) -> tuple[int, str, str] |
 class Network:
     """The checkpoint's network with its weights, how it was built, and the data set that it was trained on.
 
-    `facts` are those of `reporting.network_facts`.
+    `facts` are those of `reporting.model_size`.
     """
 
     name: str
@@ -266,7 +266,7 @@ def make_network(args: Args, said: dict, names: list[str] | None, folders: list[
             f"{error}; it was taken to have the {outputs} classes of the images as outputs: if it has others, pass "
             "--classes FILE with the class names of all of them in order"
         ) from error
-    facts = network_facts(model, args.crop, torch.device("cpu"))  # also finds out that crops are too small for it
+    facts = model_size(model, args.crop, torch.device("cpu"))  # also finds out that crops are too small for it
     return Network(name, options, outputs, model, facts, said.get("dataset"))
 
 
@@ -328,7 +328,7 @@ class Scorer:
         return counts
 
 
-def count_errors(args: Args, images: Dataset, scorer: Scorer, workers: Workers) -> dict[str, int]:
+def count_errors(args: Args, images: Dataset, scorer: Scorer, ranks: Ranks) -> dict[str, int]:
     """`COUNTS` over the images, each counted once whatever the number of processes.
 
     Every process does the same number of steps, the last perhaps without an image, and hears of the others' errors
@@ -338,9 +338,9 @@ def count_errors(args: Args, images: Dataset, scorer: Scorer, workers: Workers) 
         InputError: an image cannot be read and is not to be skipped; or none can be read.
     """
     chosen = random_subset(len(images), args.limit).tolist()
-    mine = chosen[workers.rank :: workers.world_size]
-    steps = -(-len(chosen) // (workers.world_size * args.batch_size))
-    pin = workers.device.type == "cuda"
+    mine = chosen[ranks.rank :: ranks.world_size]
+    steps = -(-len(chosen) // (ranks.world_size * args.batch_size))
+    pin = ranks.device.type == "cuda"
     batches = iter(crop_batches(images, mine, args.batch_size, args.workers, pin))
     totals = dict.fromkeys(COUNTS, 0)
 
@@ -353,14 +353,14 @@ def count_errors(args: Args, images: Dataset, scorer: Scorer, workers: Workers) 
             totals[name] += count
 
     try:
-        with progress_bar(workers, "10 crops", steps) as bar:
+        with progress_bar(ranks, "10 crops", steps) as bar:
             for _ in range(steps):
-                workers.together(step)
+                ranks.on_all_ranks(step)
                 bar.update()
                 bar.set_postfix_str(f"error {100 * totals['ten_crops_top1'] / max(1, totals['images']):.1f}%")
     finally:
         batches = None  # ends its reading processes now; left to the garbage collector, that can take 5 s
-    summed = dict(zip(COUNTS, map(int, workers.reduce([float(totals[name]) for name in COUNTS])), strict=True))
+    summed = dict(zip(COUNTS, map(int, ranks.reduce([float(totals[name]) for name in COUNTS])), strict=True))
     if not summed["images"]:
         raise InputError(f"none of the {summed['skipped']} images in {args.images} can be read")
     return summed
@@ -422,14 +422,14 @@ def describe_images(args: Args, images: Dataset, scorer: Scorer, counts: dict[st
     return said
 
 
-def describe_work(counts: dict[str, int], seconds: float, precision: Precision, workers: Workers) -> dict:
+def describe_work(counts: dict[str, int], seconds: float, precision: Precision, ranks: Ranks) -> dict:
     """What it says of how the results were computed."""
-    device = workers.device
+    device = ranks.device
     return {
         "seconds": seconds,
         "images_per_second": (counts["images"] + counts["skipped"]) / seconds,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processes": workers.world_size,
+        "processes": ranks.world_size,
         "precision": str(precision.dtype).removeprefix("torch."),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision")}},
     }
@@ -464,4 +464,4 @@ def file_digest(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    run_script(lambda args: main(args, amp_given=not {"--amp", "--no-amp"}.isdisjoint(sys.argv)), Args, __doc__)
+    run_script(main, Args, __doc__)

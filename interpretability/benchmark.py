@@ -25,14 +25,15 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from atomic_files import make_folder, write_json
-from cpu_kernels import keep_freed_memory
-from explain_images import ROOT, choose_device
+from explain_images import choose_device
 from explained_networks import load_network
 from full_grad import FullGrad
 from interpret_fullgrad import command
-from models import InputError, list_models
-from script_main import run_main
+from models import list_models
+from s3net_common.command_line import run_script
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.errors import InputError
+from s3net_common.output_files import ROOT, make_folder, write_json
 
 PIECEWISE_LINEAR = (
     "alexnet", "vgg11", "vgg19", "vgg16_bn", "squeezenet1_0", "resnet18", "resnet50", "resnext50_32x4d",
@@ -260,4 +261,4 @@ def print_speed(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, Args, __doc__)
+    run_script(main, Args, __doc__)

@@ -5,20 +5,18 @@ another digit, on coloured noise. So brightness and edges alone don't tell where
 true mask.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm import tqdm
 
-from atomic_files import write_whole
 from models import S3Net, create_model
 from pictures import Picture
+from s3net_common.checkpoints import save_weights
 
 SIZE = 36
 MEAN, STD = (0.3, 0.3, 0.3), (0.2, 0.2, 0.2)
@@ -71,16 +69,15 @@ def digits_checkpoint(folder: Path, device: torch.device, epochs: int = EPOCHS) 
         model, accuracy = train_digits_network(epochs, device)
         metadata = {
             "model": NETWORK,
-            "options": json.dumps(OPTIONS),
-            "num_classes": "10",
-            "classes": json.dumps([str(digit) for digit in range(10)]),
-            "mean": json.dumps(MEAN),
-            "std": json.dumps(STD),
-            "image_size": str(SIZE),
-            "test_accuracy": f"{accuracy:.4f}",
+            "model_options": OPTIONS,
+            "num_classes": 10,
+            "classes": [str(digit) for digit in range(10)],
+            "mean": MEAN,
+            "std": STD,
+            "image_size": SIZE,
+            "test_accuracy": round(accuracy, 4),
         }
-        weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-        write_whole(path, lambda temporary: save_file(weights, temporary, metadata))
+        save_weights(path, model.state_dict(), metadata)
     return path
 
 

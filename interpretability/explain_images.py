@@ -16,10 +16,10 @@ from explained_networks import PAPER_NETWORKS, Network, load_network
 from faithfulness import area, deletion_curve, insertion_curve
 from full_grad import FullGrad, IncompleteWarning
 from map_scores import centred_gaussian, edge_map
-from models import InputError, read_metadata
 from pictures import Picture, find_images, read_pictures, sample_crops, sample_pictures
+from s3net_common.checkpoints import read_metadata
+from s3net_common.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[1]
 OUR_NETWORK = "s3net_cifar"  # the one whose weights are in the repository
 MOST_PROBABLE = 3
 

@@ -8,15 +8,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from models import (
-    InputError,
-    create_model,
-    list_models,
-    load_weights,
-    nearest_names,
-    pretrained_file,
-    read_metadata,
-)
+from models import create_model, list_models
+from s3net_common.checkpoints import load_weights, pretrained_file, read_metadata
+from s3net_common.errors import InputError, nearest_names
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAPER_NETWORKS = ("vgg19", "squeezenet1_0", "resnet50", "densenet169")  # beside S3-Net in the paper's figures

@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import InputError
 from module_bias import (
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -42,6 +41,7 @@ from module_bias import (
     float_tensors,
     module_bias,
 )
+from s3net_common.errors import InputError
 
 # Modules with children that are one unit of eq. 2, since they multiply their own branches or never call their
 # children: classes, or the names of classes (so that timm need not be installed).

@@ -20,10 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from atomic_files import make_folder, write_json, write_whole
-from cpu_kernels import keep_freed_memory
 from explain_images import (
-    ROOT,
     Explained,
     NetworkArgs,
     choose_device,
@@ -33,10 +30,12 @@ from explain_images import (
     picture_reader,
 )
 from explained_networks import Network
-from models import InputError
 from pictures import Picture
+from s3net_common.command_line import run_script
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.errors import InputError
+from s3net_common.output_files import ROOT, make_folder, write_atomically, write_json
 from saliency_figures import draw_crops, draw_faithfulness, draw_maps, save_overlay
-from script_main import run_main
 
 
 @dataclass
@@ -89,7 +88,7 @@ def write_maps(out: Path, network: Network, pictures: list[Picture], explained: 
     """Each map as an array and as an overlay."""
     for picture, one in zip(pictures, explained, strict=True):
         file, saliency = out / "maps" / network.name / f"{picture.name}.npy", one.saliency
-        write_whole(file, lambda temporary, saliency=saliency: np.save(temporary, saliency))
+        write_atomically(file, lambda temporary, saliency=saliency: np.save(temporary, saliency))
         save_overlay(out / "overlays" / network.name / f"{picture.name}.png", picture, saliency)
 
 
@@ -120,4 +119,4 @@ def command() -> str:
 
 
 if __name__ == "__main__":
-    run_main(main, Args, __doc__)
+    run_script(main, Args, __doc__)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_sample_images
 
-from models import InputError
+from s3net_common.errors import InputError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 ASPECT_TOLERANCE = 0.02  # relative: a mask may have been rounded to whole pixels

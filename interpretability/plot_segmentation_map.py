@@ -20,11 +20,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from atomic_files import make_folder, write_json, write_whole
-from cpu_kernels import keep_freed_memory
 from digit_scenes import NETWORK, digits_checkpoint, scene_pictures
 from explain_images import (
-    ROOT,
     NetworkArgs,
     baseline_maps,
     choose_device,
@@ -36,10 +33,12 @@ from explain_images import (
 from explained_networks import Network, load_network
 from interpret_fullgrad import command
 from map_scores import PERCENTILES, score_map
-from models import InputError
 from pictures import Picture
+from s3net_common.command_line import run_script
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.errors import InputError
+from s3net_common.output_files import ROOT, make_folder, write_atomically, write_json
 from saliency_figures import draw_dice, draw_faithfulness, draw_segmentations
-from script_main import run_main
 
 DIGITS_FOLDER = ROOT / "runs" / "digits_network"
 EMBEDDED_SCENES = 20
@@ -91,7 +90,7 @@ def main(args: Args) -> None:
 
     draw_segmentations(args.out / "segmentation.png", first, columns, args.percentile)
     draw_dice(args.out / "dice.png", {name: dice_curves(rows) for name, rows in scores.items()})
-    write_whole(args.out / "dice.csv", lambda path: write_dice(path, scores))
+    write_atomically(args.out / "dice.csv", lambda path: write_dice(path, scores))
     report = {
         "command": command(),
         "torch": torch.__version__,
@@ -174,4 +173,4 @@ def print_table(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, Args, __doc__)
+    run_script(main, Args, __doc__)

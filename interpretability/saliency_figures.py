@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from atomic_files import write_whole
 from explain_images import Explained
 from explained_networks import Network
 from map_scores import PERCENTILES, dice, segment
 from pictures import Picture
+from s3net_common.output_files import write_atomically
 
 CELL = 2.1  # inches of one image in a grid
 MOST_ROWS = 6  # images in one grid; every one has its own overlay
@@ -37,7 +37,7 @@ def brightness(saliency: np.ndarray) -> np.ndarray:
 
 def save_overlay(path: Path, picture: Picture, saliency: np.ndarray) -> None:
     """Write one overlay in the image's own size."""
-    write_whole(path, lambda temporary: Image.fromarray(overlay(picture.pixels, saliency)).save(temporary))
+    write_atomically(path, lambda temporary: Image.fromarray(overlay(picture.pixels, saliency)).save(temporary))
 
 
 def caption(network: Network, explained: Explained) -> str:
@@ -191,4 +191,4 @@ def _short(name: str) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))

@@ -12,8 +12,8 @@ from PIL import Image, UnidentifiedImageError
 
 from reproduction.record import FINISHED, LEFT_OUT, Record, logs_folder, read_record
 from reproduction.steps import EXPERIMENTS, LOG, Step, Table
+from s3net_common.output_files import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 STYLE = Path(__file__).with_name("page.css")
 MEDIA = {".png": "image/png", ".svg": "image/svg+xml"}
 NUMBER_CLASS = ' class="number"'

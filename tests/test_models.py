@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import Block, InputError, S3Net, create_model, list_models, load_weights
+from models import Block, S3Net, create_model, list_models
+from s3net_common.checkpoints import load_weights
+from s3net_common.errors import InputError
 
 DATA = Path(__file__).parent / "data"
 

@@ -16,7 +16,7 @@ import pytest
 import tyro
 from PIL import Image
 
-from models import InputError
+from s3net_common.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))

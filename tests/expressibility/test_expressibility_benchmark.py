@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from kernels import TOPOLOGIES, closed_form_kernels
-from script_io import REPOSITORY, InputError
+from s3net_common.errors import InputError
+from s3net_common.output_files import ROOT
 
 
 @pytest.fixture(scope="module")
 def benchmark_script():
     """The script as a module under a name of its own: every experiment has a benchmark.py."""
-    path = REPOSITORY / "expressibility" / "benchmark.py"
+    path = ROOT / "expressibility" / "benchmark.py"
     spec = importlib.util.spec_from_file_location("expressibility_benchmark", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look their module up

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import expressions
-from script_io import InputError
+from s3net_common.errors import InputError
 
 X = np.linspace(0.5, 2.0, 7)
 

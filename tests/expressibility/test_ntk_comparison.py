@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import ntk_comparison
-from script_io import REPOSITORY
+from s3net_common.output_files import ROOT
 
 PNG = b"\x89PNG\r\n\x1a\n"
 # Measured once with neural-tangents alone, in float64.
@@ -88,8 +88,8 @@ def test_finite_widths_are_measured_on_request(tmp_path, monkeypatch):
 
 
 def test_results_go_to_the_ignored_folder_by_default():
-    assert ntk_comparison.Arguments().out == REPOSITORY / "runs" / "ntk_comparison"
-    assert Path(ntk_comparison.__file__).parents[1] == REPOSITORY
+    assert ntk_comparison.Arguments().out == ROOT / "runs" / "ntk_comparison"
+    assert Path(ntk_comparison.__file__).parents[1] == ROOT
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_results_go_to_the_ignored_folder_by_default():
         (["--depths", 2, 0], "--depths has 0: every depth must be at least 1"),
         (["--depths", 101], "--depths has 101: at most 100"),
         (["--depths", "two", "--nonsense"], "--nonsense"),
-        (["--out", "taken"], "cannot write in taken"),
+        (["--out", "taken"], "taken cannot be written"),
     ],
 )
 def test_bad_input_is_one_line(script, refused, tmp_path, options, text):
@@ -107,7 +107,7 @@ def test_bad_input_is_one_line(script, refused, tmp_path, options, text):
 
 
 def test_the_committed_figure_is_what_the_code_computes():
-    committed = json.loads((REPOSITORY / "expressibility/results/ntk_results.json").read_text())
+    committed = json.loads((ROOT / "expressibility/results/ntk_results.json").read_text())
     data = ntk_comparison.tabular.split(ntk_comparison.tabular.boston(), 13)
     mse = ntk_comparison.compare(data, check=False).mse
     assert committed["K"] == list(range(4, 11))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import tabular
-from script_io import InputError
+from s3net_common.errors import InputError
 
 
 def test_the_data_sets():

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 import compare_results
-import error_scatter
 from compare_results import Args
-from models import InputError
-from paper_tables import PAPER_ROWS
-from reporting import facts_of
+from comparison import error_scatter
+from comparison.paper_tables import PAPER_ROWS
+from s3net_common.errors import InputError
+from s3net_networks.size import network_size
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "compare_results.py"
 
@@ -206,7 +206,7 @@ def test_the_tables_are_whole():
 def test_parameters_and_multiply_adds_are_those_of_our_networks(model, options, setting, size):
     known = [row for row in PAPER_ROWS if row.code_parameters is not None]
     (row,) = [row for row in known if setting in (row.setting if row.network.startswith("S3-Net") else row.network)]
-    facts = facts_of(model, 100 if row.dataset == "cifar100" else 1000, options, size)
+    facts = network_size(model, 100 if row.dataset == "cifar100" else 1000, options, size)
     assert facts == {"parameters": row.code_parameters, "multiply_adds": row.multiply_adds}
 
 

@@ -19,9 +19,9 @@ from torchvision.datasets import ImageFolder
 
 import decoding_benchmark
 import folder2lmdb
+from data.image_lmdb import Contents, ImageFolderLMDB, append_records, make_record, reopen_unfinished
 from folder2lmdb import Args, main
-from image_lmdb import Contents, ImageFolderLMDB, append_records, make_record, reopen_unfinished
-from models import InputError
+from s3net_common.errors import InputError
 
 FOLDER = Path(__file__).parents[2] / "generalizability"
 SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "imagenet_sample"

@@ -10,9 +10,10 @@ import time
 import pytest
 from PIL import Image
 
-import same_budget
-from models import InputError
-from same_budget import Args, Job, ablated_networks, compared_networks, main, run_jobs
+from comparison import jobs
+from comparison.jobs import Job, run_jobs
+from s3net_common.errors import InputError
+from same_budget import Args, ablated_networks, compared_networks, main
 
 SPEED = {"resnet20_cifar": 20.0, "s3net_cifar": 10.0, "densenet_cifar": 5.0}
 
@@ -44,7 +45,7 @@ def trained(monkeypatch):
         config = {flag.removeprefix("--").replace("-", "_"): number(value) for flag, value in flags.items()}
         (job.folder / "config.json").write_text(json.dumps(config | {"model_options": {}}))
 
-    monkeypatch.setattr(same_budget, "run_training", train)
+    monkeypatch.setattr(jobs, "run_training", train)
     return runs
 
 
@@ -56,7 +57,7 @@ def number(value):
 
 
 def same_budget_keys():
-    from same_budget_report import KEPT
+    from comparison.budget_report import KEPT
 
     return KEPT
 
@@ -116,7 +117,7 @@ def test_a_finished_run_with_other_flags_is_not_taken_for_this_one(trained, tmp_
 @pytest.fixture
 def script(tmp_path, monkeypatch):
     """Instead of the trainer: a script that is given its code."""
-    monkeypatch.setattr(same_budget, "__file__", str(tmp_path / "same_budget.py"))
+    monkeypatch.setattr(jobs, "TRAINER", tmp_path / "train_s3net.py")
     return tmp_path / "train_s3net.py"
 
 
@@ -128,7 +129,7 @@ def test_a_termination_reaches_the_runs_under_way_and_starts_no_other(script, tm
         "(folder / 'begun').touch()\n"
         "time.sleep(30)\n"
     )
-    jobs = [Job(tmp_path / name, ("--out", str(tmp_path / name))) for name in ("a", "b")]
+    two = [Job(tmp_path / name, ("--out", str(tmp_path / name))) for name in ("a", "b")]
 
     def terminate():
         while not (tmp_path / "a" / "begun").is_file():
@@ -138,7 +139,7 @@ def test_a_termination_reaches_the_runs_under_way_and_starts_no_other(script, tm
     before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=terminate, daemon=True).start()
     with pytest.raises(SystemExit) as stopped:
-        run_jobs(Args(), jobs, "two")
+        run_jobs(two, 1, "two")
     assert stopped.value.code == 128 + signal.SIGTERM
     assert (tmp_path / "a" / "saved").is_file() and not (tmp_path / "b").exists()
     assert signal.getsignal(signal.SIGTERM) == before
@@ -149,7 +150,7 @@ def test_a_run_holds_the_files_that_were_passed_on(script, tmp_path):
     reading, writing = os.pipe()
     os.set_inheritable(writing, True)
     script.write_text("import os, sys; os.write(int(sys.argv[2]), b'held')")
-    run_jobs(Args(), [Job(tmp_path / "a", ("--lock", str(writing)))], "one")
+    run_jobs([Job(tmp_path / "a", ("--lock", str(writing)))], 1, "one")
     assert os.read(reading, 4) == b"held"
     os.close(reading), os.close(writing)
 

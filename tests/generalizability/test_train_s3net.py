@@ -16,12 +16,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import engine
-import runs
 import train_s3net
-from arguments import Args, resume_command
-from command_line import run_script
-from models import InputError
+from s3net_common import output_files
+from s3net_common.command_line import run_script
+from s3net_common.errors import InputError
+from train_s3net import resume_command
+from training import engine, run_folder
+from training.config import Args
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "train_s3net.py"
 TINY = ["--dataset", "digits", "--growth-rate", "4", "--depth", "7", "--device", "cpu", "--drop-rate", "0.1"]
@@ -78,7 +79,7 @@ def test_a_run_writes_everything_it_should(reference):
     assert printed.splitlines()[0].startswith("s3net_cifar growth_rate=4 depth=7 drop_rate=0.1: ")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
-    assert set(rows[0]) == set(runs.METRICS)
+    assert set(rows[0]) == set(engine.METRICS)
     assert all(0 <= row["val_top5_error"] <= row["val_error"] <= 100 for row in rows)
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     assert Image.open(folder / "curves.png").size[0] > 800
@@ -130,7 +131,7 @@ def test_the_run_folder_alone_says_what_to_resume(reference, tmp_path, capsys):
     folder.mkdir()
     for path in filter(Path.is_file, reference[0].iterdir()):
         (folder / path.name).write_bytes(path.read_bytes())
-    assert train_s3net.main(Args(out=folder, resume=True, device="cpu"), amp_given=False) == 0
+    assert train_s3net.main(Args(out=folder, resume=True, device="cpu")) == 0
     assert "digits: 300 training and 90 validation images" in capsys.readouterr().out
     assert_same_run(folder, reference[0])
 
@@ -170,23 +171,23 @@ def test_the_command_that_resumes_names_all_processes(monkeypatch, nodes, launch
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train_s3net.py", "--resume", "--lr", "0.1"])
     expected = f"{launcher} train_s3net.py --lr 0.1 --out there --resume"
-    assert resume_command(Args(), Path("there")) == expected
+    assert resume_command({}, Path("there")) == expected
 
 
 def test_a_kill_between_checkpoint_and_metrics_is_repaired(reference, tmp_path):
     folder = tmp_path / "run"
-    run_folder = runs.Run(folder)
+    run = run_folder.Run(folder)
     folder.mkdir()
     for path in reference[0].iterdir():
         if path.is_file():
             (folder / path.name).write_bytes(path.read_bytes())
-    state = run_folder.read_checkpoint()
+    state = run.read_checkpoint()
     state["progress"]["history"] = state["progress"]["history"][:2]
     state["progress"]["epoch"] = 2
     (folder / "metrics.jsonl").write_text("")
     (folder / "best.safetensors").unlink()
     state["progress"]["history"][1]["val_error"] = 0.0
-    run_folder.publish(state)
+    run.publish(state)
     assert [row["epoch"] for row in metrics(folder)] == [1, 2]
     with safe_open(folder / "best.safetensors", "pt") as file:
         assert file.metadata()["epoch"] == "2"
@@ -263,7 +264,7 @@ def save():
 
 sys.argv[0] = {str(SCRIPT)!r}
 sys.path.insert(0, {str(SCRIPT.parent)!r})
-import engine
+from training import engine
 
 def evaluate(*arguments, evaluate=engine.evaluate):
     training.extend(names())
@@ -317,10 +318,10 @@ def test_images_on_disk_killed_in_mid_epoch_resume_exactly(tmp_path, monkeypatch
     tree = make_imagenet(tmp_path / "data", digit_photos(60, (50, 40)))
     flags = {"dataset": "imagenet", "data_dir": tree, "image_size": 32, "model": "s3net_imagenet_small"}
     flags |= {"growth_rate": 4, "epochs": 3, "batch_size": 8, "drop_rate": 0.1, "device": "cpu", "workers": 1}
-    assert train_s3net.main(Args(out=tmp_path / "whole", **flags), amp_given=False) == 0
+    assert train_s3net.main(Args(out=tmp_path / "whole", **flags)) == 0
     first, *_, last = metrics(tmp_path / "whole")
     assert last["train_loss"] < first["train_loss"]
-    saves, save = [], runs.Run.save
+    saves, save = [], run_folder.Run.save
 
     def save_and_die(self, state):
         save(self, state)
@@ -328,12 +329,12 @@ def test_images_on_disk_killed_in_mid_epoch_resume_exactly(tmp_path, monkeypatch
         if len(saves) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.Run, "save", save_and_die)
+    monkeypatch.setattr(run_folder.Run, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        train_s3net.main(Args(out=tmp_path / "parts", checkpoint_every=2, **flags), amp_given=False)
+        train_s3net.main(Args(out=tmp_path / "parts", checkpoint_every=2, **flags))
     assert saves == [2, 4, 0, 2]
     monkeypatch.undo()
-    assert train_s3net.main(Args(out=tmp_path / "parts", resume=True, **flags), amp_given=False) == 0
+    assert train_s3net.main(Args(out=tmp_path / "parts", resume=True, **flags)) == 0
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
@@ -349,7 +350,7 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
 def refusal(tmp_path, **flags):
     flags = {"dataset": "digits", "device": "cpu", "out": tmp_path / "new"} | flags
     with pytest.raises(InputError) as error:
-        train_s3net.main(Args(**flags), amp_given=False)
+        train_s3net.main(Args(**flags))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
     return str(error.value)
@@ -396,12 +397,12 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     message = refusal(tmp_path, out=tmp_path / "file" / "run")
     assert message.endswith("file is not a folder: pass another --out")
     with pytest.raises(InputError, match=r"cannot be written \(Not a directory\): pass another --out"):
-        runs.make_folder(tmp_path / "file" / "run")
+        output_files.make_folder(tmp_path / "file" / "run")
 
 
 def test_one_process_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "LOCK_SECONDS", 0.2)
-    first, second = runs.Run(tmp_path), runs.Run(tmp_path)
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.2)
+    first, second = run_folder.Run(tmp_path), run_folder.Run(tmp_path)
     first.hold()
     with pytest.raises(InputError, match=f"another process trains into {tmp_path}: wait until it has ended"):
         second.hold()
@@ -463,7 +464,7 @@ def test_weights_of_another_network_are_refused(reference, tmp_path):
     ],
 )  # fmt: skip
 def test_tools_that_are_not_installed(tmp_path, monkeypatch, flag, finder, message):
-    monkeypatch.setattr(f"arguments.{finder}", lambda name: None)
+    monkeypatch.setattr(f"train_s3net.{finder}", lambda name: None)
     assert refusal(tmp_path, **{flag: True}) == message
 
 
@@ -514,7 +515,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(InputError, match=r"last.pt cannot be written \(No space left on device\)"):
-        runs.write_atomically(target, fill_the_disk)
+        output_files.write_atomically(target, fill_the_disk)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"] and target.read_bytes() == b"good"
 
 
@@ -543,7 +544,7 @@ def test_the_paper_recipe_is_the_default():
 
 
 def test_list_models_prints_every_name(capsys):
-    assert train_s3net.main(Args(list_models=True), amp_given=False) == 0
+    assert train_s3net.main(Args(list_models=True)) == 0
     assert capsys.readouterr().out.split() == train_s3net.list_networks()
 
 

@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from torchvision import transforms
 
 import validate_10crop
-from models import InputError, create_model, load_weights
+from distributed import Ranks
+from models import create_model
+from s3net_common.checkpoints import load_weights
+from s3net_common.errors import InputError
 from validate_10crop import COUNTS, Args, wilson_interval
-from workers import Workers
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "validate_10crop.py"
 SHARED = Path(__file__).parents[3] / "shared"
@@ -67,7 +69,7 @@ def folder(tmp_path_factory):
 def evaluate(folder, tmp_path, **flags):
     flags = {"checkpoint": folder / "best.safetensors", "images": folder, **SIZES} | flags
     out = tmp_path / "results.json"
-    assert validate_10crop.main(Args(**flags, out=out, overwrite=True, amp=False), amp_given=True) == 0
+    assert validate_10crop.main(Args(**flags, out=out, overwrite=True, amp=False)) == 0
     return json.loads(out.read_text())
 
 
@@ -154,10 +156,10 @@ def test_the_parts_of_several_processes_are_the_whole(folder, monkeypatch):
     cpu = torch.device("cpu")
     scorer = validate_10crop.Scorer(model, validate_10crop.Precision(cpu, False), cpu, list(range(7)), MEAN, STD)
     args = Args(folder / "best.safetensors", folder, **SIZES)
-    whole = validate_10crop.count_errors(args, images, scorer, Workers(0, 1, cpu))
-    monkeypatch.setattr(Workers, "together", lambda self, action: action())
-    monkeypatch.setattr(Workers, "reduce", lambda self, values: values)
-    parts = [validate_10crop.count_errors(args, images, scorer, Workers(rank, 3, cpu)) for rank in range(3)]
+    whole = validate_10crop.count_errors(args, images, scorer, Ranks(0, 1, cpu))
+    monkeypatch.setattr(Ranks, "on_all_ranks", lambda self, action: action())
+    monkeypatch.setattr(Ranks, "reduce", lambda self, values: values)
+    parts = [validate_10crop.count_errors(args, images, scorer, Ranks(rank, 3, cpu)) for rank in range(3)]
     assert [part["images"] for part in parts] == [5, 5, 4]
     assert {name: sum(part[name] for part in parts) for name in COUNTS} == whole
 
@@ -321,7 +323,7 @@ def test_results_are_never_overwritten_unasked(folder, tmp_path):
     out.write_text("kept")
     args = Args(folder / "best.safetensors", folder, **SIZES, out=out)
     with pytest.raises(InputError, match=r"is already there: pass --overwrite to replace it, or another --out"):
-        validate_10crop.main(args, amp_given=False)
+        validate_10crop.main(args)
     assert out.read_text() == "kept"
 
 

@@ -11,7 +11,8 @@ import torchvision
 from torch import nn
 
 from full_grad import COMPOSITES, FullGrad, IncompleteWarning, psi
-from models import InputError, S3Net, create_model
+from models import S3Net, create_model
+from s3net_common.errors import InputError
 
 
 def with_statistics(model: nn.Module) -> nn.Module:

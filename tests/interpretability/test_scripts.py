@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 import interpret_fullgrad
 import plot_segmentation_map
 from digit_scenes import digits_checkpoint
-from models import InputError, create_model
+from models import create_model
+from s3net_common.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "interpretability"

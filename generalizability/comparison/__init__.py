@@ -1,0 +1,1 @@
+"""Results of runs beside the rows of the paper: tables and pictures."""

@@ -1,0 +1,106 @@
+"""The processes that torchrun started, or the only one: which this is, on what device, and how they agree."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from s3net_common.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together: which it is, how many there are, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def reduce(self, values: list[float], op: dist.ReduceOp = dist.ReduceOp.SUM) -> list[float]:
+        """Reduce numbers over all processes, in float64; every process gets the result."""
+        if self.world_size == 1:
+            return values
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        tensor = torch.tensor(values, dtype=dtype, device=self.device)
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
+    def gather(self, value: object) -> list:
+        """One value of each process, by rank, in every process."""
+        if self.world_size == 1:
+            return [value]
+        gathered = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Do something in every process; an InputError in one of them is raised in all, so that none waits forever."""
+        result = error = None
+        try:
+            result = action()
+        except InputError as raised:
+            error = raised
+        if failed := [raised for raised in self.gather(error) if raised is not None]:
+            raise failed[0]
+        return result
+
+    def from_main(self, action: Callable[[], T]) -> T:
+        """Do something in the main process only, and give its result, or its InputError, to all."""
+        return self.gather(self.on_all_ranks(action if self.is_main else lambda: None))[0]
+
+
+def join_ranks(device: str | None) -> Ranks:
+    """Join the processes that torchrun started, or be the only one, and choose this process's device.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", "mps"...; None for the fastest there is.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"there is no device {device!r}: give cpu, cuda, cuda:1 or mps") from error
+    if chosen.type == "cuda":
+        chosen = _cuda_device(chosen)
+    elif chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: this machine has no Apple GPU that PyTorch can use; pass --device cpu")
+    elif chosen.type not in ("cpu", "mps"):
+        raise InputError(f"--device {device} is not supported: give cpu, cuda, cuda:1 or mps")
+    if "RANK" not in os.environ:
+        return Ranks(0, 1, chosen)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    # Where torchrun restarts the processes its store may still hold the addresses of those before.
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return Ranks(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def _cuda_device(device: torch.device) -> torch.device:
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no CUDA GPU here; pass --device cpu, or leave it out")
+    count, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if wanted > count:
+        raise InputError(f"{wanted} processes on this node and {count} GPUs: give torchrun --nproc_per_node={count}")
+    index = device.index
+    if index is None:
+        index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    if index >= count:
+        raise InputError(f"--device cuda:{index}: the last GPU here is cuda:{count - 1}")
+    return torch.device("cuda", index)

@@ -1,0 +1,91 @@
+"""What a run tells people: lines on the terminal, its summary, TensorBoard events."""
+
+from pathlib import Path
+
+import torch
+
+from recipes import RunConfig
+from s3net_common.output_files import relative, run_record
+from training.engine import NonFiniteLossError, Progress, Trainer
+from training.run_folder import Run
+
+
+def describe(run: Run, config: RunConfig, size: dict, trainer: Trainer, progress: Progress) -> str:
+    """A few lines on what is about to run."""
+    # Numbers and names; RandWire's graphs would fill the screen.
+    options = "".join(f" {key}={value}" for key, value in config.model_options.items() if not isinstance(value, list))
+    ranks = trainer.ranks
+    begins = f"resuming after epoch {progress.epoch}" if progress.epoch or progress.step else "starting"
+    parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
+    if progress.step:
+        begins += f" and {progress.step} batches"
+    return (
+        f"{config.model}{options}: {size['parameters']:,} parameters, "
+        f"{size['multiply_adds'] / 1e6:,.1f}M multiply-adds an image\n"
+        f"{config.dataset}: {config.train_images:,} training and {config.val_images:,} validation images, "
+        f"{len(config.classes)} classes\n"
+        f"{config.epochs} epochs, batch {config.batch_size}{parts}, lr {config.lr:g} {config.schedule}, "
+        f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''} on {ranks.device.type}, "
+        f"{precision_name(trainer)}; {begins} in {relative(run.folder)}"
+    )
+
+
+def epoch_line(row: dict, epochs: int) -> str:
+    """An epoch's metrics in one line."""
+    return (
+        f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.4f}  train loss {row['train_loss']:.4f} "
+        f"error {row['train_error']:5.2f}%  val loss {row['val_loss']:.4f} error {row['val_error']:5.2f}% "
+        f"top-5 {row['val_top5_error']:5.2f}%  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
+    )
+
+
+def diverged(error: NonFiniteLossError, run: Run, config: RunConfig) -> str:
+    """What to say when the loss is not finite."""
+    kept = run.folder / "last.pt"
+    good = f"the last good checkpoint is {relative(kept)}" if kept.is_file() else "there was no checkpoint yet"
+    return f"error: {error}; {good}. Try a lower --lr (it was {config.lr:g}), or --no-amp"
+
+
+class TensorBoardLog:
+    """The metrics as TensorBoard events, in `<run>/tensorboard`."""
+
+    def __init__(self, folder: Path, progress: Progress) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=progress.epoch + 1)
+
+    def write(self, row: dict) -> None:
+        """Add an epoch's metrics."""
+        for name, value in row.items():
+            if name != "epoch":
+                self.writer.add_scalar(name, value, row["epoch"])
+        self.writer.flush()
+
+
+def summarize(config: RunConfig, size: dict[str, int], progress: Progress, trainer: Trainer) -> dict:
+    """What `summary.json` says of a finished run."""
+    best, last = progress.best(), progress.history[-1]
+    device = trainer.ranks.device
+    return {
+        "dataset": config.dataset,
+        "model": config.model,
+        "model_options": config.model_options,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "best_epoch": best["epoch"],
+        "best_val_error": best["val_error"],
+        "best_val_top5_error": best["val_top5_error"],
+        "last_val_error": last["val_error"],
+        "last_val_top5_error": last["val_top5_error"],
+        **size,
+        "total_seconds": sum(row["seconds"] for row in progress.history),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": trainer.ranks.world_size,
+        "precision": precision_name(trainer),
+        **run_record(),
+    }
+
+
+def precision_name(trainer: Trainer) -> str:
+    """The number format of the forward pass, as in "bfloat16"."""
+    return str(trainer.precision.dtype).removeprefix("torch.")

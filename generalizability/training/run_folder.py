@@ -1,0 +1,247 @@
+"""A run's folder: its configuration, its checkpoint, and what is made from them.
+
+`last.pt` is the run: whatever else is there follows from it (`metrics.jsonl`, `curves.png`, and `best.safetensors` at
+the epoch that is the best so far) and is written after it, each file whole or not at all. So a run can be killed at
+any moment; opening it again brings the other files in line with `last.pt`.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from recipes import RunConfig
+from s3net_common.checkpoints import RUN_CONFIG, RUN_WEIGHTS, read_pickle, save_weights
+from s3net_common.errors import InputError
+from s3net_common.output_files import json_line, lock_exclusively, make_folder, write_atomically, write_json
+from training.engine import Progress, Trainer
+
+CHECKPOINT_FORMAT = 1
+LOCK_SECONDS = 10.0  # the decoding processes of one that was killed hold its lock until they notice, up to 5 s later
+
+
+class Run:
+    """The folder of one run. Only the main process may write through it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self._lock: int | None = None  # a file descriptor
+
+    # -- Opening --
+
+    def exists(self) -> bool:
+        """Whether the folder holds a run."""
+        return (self.folder / "config.json").is_file() or (self.folder / "last.pt").is_file()
+
+    def check_writable(self) -> None:
+        """Raises InputError where the folder could not be created or written; creates nothing yet."""
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            reason = "is not writable" if there.is_dir() else "is not a folder"
+            raise InputError(f"{self.folder} cannot be written, since {there} {reason}: pass another --out")
+
+    def hold(self) -> None:
+        """Keep other processes from training into the folder until `release`, or until this process is gone.
+
+        Raises:
+            InputError: another process trains into it.
+        """
+        if os.name != "posix":  # Windows cannot open a folder
+            return
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        if not lock_exclusively(self._lock, LOCK_SECONDS):
+            self.release()
+            raise InputError(
+                f"another process trains into {self.folder}: wait until it has ended, or pass another --out"
+            )
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def create(self, config: RunConfig) -> None:
+        """Make the folder, hold it, and write the configuration. A run that was in it is removed.
+
+        Raises:
+            InputError: the folder cannot be written, or another process trains into it.
+        """
+        make_folder(self.folder)
+        self.hold()
+        try:
+            for name in (
+                "last.pt",
+                "best.safetensors",
+                "metrics.jsonl",
+                "curves.png",
+                "summary.json",
+                "config.json",
+            ):
+                (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be written ({error.strerror}): pass another --out") from error
+        write_json(self.folder / "config.json", asdict(config))
+
+    def read_config(self) -> RunConfig:
+        """The configuration that the run was started with.
+
+        Raises:
+            InputError: `config.json` is missing or damaged.
+        """
+        path = self.folder / "config.json"
+        try:
+            values = json.loads(path.read_text())
+            known = {field.name for field in fields(RunConfig)}
+            return RunConfig(**{name: value for name, value in values.items() if name in known})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is missing or damaged: start a new run with another --out") from error
+
+    def read_checkpoint(self) -> dict | None:
+        """What `save` last wrote, or None where the run was ended before its first checkpoint.
+
+        Raises:
+            InputError: `last.pt` is damaged or of another version.
+        """
+        path = self.folder / "last.pt"
+        if not path.is_file():
+            return None
+        state = read_pickle(path)
+        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+            raise InputError(f"{path} is no checkpoint of this version of the trainer: start a new run")
+        return state
+
+    # -- Writing --
+
+    def save(self, state: dict) -> None:
+        """Write the checkpoint, then everything that follows from it.
+
+        Args:
+            state: `config`, `progress` (both as dicts), `model`, and what else the trainer needs to resume.
+        """
+        state = {"format": CHECKPOINT_FORMAT, **state}
+        self._write("last.pt", lambda path: torch.save(state, path))
+        self.publish(state)
+
+    def publish(self, state: dict) -> None:
+        """Bring `best.safetensors`, `curves.png` and `metrics.jsonl` in line with a checkpoint."""
+        progress = Progress(**state["progress"])
+        lines = "".join(json_line(row) + "\n" for row in progress.history)
+        if not lines or self._read("metrics.jsonl") == lines:
+            return
+        if progress.step == 0 and progress.best()["epoch"] == progress.epoch:
+            self._save_best(state[RUN_CONFIG], state[RUN_WEIGHTS], progress.history[-1])
+        self._write("curves.png", lambda path: draw_curves(progress.history, path, title=self.folder.name))
+        self._write("metrics.jsonl", lambda path: path.write_text(lines))  # the last: it says that all is in line
+
+    def finish(self, summary: dict) -> None:
+        """Write `summary.json`."""
+        write_json(self.folder / "summary.json", summary)
+
+    def _save_best(self, config: dict, weights: dict[str, Tensor], metrics: dict) -> None:
+        names = ("model", "model_options", "num_classes", "classes", "mean", "std", "image_size", "dataset")
+        metadata = {name: config[name] for name in names}
+        metadata |= {name: metrics[name] for name in ("epoch", "val_error")}
+        save_weights(self.folder / "best.safetensors", weights, metadata)
+
+    def _read(self, name: str) -> str | None:
+        path = self.folder / name
+        return path.read_text() if path.is_file() else None
+
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        write_atomically(self.folder / name, write)
+
+
+def load_progress(run: Run, model: nn.Module, trainer: Trainer) -> Progress:
+    """Put everything back as the run's checkpoint has it; a fresh start where there is none."""
+    ranks = trainer.ranks
+    state = ranks.on_main_rank(run.read_checkpoint)
+    if state is None:
+        return Progress()
+    try:
+        model.load_state_dict(state[RUN_WEIGHTS])
+        trainer.load_state(state)
+        progress = Progress(**state["progress"])
+        same_processes = len(state["processes"]) == ranks.world_size
+        if same_processes:
+            mine = state["processes"][ranks.rank]
+            set_random_state(mine["random"], ranks.device)
+            model.load_state_dict(mine["buffers"], strict=False)
+            progress.losses, progress.errors = mine["losses"], mine["errors"]
+        elif not ranks.is_main:
+            progress.losses, progress.errors = [], 0
+        else:
+            progress.losses = [loss for process in state["processes"] for loss in process["losses"]]
+            progress.errors = sum(process["errors"] for process in state["processes"])
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{run.folder / 'last.pt'} does not fit this run: start a new one with another --out"
+        ) from error
+    if ranks.is_main and not same_processes:
+        print(f"the run had {len(state['processes'])} processes, not {ranks.world_size}: not exactly the same")
+    ranks.on_main_rank(lambda: run.publish(state))
+    return progress
+
+
+def save_progress(run: Run, config: RunConfig, model: nn.Module, trainer: Trainer, progress: Progress) -> None:
+    """Write the checkpoint, and what follows from it, from the main process."""
+    ranks = trainer.ranks
+    in_mid_epoch = ranks.world_size > 1 and progress.step > 0  # else the buffers are the same in all processes
+    buffers = {name: b.cpu() for name, b in model.named_buffers()} if in_mid_epoch else {}
+    mine = {"random": random_state(ranks.device), "buffers": buffers}
+    mine |= {"losses": progress.losses, "errors": progress.errors}
+    state = {
+        RUN_CONFIG: asdict(config),
+        "progress": asdict(progress),
+        RUN_WEIGHTS: model.state_dict(),
+        "processes": ranks.gather(mine),
+        **trainer.state(),
+    }
+    ranks.on_main_rank(lambda: run.save(state))
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of every random generator that a network on this device draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `random_state` gave, as far as this device has such generators."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+def draw_curves(history: list[dict], path: Path, title: str) -> None:
+    """Draw loss and error of each epoch, in training and validation, and the learning rate."""
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    loss, error, rate = figure.subplots(1, 3)
+    style = {"marker": "o" if len(epochs) < 40 else None, "markersize": 3}
+    for axes, quantity, unit in ((loss, "loss", "cross-entropy"), (error, "error", "top-1 error (%)")):
+        axes.plot(epochs, [row[f"train_{quantity}"] for row in history], label="training", **style)
+        axes.plot(epochs, [row[f"val_{quantity}"] for row in history], label="validation", **style)
+        axes.set(xlabel="epoch", ylabel=unit, yscale="log" if quantity == "loss" else "linear")
+        axes.legend()
+    best = min(history, key=lambda row: row["val_error"])
+    error.axhline(best["val_error"], color="gray", linewidth=0.8, linestyle=":")
+    error.set_title(f"best {best['val_error']:.2f}% at epoch {best['epoch']}", fontsize="medium")
+    rate.plot(epochs, [row["lr"] for row in history], color="tab:green", **style)
+    rate.set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    for axes in (loss, error, rate):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)

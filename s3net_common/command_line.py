@@ -1,0 +1,122 @@
+"""How every script starts and ends: typed flags, errors in one line, and the exit code. Imports no torch."""
+
+import contextlib
+import gc
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Annotated, Any, TypeVar, get_origin
+
+import tyro
+
+from s3net_common.errors import InputError, LocalError
+
+Args = TypeVar("Args")
+
+
+def flag(kind: type, metavar: str | None, default: str) -> Any:
+    """Return the type of an optional flag, for a field of a dataclass of flags.
+
+    Args:
+        kind: type of the value. The field's default is None, except for a tuple (the empty one) and a bool.
+        metavar: what --help shows for the value; None for a bool, which is shown as --name/--no-name.
+        default: what --help says about the default.
+    """
+    optional = kind if kind is bool or get_origin(kind) is tuple else kind | None
+    return Annotated[optional, tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")]
+
+
+def run_script(main: Callable[[Args], int | None], arguments: type[Args], description: str) -> None:
+    """Parse the command line into the dataclass `arguments`, call `main` with it, and exit with its result.
+
+    Exit code 2, with one line on stderr: flags that cannot be parsed, an InputError, a missing package, or a stdout
+    that cannot be written (a full disk, or a pipe whose reader has ended). Ctrl-C exits with 130. SIGTERM raises
+    SystemExit, so that temporary files are removed and child processes ended, and exits with 143.
+    """
+    if sys.stdout is None:  # closed by the program that started this one
+        sys.stdout = io.StringIO()
+    if "matplotlib" in sys.modules:  # pictures go to files, and there may be no display
+        sys.modules["matplotlib"].use("Agg")
+    try:
+        with sigterm_as_exit():
+            code = main(parse_flags(arguments, description))
+        sys.stdout.flush()  # an error here is still reported below
+    except (InputError, ImportError) as error:
+        # Of several distributed ranks, the first reports what all of them found.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except OSError as error:
+        if error.filename is not None:  # set if a file could not be opened, never if an open one could not be written
+            raise
+        # Without this, the interpreter would try to write again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"error: the output cannot be written ({error.strerror}): give it a reader or room", file=sys.stderr)
+        code = 2
+    if "torch.distributed" in sys.modules:
+        _end_process_group()
+    sys.exit(code)
+
+
+def _end_process_group() -> None:
+    """Destroy the process group's threads: one that frees a tensor during interpreter shutdown aborts the process."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # a distributed network is part of reference cycles, which keep the threads alive
+        dist.destroy_process_group()
+
+
+def parse_flags(arguments: type[Args], description: str) -> Args:
+    """Parse the command line into the dataclass `arguments`.
+
+    Raises:
+        InputError: a flag is unknown, missing or has a value that cannot be parsed.
+        SystemExit: after --help.
+    """
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(arguments, description=description)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            sys.stdout.flush()
+            raise
+        frame = re.compile(r"\x1b\[[0-9;]*m|[╭╰╮╯│─]+|-{4,}")  # tyro draws a frame, of hyphens if the terminal is ASCII
+        lines = [frame.sub(" ", line).strip() for line in message.getvalue().splitlines()]
+        text = " ".join(" ".join(lines[1:]).split())
+        text = re.split(r" (?:Argument helptext|For full helptext)", text)[0].rstrip(". ")
+        text = re.sub(r"no type matching .* - <class '\w+'>: ", "", text)  # printed for optional flags
+        raise InputError(f"{text}; see --help") from None
+
+
+def given_flags(args: object) -> dict[str, Any]:
+    """Return the flags that the user gave, by field name.
+
+    A flag was given if its value differs from the field's default. A bool also counts as given if --name or
+    --no-name is on the command line.
+    """
+    given = {}
+    for field in fields(args):
+        value, name = getattr(args, field.name), field.name.replace("_", "-")
+        on_command_line = isinstance(value, bool) and not {f"--{name}", f"--no-{name}"}.isdisjoint(sys.argv)
+        if value != field.default or on_command_line:
+            given[field.name] = value
+    return given
+
+
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """Make SIGTERM raise SystemExit (143) inside the context, so that `finally` blocks run."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,171 @@
+"""Output files: whole or absent, locked, and recorded with the command, versions and machine. Imports no torch."""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from s3net_common.errors import InputError, first_line
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+ROOT = Path(__file__).resolve().parents[1]  # the repository
+PACKAGES = ("torch", "torchvision", "timm", "captum", "jax", "neural-tangents", "numpy", "scipy", "scikit-learn")
+
+
+def default_out(name: str) -> Path:
+    """Return the default output folder: runs/`name` in the repository, ignored by git."""
+    return ROOT / "runs" / name
+
+
+def relative(path: Path) -> Path:
+    """Return the path relative to the working directory if it lies below it, else absolute."""
+    path = Path(path).resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+# ---- Writing ------------------------------------------------------------------------------------------------------
+
+
+def make_folder(folder: Path) -> Path:
+    """Create a folder and its parents, check that files can be written there, and return it.
+
+    Raises:
+        InputError: the folder cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}): pass another --out") from error
+    return folder
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary path beside `path`, then rename the file to `path`, all flushed to the disk.
+
+    Raises:
+        InputError: the file cannot be written (permissions, a full disk). An earlier file at `path` is unchanged.
+    """
+    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        rename_durably(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{path} cannot be written ({reason}): make room, or pass another --out") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def rename_durably(temporary: Path, path: Path) -> None:
+    """Rename a file after its content has reached the disk, and flush the folder's entry, too."""
+    with temporary.open("r+b") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    if os.name == "posix":  # Windows cannot open a folder
+        folder = os.open(path.absolute().parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write `content` as indented JSON.
+
+    Raises:
+        InputError: as `write_atomically`.
+    """
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def json_line(metrics: dict[str, Any]) -> str:
+    """Return metrics as one line of JSON. NaN and infinity, which JSON lacks, become null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in metrics.items()
+    }
+    return json.dumps(finite, allow_nan=False)
+
+
+def save_figure(path: Path, figure: Any, dpi: int = 130) -> None:
+    """Write a matplotlib figure as PNG, `dpi` pixels an inch.
+
+    Raises:
+        InputError: as `write_atomically`.
+    """
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
+
+
+def lock_exclusively(descriptor: int, wait_seconds: float = 0.0) -> bool:
+    """Lock an open file or folder against other processes. Returns False if another process holds the lock.
+
+    The operating system releases the lock when the descriptor is closed in this process and in every child process
+    that inherited it. On Windows, and on file systems without locks, nothing is locked and True is returned.
+    """
+    if fcntl is None:
+        return True
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return True
+
+
+# ---- Where results come from --------------------------------------------------------------------------------------
+
+
+def run_record() -> dict[str, Any]:
+    """Return what is recorded with every result: `command`, `versions` and `machine`."""
+    return {"command": shell_command(), "versions": versions(), "machine": machine()}
+
+
+def shell_command() -> str:
+    """Return the command line of this process as typed in the repository's root."""
+    script = Path(sys.argv[0]).resolve()
+    shown = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
+    return shlex.join(["python", shown, *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that results depend on."""
+    installed = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def machine() -> str:
+    """Return the processor's name and number of cores, and the GPUs if torch is loaded, in one line."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = next((name for name in names if name and name != "unknown"), processor)
+    torch = sys.modules.get("torch")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
+    return ", ".join([processor, f"{os.cpu_count()} cores", *gpus])

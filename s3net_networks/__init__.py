@@ -1,0 +1,83 @@
+"""Every network by name: S3-Net and the networks that it is compared with.
+
+The file of a baseline, and what it imports (torchvision takes seconds), is loaded when the network is first built.
+"""
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+
+from torch import nn
+
+import models
+from s3net_common.errors import InputError, nearest_names
+from s3net_networks.connections import CONNECTIONS
+
+# Each network's file in this folder; its builder there has the network's name.
+BASELINES: dict[str, str] = {
+    # CIFAR, 100 classes by default
+    "densenet_cifar": "densenet_cifar",
+    "resnet20_cifar": "resnet_cifar",
+    # The paper's Tiny ImageNet table, 1000 classes by default
+    "efficientnet_b0": "from_libraries",
+    "ghostnet": "ghostnet",
+    "lambda_resnet50": "lambda_resnet",
+    "mobilenet_v2": "from_libraries",
+    "octresnet50": "octresnet",
+    "randwire_ws": "randwire",
+    "scalenet50": "scalenet",
+    "se_resnet50": "se_resnet",
+}
+
+
+def list_networks() -> list[str]:
+    """Return every name that `create_network` takes: S3-Net's first."""
+    return models.list_models() + sorted(BASELINES)
+
+
+def create_network(name: str, num_classes: int, **options) -> nn.Module:
+    """Build an S3-Net or a baseline with random weights.
+
+    Args:
+        name: one of `list_networks()`.
+        num_classes: outputs of the classifier.
+        **options: of an S3-Net those of `models.create_model`, and `connections`, one of `CONNECTIONS`, between the
+            layers of its blocks; of a baseline the arguments of its builder.
+
+    Raises:
+        InputError: the name is unknown (the message lists close matches), or the network lacks the option.
+    """
+    if name in models.list_models():
+        if connections := options.pop("connections", None):
+            if connections not in CONNECTIONS:
+                raise InputError(f"connections is {connections!r}: give {', '.join(CONNECTIONS)}")
+            options["block"] = CONNECTIONS[connections]
+        return models.create_model(name, num_classes, **options)
+    build = _builder(name)
+    known = inspect.signature(build).parameters.keys() - {"num_classes"}
+    if unknown := sorted(options.keys() - known):
+        has = f"its options are {', '.join(sorted(known))}" if known else "it has none"
+        raise InputError(f"{name} has no option {unknown[0]!r}: {has}")
+    return build(num_classes=num_classes, **options)
+
+
+def fix_options(name: str, options: dict) -> dict:
+    """Return the options of a new network, complete with everything random in its architecture.
+
+    A new run calls it once and saves the result, so that `create_network(name, n, **result)` always builds the same
+    architecture. Only `randwire_ws` draws anything: its graphs.
+
+    Raises:
+        InputError: the name is unknown, or the package that draws the graphs is missing.
+    """
+    if name == "randwire_ws" and options.get("graphs") is None:
+        return options | {"graphs": import_module("s3net_networks.randwire").draw_graphs()}
+    if name not in list_networks():
+        raise InputError(f"there is no network {name!r}: {nearest_names(name, list_networks())}")
+    return options
+
+
+def _builder(name: str) -> Callable[..., nn.Module]:
+    if name not in BASELINES:
+        raise InputError(f"there is no network {name!r}: {nearest_names(name, list_networks())}")
+    return getattr(import_module(f"s3net_networks.{BASELINES[name]}"), name)

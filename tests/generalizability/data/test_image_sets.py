@@ -1,0 +1,165 @@
+"""Data sets that stay on disk, and their batches."""
+
+import gc
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from image_trees import digit_photos, make_imagenet
+from PIL import Image
+from torchvision import transforms
+
+import train_s3net
+from data.batches import Decoder, DiskEvaluationBatches, DiskTrainingBatches
+from data.datasets import load_dataset
+from s3net_common.errors import InputError, LocalError
+from training.config import Args
+
+CPU = torch.device("cpu")
+PLAIN = {"device": CPU, "mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255), "image_size": 24}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return make_imagenet(tmp_path_factory.mktemp("imagenet"), digit_photos(60, (50, 40)))
+
+
+@pytest.fixture
+def halves(tree):
+    return load_dataset("imagenet", tree)
+
+
+def training(data, workers=0, **options):
+    return DiskTrainingBatches(data, 8, workers=workers, flip=True, seed=3, **PLAIN, **options)
+
+
+def test_folders_give_labels_and_classes(halves):
+    train, val = halves
+    assert (len(train), len(val)) == (40, 20) and train.classes == [f"class{d}" for d in range(10)]
+    assert np.bincount(train.source.labels).tolist() == [4] * 10
+
+
+def test_batches_depend_on_seed_epoch_and_step_alone(halves):
+    train, _ = halves
+    batches = training(train)
+    whole = list(batches.epoch(1))
+    assert [images.shape[0] for images, *_ in whole] == [8] * 5 and [batch[3] for batch in whole] == [8] * 5
+    with_workers = training(train, workers=2)
+    for again in (list(with_workers.epoch(1)), list(with_workers.epoch(1))):
+        for one, other in zip(whole, again, strict=True):
+            assert all(torch.equal(one[i], other[i]) for i in range(3))
+    late = list(batches.epoch(1, first_step=3))
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(whole[3:], late, strict=True))
+    parts = [list(training(train, rank=rank, world_size=3).epoch(1)) for rank in range(3)]
+    for step, (images, labels, _, _) in enumerate(whole):
+        assert torch.equal(images, torch.cat([part[step][0] for part in parts]))
+        assert torch.equal(labels, torch.cat([part[step][1] for part in parts]))
+    assert not torch.equal(whole[0][0], next(batches.epoch(2))[0])
+    every = torch.cat([labels for _, labels, _, _ in whole])
+    assert every.bincount().tolist() == [4] * 10
+
+
+def test_workers_end_with_the_batches(halves):
+    gc.disable()
+    try:
+        batches = training(halves[0], workers=1)
+        assert len(list(batches.epoch(0))) == 5 and len(multiprocessing.active_children()) == 1
+        del batches
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
+def test_a_run_and_an_evaluation_leave_no_workers(tree, tmp_path):
+    """Those that are left to the interpreter's end it kills, and PyTorch then prints a traceback."""
+    flags = {"dataset": "imagenet", "data_dir": tree, "model": "s3net_cifar", "growth_rate": 4, "depth": 7}
+    flags |= {"image_size": 16, "device": "cpu", "workers": 1}
+    gc.disable()
+    try:
+        assert train_s3net.main(Args(**flags, epochs=1, out=tmp_path / "run")) == 0
+        assert multiprocessing.active_children() == []
+        flags |= {"eval_only": True, "checkpoint": tmp_path / "run" / "best.safetensors"}
+        assert train_s3net.main(Args(**flags)) == 0
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
+def test_reading_leaves_the_random_state_alone(halves):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    list(training(halves[0]).epoch(0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_random_crops_are_torchvisions(halves):
+    train, _ = halves
+    decoder = Decoder(train.source, 24, flip=False)
+    for index in range(10):
+        pixels, _, problem = decoder[index, 100 + index]
+        torch.manual_seed(100 + index)
+        image = Image.open(train.source.name(index))
+        expected = transforms.RandomResizedCrop(24, antialias=True)(image)
+        difference = np.abs(np.asarray(expected, dtype=int) - pixels.permute(1, 2, 0).numpy())
+        assert problem is None and difference.mean() < 2  # a crop that is resized in one go has no seam at its edge
+
+
+def test_half_of_the_images_are_mirrored(halves):
+    train, _ = halves
+    straight, either = Decoder(train.source, 24, flip=False), Decoder(train.source, 24, flip=True)
+    mirrored = [not torch.equal(straight[0, seed][0], either[0, seed][0]) for seed in range(200)]
+    assert 70 < sum(mirrored) < 130
+
+
+def test_evaluation_takes_the_centre_of_every_image_once(halves):
+    _, val = halves
+    preprocess = transforms.Compose([transforms.Resize(27), transforms.CenterCrop(24), transforms.PILToTensor()])
+    expected = torch.stack([preprocess(Image.open(val.source.name(i))) for i in range(20)]).float()
+    for workers, world_size in ((0, 1), (2, 2)):
+        batches = DiskEvaluationBatches(val, 6, workers=workers, **PLAIN)
+        parts = [list(batches.part(rank, world_size)) for rank in range(world_size)]
+        got = [parts[step % world_size][step // world_size] for step in range(4)]
+        assert torch.equal(torch.cat([images for images, _ in got]), expected)
+        assert torch.cat([labels for _, labels in got]).tolist() == val.source.labels.tolist()
+
+
+def test_chosen_images(halves):
+    train, _ = halves
+    kept, held = train.hold_out(10)
+    assert sorted(torch.cat([kept.chosen, held.chosen]).tolist()) == list(range(40))
+    assert sorted(train.source.labels[held.chosen]) == list(range(10))
+    assert len(train.subset(7)) == 7 and len(set(train.subset(7).chosen.tolist())) == 7
+    ((_, labels),) = DiskEvaluationBatches(held, 10, workers=0, **PLAIN).part()
+    assert sorted(labels.tolist()) == list(range(10))
+    with pytest.raises(InputError, match="--hold-out 5 is not possible: give a number from 10"):
+        train.hold_out(5)
+
+
+def test_an_unreadable_image_stops_or_counts_nothing(tmp_path):
+    tree = make_imagenet(tmp_path, digit_photos(30, (50, 40)))
+    for half in ("train", "val"):
+        (tree / half / "class3" / "broken.JPEG").write_bytes(b"?")
+    train, val = load_dataset("imagenet", tree)
+    for workers in (0, 1):
+        with pytest.raises(LocalError, match=r"class3/broken.JPEG cannot be read as an image") as error:
+            list(training(train, workers).epoch(0))
+        assert "\n" not in str(error.value)
+    train, val = load_dataset("imagenet", tree, skip_unreadable=True)
+    weights = torch.cat([weights for _, _, weights, _ in training(train).epoch(0)])
+    assert weights.tolist().count(0.0) == 1 and len(weights) == 21
+    evaluated = [labels for _, labels in DiskEvaluationBatches(val, 4, workers=0, **PLAIN).part()]
+    assert sum(map(len, evaluated)) == 10 and len(val) == 11
+
+
+def test_a_half_is_missing_or_another(tmp_path, tree):
+    with pytest.raises(InputError, match=r"has neither train.lmdb nor train/<class>/\*"):
+        load_dataset("imagenet", tmp_path)
+    (tmp_path / "train").symlink_to(tree / "train")
+    with pytest.raises(InputError, match=r"has neither val\.lmdb"):
+        load_dataset("imagenet", tmp_path)
+    (tmp_path / "val" / "class0").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "val" / "class0" / "a.png")
+    with pytest.raises(InputError, match=r"class 'class1' is in .*train but not in .*val"):
+        load_dataset("imagenet", tmp_path)

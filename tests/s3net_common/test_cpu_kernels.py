@@ -1,0 +1,105 @@
+"""The fused kernels compute what PyTorch's own calls compute."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import create_model
+from s3net_common import cpu_kernels
+
+
+def largest_difference(ours, plain):
+    return ((ours.detach().float() - plain.detach()).abs().max() / plain.detach().abs().max()).item()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("shape", "out_channels", "kernel_size", "pool"),
+    [
+        ((8, 12, 8, 8), 12, 3, 1),
+        ((3, 5, 7, 7), 6, 1, 2),  # odd size: the pool leaves a row and a column out
+        ((2, 400, 4, 4), 8, 1, 2),  # wider than a row of the kernels
+        ((1, 12, 6, 6), 12, 1, 3),
+        ((4, 24, 8, 6), None, 0, 1),  # without a convolution
+    ],
+)
+def test_forward_backward_and_statistics_equal_plain_pytorch(shape, out_channels, kernel_size, pool, dtype, tolerance):
+    torch.manual_seed(0)
+    norm, plain_norm = nn.BatchNorm2d(shape[1]), nn.BatchNorm2d(shape[1])
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    plain_norm.load_state_dict(norm.state_dict())
+    ours = (torch.randn(shape) * 2 + 1).to(dtype).requires_grad_()
+    plain = ours.detach().float().requires_grad_()
+    pairs = []
+    if out_channels is None:
+        out, expected = cpu_kernels.norm_relu(ours, norm), F.relu(plain_norm(plain))
+    else:
+        conv = nn.Conv2d(shape[1], out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        plain_conv = nn.Conv2d(shape[1], out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        plain_conv.load_state_dict(conv.state_dict())
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = cpu_kernels.norm_relu_conv(ours, norm, conv, pool)
+        expected = plain_conv(F.avg_pool2d(F.relu(plain_norm(plain)), pool))
+        pairs.append((conv.weight, plain_conv.weight))
+    assert out.dtype == dtype
+    gradient = torch.randn(expected.shape)
+    out.backward(gradient.to(dtype))
+    expected.backward(gradient)
+    pairs += [(ours, plain), (norm.weight, plain_norm.weight), (norm.bias, plain_norm.bias)]
+    assert largest_difference(out, expected) < tolerance
+    for mine, theirs in pairs:
+        assert largest_difference(mine.grad, theirs.grad) < tolerance
+    for name in ("running_mean", "running_var"):
+        assert largest_difference(getattr(norm, name), getattr(plain_norm, name)) < 1e-6
+    assert norm.num_batches_tracked == 1
+
+
+def test_the_kernels_are_what_training_on_a_cpu_runs_and_nothing_else():
+    model = create_model("s3net_cifar", growth_rate=4, depth=10)
+    images = torch.randn(2, 3, 32, 32)
+    assert "NormReluConv" in type(model.blocks[0].layers[0](torch.randn(2, 24, 8, 8)).grad_fn).__name__
+    model.eval()
+    assert "Convolution" in type(model.blocks[0].layers[0](torch.randn(2, 24, 8, 8)).grad_fn).__name__
+    model.double().train()
+    assert model(images.double()).dtype == torch.float64
+
+
+def test_a_step_of_training_is_the_plain_networks_step(monkeypatch):
+    images, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+    states = []
+    for use in (True, False):
+        torch.manual_seed(1)
+        model = create_model("s3net_cifar", growth_rate=6, depth=13, num_classes=10)
+        if not use:
+            monkeypatch.setattr(cpu_kernels, "_use_kernel", lambda x, norm: False)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        states.append(model.state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], atol=2e-4, rtol=2e-3, msg=name)
+
+
+def test_one_value_a_channel_has_no_variance():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        cpu_kernels.norm_relu(torch.randn(1, 3, 1, 1), nn.BatchNorm2d(3))
+
+
+def test_gradients_of_gradients_are_refused_not_wrong():
+    x = torch.randn(2, 4, 4, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(cpu_kernels.norm_relu(x, nn.BatchNorm2d(4)).sum(), x, create_graph=True)
+
+
+def test_concatenation_hands_back_dense_gradients():
+    parts = [torch.randn(2, c, 4, 4).to(memory_format=torch.channels_last).requires_grad_() for c in (3, 5)]
+    out = cpu_kernels.concatenate(parts)
+    assert torch.equal(out, torch.cat(parts, dim=1))
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward()
+    assert torch.equal(parts[0].grad, weight[:, :3]) and torch.equal(parts[1].grad, weight[:, 3:])
+    assert parts[1].grad.is_contiguous(memory_format=torch.channels_last)

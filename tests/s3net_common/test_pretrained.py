@@ -1,0 +1,174 @@
+"""The repository's trained weights: `create_model(..., pretrained=True)`, torch.hub, and the saliency script's default.
+
+With small weights in a folder of the test's own, so that they hold whatever is in weights/.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import models
+from explain_images import NetworkArgs, load_networks
+from models import create_model
+from s3net_common import checkpoints
+from s3net_common.checkpoints import load_weights, pretrained_file, read_metadata
+from s3net_common.errors import InputError
+from s3net_networks.connections import ChainBlock
+
+ROOT = Path(__file__).parents[2]
+CLASSES = [f"thing {i}" for i in range(100)]
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch) -> Path:
+    """weights/s3net_cifar/best.safetensors as the trainer writes it, with random but fixed content."""
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path / "weights")
+    file = tmp_path / "weights" / "s3net_cifar" / "best.safetensors"
+    file.parent.mkdir(parents=True)
+    torch.manual_seed(7)
+    said = {
+        "model": "s3net_cifar",
+        "options": "{}",
+        "num_classes": "100",
+        "classes": json.dumps(CLASSES),
+        "mean": "[0.1, 0.2, 0.3]",
+        "std": "[0.4, 0.5, 0.6]",
+        "image_size": "32",
+        "dataset": "cifar100",
+        "epoch": "3",
+        "val_error": "61.5",
+    }
+    save_file(create_model("s3net_cifar").state_dict(), file, said)
+    return file
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_pretrained_is_the_file(weights):
+    expected = load_weights(create_model("s3net_cifar"), weights)
+    assert same_weights(create_model("s3net_cifar", pretrained=True), expected)
+    assert same_weights(create_model("s3net_cifar", 100, pretrained=True, growth_rate=12), expected)
+    assert not same_weights(create_model("s3net_cifar"), expected)
+    spelled = {"stem": "cifar", "compression": 1.0, "block": models.Block, "bn_size": None}  # the network's own
+    assert same_weights(create_model("s3net_cifar", pretrained=True, **spelled), expected)
+    dropping = create_model("s3net_cifar", pretrained=True, drop_rate=0.5)
+    assert same_weights(dropping, expected)
+    assert any(isinstance(module, nn.Dropout) for module in dropping.modules())
+
+
+def test_another_number_of_classes_gets_a_new_classifier(weights):
+    expected = load_weights(create_model("s3net_cifar"), weights)
+    model = create_model("s3net_cifar", num_classes=7, pretrained=True)
+    assert model.eval()(torch.zeros(1, 3, 8, 8)).shape == (1, 7)
+    features = {key: value for key, value in model.state_dict().items() if not key.startswith("classifier")}
+    assert len(features) == len(expected.state_dict()) - 2
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in features.items())
+    assert model.classifier.weight.std() > 0 and not model.classifier.bias.any()  # fresh, as S3Net initialises it
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("s3net_tiny_k96", {}, "there are no trained weights for s3net_tiny_k96, only for s3net_cifar; or train it"),
+        ("s3net_cifar", {"growth_rate": 24}, "depth=40, num_init_features=24 only: leave out growth_rate"),
+        ("s3net_cifar", {"block": ChainBlock, "depth": 40}, "only: leave out block"),
+        ("s3net_cifa", {}, "there is no network 's3net_cifa': did you mean s3net_cifar"),
+    ],
+)  # fmt: skip
+def test_weights_that_there_are_not(weights, name, options, message):
+    with pytest.raises(InputError) as raised:
+        create_model(name, pretrained=True, **options)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_weights_that_do_not_say_their_classes_or_are_damaged(weights):
+    save_file(create_model("s3net_cifar").state_dict(), weights)
+    with pytest.raises(InputError, match=r"best\.safetensors does not say how many classes it has: put the trainer's"):
+        create_model("s3net_cifar", pretrained=True)
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"best\.safetensors is damaged or no safetensors file .*: get it again$"):
+        create_model("s3net_cifar", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 40, "block_config": (2, 2)}, "depth and block_config both say how many layers"),
+        ({"block_config": ()}, "block_config is empty: give the number of layers of one block or more"),
+    ],
+)
+def test_layers_that_contradict_each_other_or_are_none(options, message):
+    with pytest.raises(InputError, match=message):
+        create_model("s3net_cifar", **options)
+
+
+def test_without_the_folder_the_error_says_where_it_should_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path / "weights")
+    with pytest.raises(InputError) as raised:
+        create_model("s3net_cifar", pretrained=True)
+    assert f"since {tmp_path / 'weights'} is missing: get the whole repository" in str(raised.value)
+
+
+def test_class_names_and_normalisation_come_with_the_weights(weights):
+    said = read_metadata(pretrained_file("s3net_cifar"))
+    assert said["classes"] == CLASSES
+    assert (said["mean"], said["std"], said["image_size"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 32)
+    assert (said["model"], said["model_options"], said["num_classes"]) == ("s3net_cifar", {}, 100)
+
+
+def test_metadata_of_a_checkpoint_of_the_trainer_and_of_other_files(tmp_path):
+    config = {"model": "s3net_cifar", "model_options": {"depth": 13}, "classes": ["a"]}
+    torch.save({"config": config, "model": {}}, tmp_path / "last.pt")
+    assert read_metadata(tmp_path / "last.pt") == config
+    torch.save({"config": {"anything": 1}}, tmp_path / "other.pt")
+    assert read_metadata(tmp_path / "other.pt") == {}
+    save_file({"x": torch.zeros(1)}, tmp_path / "plain.safetensors")
+    assert read_metadata(tmp_path / "plain.safetensors") == {}
+    save_file({"x": torch.zeros(1)}, tmp_path / "half.safetensors", {"options": "{}", "model": "s3net_cifar"})
+    with pytest.raises(InputError, match=r"half\.safetensors is damaged or no safetensors file of the trainer"):
+        read_metadata(tmp_path / "half.safetensors")
+
+
+def test_torch_hub_from_a_local_clone(weights):
+    model = torch.hub.load(str(ROOT), "s3net_cifar", source="local", pretrained=True)
+    assert same_weights(model, load_weights(create_model("s3net_cifar"), weights))
+    small = torch.hub.load(str(ROOT), "s3net_tiny_k96", source="local", num_classes=3, growth_rate=4)
+    assert small.classifier.out_features == 3
+
+
+def test_torch_hub_has_every_network_and_nothing_else(weights, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    hubconf = torch.hub._import_module("hubconf", str(ROOT / "hubconf.py"))
+    public = [name for name in dir(hubconf) if not name.startswith("_") and callable(getattr(hubconf, name))]
+    assert sorted(public) == sorted(models.list_models())
+    assert "Build s3net_cifar, with random or trained weights" in hubconf.s3net_cifar.__doc__
+    assert "name: one of" not in hubconf.s3net_cifar.__doc__  # an argument of create_model only
+    assert hubconf.dependencies == ["safetensors", "torch"]
+
+
+def test_the_saliency_scripts_explain_the_repositorys_network_by_default(weights):
+    (network,) = load_networks(NetworkArgs(), torch.device("cpu"))
+    assert same_weights(network.model, create_model("s3net_cifar", pretrained=True))
+    assert (network.image_size, network.mean, network.classes) == (32, (0.1, 0.2, 0.3), CLASSES)
+    assert not network.model.training
+    (named,) = load_networks(NetworkArgs(images=(Path("x.jpg"),), networks=("s3net_cifar",)), torch.device("cpu"))
+    assert same_weights(named.model, network.model)
+    with pytest.raises(InputError, match="there are no trained weights for s3net_imagenet_k48, only for s3net_cifar"):
+        load_networks(NetworkArgs(networks=("s3net_imagenet_k48",)), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [(0, "--image-size 0 is not possible"), (3, "3 does not fit s3net_cifar")]
+)
+def test_images_that_are_too_small(weights, size, message):
+    with pytest.raises(InputError, match=message):
+        load_networks(NetworkArgs(image_size=size), torch.device("cpu"))
+    (network,) = load_networks(NetworkArgs(image_size=4), torch.device("cpu"))
+    assert network.image_size == 4
