@@ -43,7 +43,7 @@ class Ranks:
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def together(self, action: Callable[[], T]) -> T:
+    def on_all_ranks(self, action: Callable[[], T]) -> T:
         """Do something in every process; an InputError in one of them is raised in all, so that none waits forever."""
         result = error = None
         try:
@@ -54,7 +54,7 @@ class Ranks:
             raise failed[0]
         return result
 
-    def from_main(self, action: Callable[[], T]) -> T:
+    def on_main_rank(self, action: Callable[[], T]) -> T:
         """Do something in the main process only, and give its result, or its InputError, to all."""
         return self.gather(self.on_all_ranks(action if self.is_main else lambda: None))[0]
 

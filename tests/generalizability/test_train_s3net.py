@@ -20,9 +20,8 @@ import train_s3net
 from s3net_common import output_files
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
-from train_s3net import resume_command
+from train_s3net import Args, resume_command
 from training import engine, run_folder
-from training.config import Args
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "train_s3net.py"
 TINY = ["--dataset", "digits", "--growth-rate", "4", "--depth", "7", "--device", "cpu", "--drop-rate", "0.1"]
@@ -92,7 +91,7 @@ def test_the_summary_and_the_weights_describe_the_run(reference):
     best = min(rows, key=lambda row: row["val_error"])
     assert (summary["best_epoch"], summary["best_val_error"]) == (best["epoch"], best["val_error"])
     assert summary["last_val_error"] == rows[-1]["val_error"]
-    assert summary["total_seconds"] > 0 and set(summary["versions"]) == {"python", "torch", "torchvision"}
+    assert summary["total_seconds"] > 0 and {"python", "torch", "torchvision"} <= set(summary["versions"])
     with safe_open(folder / "best.safetensors", "pt") as file:
         said = file.metadata()
     assert said["model"] == "s3net_cifar" and said["num_classes"] == "10" and said["epoch"] == str(best["epoch"])

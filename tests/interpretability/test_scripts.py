@@ -134,7 +134,7 @@ def test_segmentation_scores(photographs, tmp_path):
 def copy(tmp_path_factory) -> Path:
     """A copy of the scripts, so that its weights/ and runs/ are its own; the digits network trains for one epoch."""
     folder = tmp_path_factory.mktemp("copy")
-    for source in (*ROOT.glob("*.py"), *FOLDER.glob("*.py")):
+    for source in (*ROOT.glob("*.py"), *ROOT.glob("s3net_*/*.py"), *FOLDER.glob("*.py")):
         target = folder / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = source.read_text()

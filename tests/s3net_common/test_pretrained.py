@@ -148,7 +148,7 @@ def test_torch_hub_has_every_network_and_nothing_else(weights, monkeypatch):
     hubconf = torch.hub._import_module("hubconf", str(ROOT / "hubconf.py"))
     public = [name for name in dir(hubconf) if not name.startswith("_") and callable(getattr(hubconf, name))]
     assert sorted(public) == sorted(models.list_models())
-    assert "Build s3net_cifar, with random or trained weights" in hubconf.s3net_cifar.__doc__
+    assert "Build s3net_cifar with random or trained weights" in hubconf.s3net_cifar.__doc__
     assert "name: one of" not in hubconf.s3net_cifar.__doc__  # an argument of create_model only
     assert hubconf.dependencies == ["safetensors", "torch"]
 

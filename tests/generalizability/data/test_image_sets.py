@@ -14,7 +14,7 @@ import train_s3net
 from data.batches import Decoder, DiskEvaluationBatches, DiskTrainingBatches
 from data.datasets import load_dataset
 from s3net_common.errors import InputError, LocalError
-from training.config import Args
+from train_s3net import Args
 
 CPU = torch.device("cpu")
 PLAIN = {"device": CPU, "mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255), "image_size": 24}

@@ -16,7 +16,7 @@ from data import tiny_imagenet
 from data.batches import EvaluationBatches
 from data.datasets import load_dataset
 from s3net_common.errors import InputError
-from training.config import Args
+from train_s3net import Args
 
 
 @pytest.fixture(scope="module")
