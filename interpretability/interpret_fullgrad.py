@@ -1,28 +1,26 @@
-"""FullGrad saliency maps of images, for one network or several side by side.
+"""Draw FullGrad saliency maps of images, for one network or for several side by side.
 
-    python interpret_fullgrad.py                                     # the repository's S3-Net, on parts of photographs
-    python interpret_fullgrad.py my/images dog.jpg                   # the paper's networks, published weights
-    python interpret_fullgrad.py dog.jpg --networks resnet50 timm/ghostnet_100 --target 207 --faithfulness
-    python interpret_fullgrad.py dog.jpg --checkpoint s3net_imagenet_large=model_best.pth.tar
-    python interpret_fullgrad.py my/images --checkpoint runs/my-run/best.safetensors
+    python interpretability/interpret_fullgrad.py                      # S3-Net on crops of two photographs
+    python interpretability/interpret_fullgrad.py photo.jpg            # the paper's networks, published weights
+    python interpretability/interpret_fullgrad.py photo.jpg --networks resnet50 timm/ghostnet_100 --target 207
+    python interpretability/interpret_fullgrad.py photo.jpg --checkpoint runs/my-run/best.safetensors
+    python interpretability/interpret_fullgrad.py photo.jpg --checkpoint s3net_imagenet_large=model_best.pth.tar
 
-Writes into --out: `figure.png` (a row an image, up to 6, a column a network; without arguments a column an image),
-`maps/<network>/<image>.npy`, `overlays/<network>/<image>.png` and `saliency.json`; with --faithfulness also
-`faithfulness.png` and `.json`.
+Files written into --out: `figure.png`, `saliency.json`, and for each network and image `maps/<network>/<image>.npy` and
+`overlays/<network>/<image>.png`; with --faithfulness also `faithfulness.png` and `faithfulness.json`. The figure has a
+row for each of the first 6 images and a column for each network; without arguments it has a column for each crop.
 """
 
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from explain_images import (
-    Explained,
     NetworkArgs,
+    PictureExplanation,
     choose_device,
     explain_pictures,
     load_networks,
@@ -34,7 +32,7 @@ from pictures import Picture
 from s3net_common.command_line import run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
-from s3net_common.output_files import ROOT, make_folder, write_atomically, write_json
+from s3net_common.output_files import ROOT, make_folder, run_record, write_atomically, write_json
 from saliency_figures import draw_crops, draw_faithfulness, draw_maps, save_overlay
 
 
@@ -43,79 +41,85 @@ class Args(NetworkArgs):
     """Draw FullGrad saliency maps."""
 
     out: Path = ROOT / "runs" / "fullgrad"
-    """Folder for everything that is written."""
+    """Folder to write the files into."""
+
+
+Column = tuple[Network, list[Picture], list[PictureExplanation]]  # of the figure
 
 
 def main(args: Args) -> None:
-    """Read, explain, draw and write.
-
-    Raises:
-        InputError: something that the user gave cannot be used.
-    """
+    """Explain the pictures by each network; write maps, overlays, figure and JSON files."""
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size} is too small: give 1 or more")
     device = choose_device(args.device)
     keep_freed_memory()
     make_folder(args.out)
-    pictures = picture_reader(args)
+    read_at_size = picture_reader(args)
     networks = load_networks(args, device)
-    columns = []
-    with tqdm(total=sum(len(pictures(n.image_size)) for n in networks), unit="map", disable=None) as bar:
+    columns: list[Column] = []
+    total = sum(len(read_at_size(network.image_size)) for network in networks)
+    with tqdm(total=total, unit="map", disable=None) as bar:
         for network in networks:
             bar.set_description(network.name)
-            own = pictures(network.image_size)
-            explained = explain_pictures(network, own, args.target, args.batch_size, device, bar.update)
-            columns.append((network, own, explained))
-            write_maps(args.out, network, own, explained)
-    network, first, explained = columns[0]
-    if first[0].original is None:
-        draw_maps(args.out / "figure.png", first, columns)
-    else:
-        draw_crops(args.out / "figure.png", network, first, explained)
-    write_json(args.out / "saliency.json", report(columns, device))
+            pictures = read_at_size(network.image_size)
+            explanations = explain_pictures(network, pictures, args.target, args.batch_size, device, bar.update)
+            columns.append((network, pictures, explanations))
+            write_maps(args.out, network, pictures, explanations)
+    draw_figure(args.out / "figure.png", columns)
+    write_json(args.out / "saliency.json", run_record() | {"device": device.type, "maps": map_rows(columns)})
     if args.faithfulness:
-        faithfulness = {network.name: measure_faithfulness(network, own, e, device) for network, own, e in columns}
+        faithfulness = {network.name: measure_faithfulness(network, *rest, device) for network, *rest in columns}
         draw_faithfulness(args.out / "faithfulness.png", faithfulness)
-        write_json(args.out / "faithfulness.json", {"command": command(), "networks": faithfulness})
-    for network, _, explained in columns:
-        worst = max(one.completeness_error for one in explained)
-        seconds = np.mean([one.seconds for one in explained])
-        print(f"{network.name:28} {len(explained)} maps, {seconds:.3f} s each, completeness error at most {worst:.1e}")
+        write_json(args.out / "faithfulness.json", run_record() | {"networks": faithfulness})
+    print_summary(columns)
     print(f"written to {args.out}")
 
 
-def write_maps(out: Path, network: Network, pictures: list[Picture], explained: list[Explained]) -> None:
-    """Each map as an array and as an overlay."""
-    for picture, one in zip(pictures, explained, strict=True):
-        file, saliency = out / "maps" / network.name / f"{picture.name}.npy", one.saliency
+def write_maps(out: Path, network: Network, pictures: list[Picture], explanations: list[PictureExplanation]) -> None:
+    """Write each map as an array and as an overlay on its image."""
+    for picture, explanation in zip(pictures, explanations, strict=True):
+        file, saliency = out / "maps" / network.name / f"{picture.name}.npy", explanation.saliency
         write_atomically(file, lambda temporary, saliency=saliency: np.save(temporary, saliency))
         save_overlay(out / "overlays" / network.name / f"{picture.name}.png", picture, saliency)
 
 
-def report(columns: list[tuple[Network, list[Picture], list[Explained]]], device: torch.device) -> dict:
-    """The content of saliency.json."""
-    maps = [
+def draw_figure(path: Path, columns: list[Column]) -> None:
+    """Draw the maps of all networks, or, for crops of photographs, those of the one network that explains them."""
+    network, pictures, explanations = columns[0]
+    if pictures[0].original is None:
+        draw_maps(path, pictures, columns)
+    else:
+        draw_crops(path, network, pictures, explanations)
+
+
+def map_rows(columns: list[Column]) -> list[dict[str, Any]]:
+    """Return `maps` of saliency.json: what is known about each map except its pixels."""
+    return [
         {
             "network": network.name,
             "image": picture.name,
-            "target": one.target,
-            "target_name": network.class_name(one.target),
-            "probability": one.probability,
-            "prediction": one.prediction,
-            "prediction_name": network.class_name(one.prediction),
-            "most_probable": [[network.class_name(index), probability] for index, probability in one.most_probable],
-            "completeness_error": one.completeness_error,
-            "seconds": one.seconds,
+            "target": explanation.target,
+            "target_name": network.class_name(explanation.target),
+            "probability": explanation.probability,
+            "prediction": explanation.prediction,
+            "prediction_name": network.class_name(explanation.prediction),
+            "most_probable": [[network.class_name(i), probability] for i, probability in explanation.most_probable],
+            "completeness_error": explanation.completeness_error,
+            "seconds": explanation.seconds,
         }
-        for network, pictures, explained in columns
-        for picture, one in zip(pictures, explained, strict=True)
+        for network, pictures, explanations in columns
+        for picture, explanation in zip(pictures, explanations, strict=True)
     ]
-    return {"command": command(), "torch": torch.__version__, "device": device.type, "maps": maps}
 
 
-def command() -> str:
-    """The command line, for the files that it made."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+def print_summary(columns: list[Column]) -> None:
+    """Print for each network the number of maps, the seconds for one map, and the largest completeness error."""
+    for network, _, explanations in columns:
+        error = max(explanation.completeness_error for explanation in explanations)
+        seconds = np.mean([explanation.seconds for explanation in explanations])
+        print(
+            f"{network.name:28} {len(explanations)} maps, {seconds:.3f} s each, completeness error at most {error:.1e}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How well a saliency map finds the object: map `(H, W)` against mask `(H, W)`, True on the object."""
+"""Scores of a saliency map `(H, W)` against the true mask `(H, W)` of the object, and two baseline maps."""
 
 import numpy as np
 from sklearn.metrics import average_precision_score
@@ -7,26 +7,27 @@ PERCENTILES = tuple(range(99, 79, -1))  # as in the paper
 
 
 def segment(saliency: np.ndarray, percentile: float) -> np.ndarray:
-    """The pixels at or above the map's percentile (in 0 to 100), as booleans."""
+    """Return the pixels at or above a percentile (0 to 100) of the map, as booleans `(H, W)`."""
     return saliency >= np.percentile(saliency, percentile)
 
 
 def dice(segmentation: np.ndarray, mask: np.ndarray) -> float:
-    """2 |S n M| / (|S| + |M|), in [0, 1]."""
+    """Return the Dice coefficient 2 |S ∩ M| / (|S| + |M|), in [0, 1]."""
     return 2 * float((segmentation & mask).sum()) / float(segmentation.sum() + mask.sum())
 
 
 def intersection_over_union(segmentation: np.ndarray, mask: np.ndarray) -> float:
-    """|S n M| / |S u M|, in [0, 1]."""
+    """Return |S ∩ M| / |S ∪ M|, in [0, 1]."""
     return float((segmentation & mask).sum()) / float((segmentation | mask).sum())
 
 
 def score_map(saliency: np.ndarray, mask: np.ndarray, percentile: float = 90) -> dict:
-    """Every score of one map.
+    """Compute every score of a map.
 
     Returns:
-        `dice` by percentile; `dice_at` and `iou_at` the given percentile; `pointing`, whether the map's largest pixel
-        lies on the object (Zhang et al. 2016); `average_precision` of the map as a classifier of pixels.
+        `dice`: the Dice coefficient at each of `PERCENTILES`. `dice_at` and `iou_at`: Dice and IoU at `percentile`.
+        `pointing`: whether the map's largest pixel lies on the object (Zhang et al. 2016). `average_precision`: of
+        the map as a classifier of pixels.
     """
     segmentation = segment(saliency, percentile)
     return {
@@ -39,13 +40,13 @@ def score_map(saliency: np.ndarray, mask: np.ndarray, percentile: float = 90) ->
 
 
 def centred_gaussian(size: int) -> np.ndarray:
-    """A baseline that never looks at the image: `(size, size)`, standard deviation a quarter of the size."""
+    """Return a baseline map `(size, size)` that ignores the image: standard deviation a quarter of the size."""
     offsets = (np.arange(size) - (size - 1) / 2) / (size / 4)
     profile = np.exp(-(offsets**2) / 2)
     return np.outer(profile, profile)
 
 
 def edge_map(pixels: np.ndarray) -> np.ndarray:
-    """A baseline that never looks at the network: the size of the brightness gradient of `(H, W, 3)` pixels."""
-    down, right = np.gradient(pixels.astype(float) @ (0.299, 0.587, 0.114))
-    return np.hypot(down, right)
+    """Return a baseline map `(H, W)` that ignores the network: the brightness gradient's length at each pixel."""
+    vertical, horizontal = np.gradient(pixels.astype(float) @ (0.299, 0.587, 0.114))
+    return np.hypot(vertical, horizontal)

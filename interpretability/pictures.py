@@ -1,18 +1,19 @@
-"""Images and masks from files, as square arrays."""
+"""Images to explain and their masks, read from files and resized to squares."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
-from s3net_common.errors import InputError
+from s3net_common.errors import InputError, first_line
+from s3net_common.images import IMAGE_SUFFIXES, decode, to_rgb
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-ASPECT_TOLERANCE = 0.02  # relative: a mask may have been rounded to whole pixels
-SAMPLE_CROPS = {  # squares of scikit-learn's photographs: left, top and side in pixels
+ASPECT_TOLERANCE = 0.02  # relative, because a mask may have been rounded to whole pixels
+SAMPLE_CROPS = {  # square crops of scikit-learn's photographs: left, top and side in pixels
     "temple": ("china.jpg", 10, 0, 400),
     "roof": ("china.jpg", 90, 20, 240),
     "lake": ("china.jpg", 380, 180, 160),
@@ -29,8 +30,8 @@ class Picture:
     Attributes:
         name: unique among the pictures of a run; names its output files.
         pixels: `(size, size, 3)`, uint8.
-        mask: `(size, size)`, True on the object; None where there is none.
-        original: `(side, side, 3)`, uint8: the image before it was brought to `size`; None where it isn't kept.
+        mask: `(size, size)`, True on the object; None if the image has no mask.
+        original: `(side, side, 3)`, uint8: the image before resizing; None if it is not kept.
     """
 
     name: str
@@ -39,19 +40,22 @@ class Picture:
     original: np.ndarray | None = None
 
 
+# ---- Pictures -------------------------------------------------------------------------------------------------------
+
+
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The image files among the paths and, sorted, in the folders among them (and their folders).
+    """Return the given image files, and the image files in the given folders and their subfolders, sorted by path.
 
     Raises:
-        InputError: a path is missing, or there is no image at all.
+        InputError: a path does not exist, or a folder contains no image.
     """
     files = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise InputError(f"there is no image in {path} ({', '.join(sorted(SUFFIXES))})")
-            files += inside
+            images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not images:
+                raise InputError(f"there is no image in {path} ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            files += images
         elif path.is_file():
             files.append(path)
         else:
@@ -60,38 +64,39 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_pictures(files: Sequence[Path], size: int, masks: Path | None = None) -> list[Picture]:
-    """Images, plainly resized to `size` x `size` as in the paper; with their masks, where a folder of masks is given.
+    """Read image files and resize them to `size` x `size` without cropping, as in the paper.
+
+    Args:
+        files: image files.
+        size: height and width in pixels.
+        masks: a folder with a mask for each image, or the mask of the only image; None to read no masks.
 
     Raises:
-        InputError: a file is no image, an image has no mask, or the mask has another aspect ratio.
+        InputError: a file cannot be read as an image, an image has no mask, or its mask does not fit.
     """
-    pictures, taken = [], set()
+    pictures: dict[str, Picture] = {}
     for file in files:
-        with _opened(file) as image:
-            original = image.size
-            pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-        mask = None if masks is None else read_mask(find_mask(file, masks), size, original, file)
-        name, again = file.stem, 2
-        while name in taken:
-            name, again = f"{file.stem}-{again}", again + 1
-        taken.add(name)
-        pictures.append(Picture(name, pixels, mask))
-    return pictures
+        image = _read(file, lambda path: decode(path, orient=True))
+        mask = None if masks is None else read_mask(find_mask(file, masks), size, image.size, file)
+        candidates = chain([file.stem], (f"{file.stem}-{number}" for number in count(2)))
+        name = next(name for name in candidates if name not in pictures)
+        pictures[name] = Picture(name, _resize(image, size), mask)
+    return list(pictures.values())
 
 
 def sample_pictures(size: int) -> list[Picture]:
-    """scikit-learn's two photographs, which may be published: a temple and a flower."""
-    return [Picture(Path(name).stem, _resized(pixels, size)) for name, pixels in _photographs().items()]
+    """Return scikit-learn's two freely licensed photographs: a temple and a flower."""
+    return [Picture(Path(name).stem, _resize(Image.fromarray(pixels), size)) for name, pixels in _photographs().items()]
 
 
 def sample_crops(size: int) -> list[Picture]:
-    """Squares of the two photographs, each with one thing in it, for networks of small images."""
+    """Return square crops of the two photographs, each with one object, for networks that take small images."""
     photographs = _photographs()
     crops = {
         name: photographs[file][top : top + side, left : left + side]
         for name, (file, left, top, side) in SAMPLE_CROPS.items()
     }
-    return [Picture(name, _resized(crop, size), original=crop) for name, crop in crops.items()]
+    return [Picture(name, _resize(Image.fromarray(crop), size), original=crop) for name, crop in crops.items()]
 
 
 def _photographs() -> dict[str, np.ndarray]:
@@ -99,61 +104,72 @@ def _photographs() -> dict[str, np.ndarray]:
     return {Path(name).name: pixels for name, pixels in zip(samples.filenames, samples.images, strict=True)}
 
 
-def _resized(pixels: np.ndarray, size: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
+def _resize(image: Image.Image, size: int) -> np.ndarray:
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+# ---- Masks ----------------------------------------------------------------------------------------------------------
 
 
 def find_mask(image: Path, masks: Path) -> Path:
-    """The mask of an image: the file of the same name, of any image type, in the folder; or the one file given.
+    """Return the mask of an image: the file of the same stem, of any image format, in `masks`, or `masks` if a file.
 
     Raises:
         InputError: there is none.
     """
     if masks.is_file():
         return masks
-    found = sorted(file for file in masks.glob("*") if file.stem == image.stem and file.suffix.lower() in SUFFIXES)
-    if not found:
+    files = [file for file in masks.glob("*") if file.stem == image.stem and file.suffix.lower() in IMAGE_SUFFIXES]
+    if not files:
         raise InputError(f"there is no mask for {image}: put one in {masks / (image.stem + '.png')}")
-    return found[0]
+    return min(files)
 
 
 def read_mask(path: Path, size: int, image_size: tuple[int, int], image: Path) -> np.ndarray:
-    """`(size, size)`, True on the object: where alpha (or, in a mask without alpha, the grey value) is above 127.
+    """Return a mask as `(size, size)` booleans, True on the object.
+
+    The object is where alpha is above 127, or the grey value if the mask has no alpha channel.
 
     Args:
         path: the mask.
-        size: height and width to bring it to, by the nearest pixel.
-        image_size: the image's own width and height.
-        image: the image's path, for errors.
+        size: height and width to resize it to, by nearest neighbour.
+        image_size: width and height of the image.
+        image: path of the image, for error messages.
 
     Raises:
-        InputError: it is no image, is empty, or has another aspect ratio than the image.
+        InputError: the mask cannot be read, marks no pixel, or differs from the image in its aspect ratio.
     """
-    with _opened(path) as mask:
-        width, height = mask.size
-        if abs(width * image_size[1] / (height * image_size[0]) - 1) > ASPECT_TOLERANCE:
-            raise InputError(
-                f"the mask {path} is {width}x{height}, but its image {image} is {image_size[0]}x{image_size[1]}: "
-                "they must have the same aspect ratio"
-            )
-        channel = mask.getchannel("A") if "A" in mask.getbands() else mask.convert("L")
-        values = np.asarray(channel.resize((size, size), Image.Resampling.NEAREST)) > 127
-    if not values.any():
+    mask = _read(path, _decode_alpha)
+    width, height = mask.size
+    if abs(width * image_size[1] / (height * image_size[0]) - 1) > ASPECT_TOLERANCE:
+        raise InputError(
+            f"the mask {path} is {width}x{height}, but its image {image} is {image_size[0]}x{image_size[1]}: "
+            "they must have the same aspect ratio"
+        )
+    marked = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 127
+    if not marked.any():
         raise InputError(f"the mask {path} marks no pixel: alpha (or the grey value) must be above 127 on the object")
-    return values
+    return marked
 
 
-def _opened(path: Path) -> Image.Image:
-    """The image, decoded.
+def _decode_alpha(path: Path) -> Image.Image:
+    """Return the alpha channel of an image file, or its grey values if it has none, as an image of mode "L"."""
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.has_transparency_data:
+            return image.convert("RGBA").getchannel("A")
+        return to_rgb(image).convert("L")
+
+
+def _read(path: Path, decoder: Callable[[Path], Image.Image]) -> Image.Image:
+    """Return `decoder(path)`.
 
     Raises:
-        InputError: it is missing or no image.
+        InputError: it failed; the message contains the path and the reason.
     """
     try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError as error:
-        raise InputError(f"there is no image {path}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is no image that can be read") from error
-    return image
+        return decoder(path)
+    except Exception as error:  # each image format's decoder raises exceptions of its own
+        raise InputError(
+            f"{path} cannot be read as an image ({first_line(error)}): repair it or leave it out"
+        ) from error

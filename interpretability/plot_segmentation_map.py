@@ -1,23 +1,23 @@
-"""Saliency maps as segmentations: what they mark beside the true masks, and how well it fits.
+"""Segment images by their saliency maps, and score the segmentations against true masks.
 
-    python plot_segmentation_map.py                                            # digits among clutter
-    python plot_segmentation_map.py my/images --masks my/masks                 # the paper's networks
-    python plot_segmentation_map.py my/images --masks my/masks --networks resnet50 densenet169 --faithfulness
+    python interpretability/plot_segmentation_map.py                              # digits beside clutter
+    python interpretability/plot_segmentation_map.py my/images --masks my/masks   # the paper's networks
+    python interpretability/plot_segmentation_map.py my/images --masks my/masks --networks resnet50 --faithfulness
 
-A mask has its image's name (photo.jpg, masks/photo.png); the object is where its alpha, or without alpha its grey
-value, is above 127. Writes into --out: `segmentation.png`, `dice.png` and `dice.csv` (Dice at the percentiles 99 to
-80), and `scores.json` (also IoU, pointing game and average precision). Two maps stand beside FullGrad that any method
-must beat: a centred Gaussian, which never saw the image, and the image's edges, which never saw the network.
+A mask has the name of its image: masks/photo.png belongs to photo.jpg. The object is where the mask's alpha is above
+127, or its grey value if it has no alpha channel. Files written into --out: `segmentation.png`, `dice.png`, `dice.csv`
+(Dice at the percentiles 99 to 80) and `scores.json` (Dice, IoU, pointing game, average precision). FullGrad is compared
+with two baseline maps: a centred Gaussian, which ignores the image, and the image's edges, which ignore the network.
 """
 
 import csv
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
 from digit_scenes import NETWORK, digits_checkpoint, scene_pictures
@@ -31,140 +31,140 @@ from explain_images import (
     picture_reader,
 )
 from explained_networks import Network, load_network
-from interpret_fullgrad import command
 from map_scores import PERCENTILES, score_map
 from pictures import Picture
-from s3net_common.command_line import run_script
+from s3net_common.command_line import flag, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
-from s3net_common.output_files import ROOT, make_folder, write_atomically, write_json
+from s3net_common.output_files import ROOT, make_folder, run_record, write_atomically, write_json
 from saliency_figures import draw_dice, draw_faithfulness, draw_segmentations
 
 DIGITS_FOLDER = ROOT / "runs" / "digits_network"
-EMBEDDED_SCENES = 20
+DIGIT_SCENES = 20
 
 
 @dataclass
 class Args(NetworkArgs):
-    """Segment images by their saliency maps, and score them against true masks."""
+    """Segment images by their saliency maps, and score the segmentations against true masks."""
 
-    masks: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="needed with images")] = None
-    """Folder of the masks (or the mask, for one image)."""
+    masks: flag(Path, "PATH", "none; images need masks") = None
+    """Folder of the masks, or the mask if there is one image."""
     percentile: float = 90.0
     """Percentile of the map from which a pixel belongs to the segmentation, above 0 and below 100."""
     out: Path = ROOT / "runs" / "segmentation"
-    """Folder for everything that is written."""
+    """Folder to write the files into."""
 
 
 Column = tuple[str, list[Picture], list[np.ndarray]]  # a method's name, its pictures and its maps
+Scores = dict[str, dict[str, Any]]  # what score_map returns for each picture, by the picture's name
 
 
 def main(args: Args) -> None:
-    """Read, explain, score, draw and write.
-
-    Raises:
-        InputError: something that the user gave cannot be used.
-    """
-    check(args)
+    """Explain the pictures, score the maps, and write figures, tables and JSON files."""
+    check_flags(args)
     device = choose_device(args.device)
     keep_freed_memory()
     make_folder(args.out)
-    if args.images:
-        pictures, networks = picture_reader(args, args.masks), load_networks(args, device)
-    else:
-        pictures, networks = lambda size: scene_pictures(EMBEDDED_SCENES), [digits_network(device)]
+    read_at_size, networks = pictures_and_networks(args, device)
     columns: list[Column] = []
     errors, faithfulness = {}, {}
-    with tqdm(total=sum(len(pictures(n.image_size)) for n in networks), unit="map", disable=None) as bar:
+    total = sum(len(read_at_size(network.image_size)) for network in networks)
+    with tqdm(total=total, unit="map", disable=None) as bar:
         for network in networks:
             bar.set_description(network.name)
-            own = pictures(network.image_size)
-            explained = explain_pictures(network, own, args.target, args.batch_size, device, bar.update)
-            columns.append((network.name, own, [one.saliency for one in explained]))
-            errors[network.name] = max(one.completeness_error for one in explained)
+            pictures = read_at_size(network.image_size)
+            explanations = explain_pictures(network, pictures, args.target, args.batch_size, device, bar.update)
+            columns.append((network.name, pictures, [explanation.saliency for explanation in explanations]))
+            errors[network.name] = max(explanation.completeness_error for explanation in explanations)
             if args.faithfulness:
-                faithfulness[network.name] = measure_faithfulness(network, own, explained, device)
-    first = pictures(networks[0].image_size)
-    columns += [(name, first, maps) for name, maps in baseline_maps(first).items()]
-    scores = {name: score(own, maps, args.percentile) for name, own, maps in columns}
-
-    draw_segmentations(args.out / "segmentation.png", first, columns, args.percentile)
-    draw_dice(args.out / "dice.png", {name: dice_curves(rows) for name, rows in scores.items()})
-    write_atomically(args.out / "dice.csv", lambda path: write_dice(path, scores))
+                faithfulness[network.name] = measure_faithfulness(network, pictures, explanations, device)
+    pictures = read_at_size(networks[0].image_size)
+    columns += [(name, pictures, maps) for name, maps in baseline_maps(pictures).items()]
+    scores = {name: score_pictures(resized, maps, args.percentile) for name, resized, maps in columns}
     report = {
-        "command": command(),
-        "torch": torch.__version__,
         "percentile": args.percentile,
-        "images": len(first),
+        "images": len(pictures),
         "largest_completeness_error": errors,
-        "mean": {name: means(rows) for name, rows in scores.items()},
+        "mean": {name: mean_scores(method_scores) for name, method_scores in scores.items()},
         "by_image": scores,
     }
-    write_json(args.out / "scores.json", report)
+    draw_segmentations(args.out / "segmentation.png", pictures, columns, args.percentile)
+    draw_dice(args.out / "dice.png", {name: dice_curves(method_scores) for name, method_scores in scores.items()})
+    write_atomically(args.out / "dice.csv", lambda path: write_dice(path, scores))
+    write_json(args.out / "scores.json", run_record() | report)
     if faithfulness:
         draw_faithfulness(args.out / "faithfulness.png", faithfulness)
-        write_json(args.out / "faithfulness.json", {"command": command(), "networks": faithfulness})
+        write_json(args.out / "faithfulness.json", run_record() | {"networks": faithfulness})
     print_table(report)
     print(f"written to {args.out}")
 
 
-def digits_network(device: torch.device) -> Network:
-    """The network of the embedded scenes; trained now, in about a minute, where it is not there yet."""
-    network = load_network(NETWORK, digits_checkpoint(DIGITS_FOLDER, device))
-    network.model.to(device)
-    return network
+def check_flags(args: Args) -> None:
+    """Check flags against each other and their ranges.
 
-
-def check(args: Args) -> None:
-    """Raise InputError for flags that make no sense."""
+    Raises:
+        InputError: they cannot be used.
+    """
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size} is too small: give 1 or more")
     if not 0 < args.percentile < 100:
         raise InputError(f"--percentile {args.percentile} is not above 0 and below 100")
     if args.images and args.masks is None:
-        raise InputError("there are images but no masks: pass --masks DIR, with a mask of each image's name in it")
+        raise InputError("there are images but no masks: pass --masks DIR, a folder with a mask of each image's name")
     if args.masks is not None and not args.masks.exists():
         raise InputError(f"there is no folder of masks {args.masks}")
-    of_networks = (args.networks, args.checkpoint, args.num_classes, args.image_size, args.random_weights)
-    if not args.images and (args.masks or any(of_networks)):
-        raise InputError("there are no images: pass images and --masks, or nothing at all for the embedded digits")
+    network_flags = (args.networks, args.checkpoint, args.num_classes, args.image_size, args.random_weights)
+    if not args.images and (args.masks or any(network_flags)):
+        raise InputError("there are no images: pass images and --masks, or leave out all flags for networks and masks")
     if args.masks is not None and args.masks.is_file() and (len(args.images) > 1 or args.images[0].is_dir()):
         raise InputError(f"{args.masks} is one mask for several images: pass a folder of masks")
 
 
-def score(pictures: list[Picture], maps: list[np.ndarray], percentile: float) -> dict[str, dict]:
-    """Scores by image."""
+def pictures_and_networks(args: Args, device: torch.device) -> tuple[Callable[[int], list[Picture]], list[Network]]:
+    """Return a function from image size to pictures with masks, and the networks; both for digits without images.
+
+    Without images the network is trained first, in about a minute, unless an earlier call did so.
+    """
+    if args.images:
+        return picture_reader(args, args.masks), load_networks(args, device)
+    network = load_network(NETWORK, digits_checkpoint(DIGITS_FOLDER, device))
+    network.model.to(device)
+    return lambda size: scene_pictures(DIGIT_SCENES), [network]
+
+
+def score_pictures(pictures: list[Picture], maps: list[np.ndarray], percentile: float) -> Scores:
+    """Return the scores of each picture's map against its mask, by the picture's name."""
     return {
         picture.name: score_map(saliency, picture.mask, percentile)
         for picture, saliency in zip(pictures, maps, strict=True)
     }
 
 
-def dice_curves(rows: dict[str, dict]) -> np.ndarray:
-    """`(images, percentiles)`."""
-    return np.array([[row["dice"][p] for p in PERCENTILES] for row in rows.values()])
+def dice_curves(scores: Scores) -> np.ndarray:
+    """Return Dice coefficients `(pictures, percentiles)`."""
+    return np.array([[row["dice"][p] for p in PERCENTILES] for row in scores.values()])
 
 
-def means(rows: dict[str, dict]) -> dict[str, float]:
-    """The mean of each score over the images."""
+def mean_scores(scores: Scores) -> dict[str, float]:
+    """Return the mean of each score over the pictures."""
     names = ("dice_at", "iou_at", "pointing", "average_precision")
-    return {name: float(np.mean([row[name] for row in rows.values()])) for name in names}
+    return {name: float(np.mean([row[name] for row in scores.values()])) for name in names}
 
 
-def write_dice(path: Path, scores: dict[str, dict[str, dict]]) -> None:
-    """dice.csv: a line for each method, image and percentile."""
+def write_dice(path: Path, scores: dict[str, Scores]) -> None:
+    """Write a line with the Dice coefficient of each method, image and percentile as CSV."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "image", "percentile", "dice"])
-        for method, rows in scores.items():
-            for image, row in rows.items():
+        for method, method_scores in scores.items():
+            for image, row in method_scores.items():
                 writer.writerows([method, image, p, f"{value:.6f}"] for p, value in row["dice"].items())
 
 
 def print_table(report: dict) -> None:
-    """The mean scores, a line a method."""
-    at = f"{report['percentile']:g} %"
-    print(f"{'':28}{'Dice at ' + at:>14}{'IoU at ' + at:>14}{'pointing game':>16}{'average precision':>20}")
+    """Print the mean scores of each method."""
+    dice, iou = f"Dice at {report['percentile']:g} %", f"IoU at {report['percentile']:g} %"
+    print(f"{'':28}{dice:>14}{iou:>14}{'pointing game':>16}{'average precision':>20}")
     for name, mean in report["mean"].items():
         print(
             f"{name:28}{mean['dice_at']:14.3f}{mean['iou_at']:14.3f}{mean['pointing']:16.2f}"

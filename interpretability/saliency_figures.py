@@ -1,4 +1,4 @@
-"""Figures: maps, segmentations, Dice and faithfulness curves."""
+"""Figures of maps, segmentations, Dice coefficients and faithfulness curves."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,19 +9,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from explain_images import Explained
+from explain_images import PictureExplanation
 from explained_networks import Network
 from map_scores import PERCENTILES, dice, segment
 from pictures import Picture
-from s3net_common.output_files import write_atomically
+from s3net_common.output_files import save_figure, write_atomically
 
-CELL = 2.1  # inches of one image in a grid
-MOST_ROWS = 6  # images in one grid; every one has its own overlay
-CAPTION = 24  # characters of a class name under an image
+CELL = 2.1  # width of an image in a figure, in inches
+MOST_ROWS = 6  # images in a figure; the overlays are written for all images
+CAPTION = 24  # characters of a class name in a figure
+DPI = 110
 
 
 def overlay(pixels: np.ndarray, saliency: np.ndarray) -> np.ndarray:
-    """The map in colour over the grey image: `(H, W, 3)` uint8 and `(H, W)` to `(H, W, 3)` uint8."""
+    """Draw a map `(H, W)` in colour over its image `(H, W, 3)` in grey. Returns `(H, W, 3)` uint8."""
     heat = brightness(saliency)
     grey = (pixels.astype(float) @ (0.299, 0.587, 0.114) / 255)[..., None]
     colour = matplotlib.colormaps["inferno"](heat)[..., :3]
@@ -30,70 +31,74 @@ def overlay(pixels: np.ndarray, saliency: np.ndarray) -> np.ndarray:
 
 
 def brightness(saliency: np.ndarray) -> np.ndarray:
-    """The map in [0, 1] for looking at: from its 20th to its 99.5th percentile, so that single pixels don't decide."""
+    """Scale a map to [0, 1] for display, from its 20th to its 99.5th percentile, so that outliers do not dominate."""
     low, high = np.percentile(saliency, (20, 99.5))
     return ((saliency - low) / max(high - low, 1e-12)).clip(0, 1)
 
 
 def save_overlay(path: Path, picture: Picture, saliency: np.ndarray) -> None:
-    """Write one overlay in the image's own size."""
+    """Write the overlay of a map as a PNG of the picture's size."""
     write_atomically(path, lambda temporary: Image.fromarray(overlay(picture.pixels, saliency)).save(temporary))
 
 
-def caption(network: Network, explained: Explained) -> str:
-    """The explained class and its probability; where it is not the prediction, also that."""
-    text = f"{_short(network.class_name(explained.target))} {explained.probability:.2f}"
-    if explained.prediction != explained.target:
-        text += f"\n(predicted: {_short(network.class_name(explained.prediction))})"
+def caption(network: Network, explanation: PictureExplanation) -> str:
+    """Return the explained class with its probability, and the predicted class if it is another one."""
+    text = f"{_short(network.class_name(explanation.target))} {explanation.probability:.2f}"
+    if explanation.prediction != explanation.target:
+        text += f"\n(predicted: {_short(network.class_name(explanation.prediction))})"
     return text
 
 
 def draw_maps(
-    path: Path, pictures: Sequence[Picture], columns: Sequence[tuple[Network, Sequence[Picture], Sequence[Explained]]]
+    path: Path,
+    pictures: Sequence[Picture],
+    columns: Sequence[tuple[Network, Sequence[Picture], Sequence[PictureExplanation]]],
 ) -> None:
-    """As the paper's figure: a row an image, a column a network, the class and its probability under each map.
+    """Draw a row for each image and a column for each network, as in the paper's figure.
 
-    Only the first `MOST_ROWS` images are drawn.
+    Under each map are the explained class and its probability. Only the first `MOST_ROWS` images are drawn.
 
     Args:
         path: PNG to write.
-        pictures: first column.
-        columns: each network with its pictures (in its own size) and its explanations.
+        pictures: the images of the first column.
+        columns: each network with its pictures (in its image size) and their explanations.
     """
     figure, axes = _grid(len(pictures), 1 + len(columns))
     for row, picture in enumerate(pictures[:MOST_ROWS]):
         _show(axes[row][0], picture.pixels, "")
-        for column, (network, own, explained) in enumerate(columns, start=1):
-            one = explained[row]
-            _show(axes[row][column], overlay(own[row].pixels, one.saliency), caption(network, one))
+        for column, (network, resized, explanations) in enumerate(columns, start=1):
+            drawn = overlay(resized[row].pixels, explanations[row].saliency)
+            _show(axes[row][column], drawn, caption(network, explanations[row]))
     for axis, title in zip(axes[0], ["image", *(network.name for network, _, _ in columns)], strict=True):
         axis.set_title(title, fontsize=9)
-    _save(figure, path)
+    save_figure(path, figure, DPI)
 
 
-def draw_crops(path: Path, network: Network, pictures: Sequence[Picture], explained: Sequence[Explained]) -> None:
-    """A column an image: it in its own size with the most probable classes, what the network sees of it, and the map.
+def draw_crops(
+    path: Path, network: Network, pictures: Sequence[Picture], explanations: Sequence[PictureExplanation]
+) -> None:
+    """Draw a column for each image: the original with its most probable classes, the network's input, and the map.
 
     Args:
         path: PNG to write.
-        network: whose explanations they are.
-        pictures: with their originals.
-        explained: one a picture.
+        network: the network that was explained.
+        pictures: pictures that have `original`.
+        explanations: of the pictures, in the same order.
     """
     figure = Figure(figsize=(CELL * len(pictures), CELL * 3 + 0.8), layout="constrained")
     axes = figure.subplots(3, len(pictures), squeeze=False)
-    for column, (picture, one) in enumerate(zip(pictures, explained, strict=True)):
+    for column, (picture, explanation) in enumerate(zip(pictures, explanations, strict=True)):
         side = len(picture.original)
-        enlarged = Image.fromarray(one.saliency).resize((side, side), Image.Resampling.BILINEAR)
+        enlarged = Image.fromarray(explanation.saliency).resize((side, side), Image.Resampling.BILINEAR)
         _show(axes[0][column], picture.original, "")
         _show(axes[1][column], picture.pixels, "")
         _show(axes[2][column], overlay(picture.original, np.asarray(enlarged)), "")
-        names = [f"{_short(network.class_name(index))} {probability:.2f}" for index, probability in one.most_probable]
-        axes[0][column].set_title("\n".join(names), fontsize=9)
+        lines = [f"{_short(network.class_name(i))} {probability:.2f}" for i, probability in explanation.most_probable]
+        axes[0][column].set_title("\n".join(lines), fontsize=9)
     size = len(pictures[0].pixels)
-    for row, text in zip(axes, ("photograph", f"as the network sees it, {size}x{size}", "FullGrad"), strict=True):
-        row[0].set_ylabel(text, fontsize=9)
-    _save(figure, path)
+    for row, label in zip(axes, ("photograph", f"network's input, {size}x{size}", "FullGrad"), strict=True):
+        row[0].set_ylabel(label, fontsize=9)
+    save_figure(path, figure, DPI)
 
 
 def draw_segmentations(
@@ -102,35 +107,35 @@ def draw_segmentations(
     columns: Sequence[tuple[str, Sequence[Picture], Sequence[np.ndarray]]],
     percentile: float,
 ) -> None:
-    """A row an image: it, its true mask, and what each method's map marks, with the Dice coefficient under it.
+    """Draw a row for each image: the image, its true mask, and the segmentation by each method with its Dice.
 
     Only the first `MOST_ROWS` images are drawn.
 
     Args:
         path: PNG to write.
-        pictures: first two columns.
-        columns: each method's name, its pictures and its maps.
-        percentile: of the map, from which a pixel is marked.
+        pictures: pictures with masks, for the first two columns.
+        columns: name of each method, its pictures (in its image size) and their maps.
+        percentile: percentile of a map from which its pixels belong to the segmentation.
     """
     figure, axes = _grid(len(pictures), 2 + len(columns))
     for row, picture in enumerate(pictures[:MOST_ROWS]):
         _show(axes[row][0], picture.pixels, "")
         _show(axes[row][1], _cut_out(picture.pixels, picture.mask), "")
-        for column, (_, own, maps) in enumerate(columns, start=2):
+        for column, (_, resized, maps) in enumerate(columns, start=2):
             marked = segment(maps[row], percentile)
-            score = dice(marked, own[row].mask)
-            _show(axes[row][column], _cut_out(own[row].pixels, marked), f"Dice {score:.2f}")
+            score = dice(marked, resized[row].mask)
+            _show(axes[row][column], _cut_out(resized[row].pixels, marked), f"Dice {score:.2f}")
     for axis, title in zip(axes[0], ["image", "true mask", *(name for name, _, _ in columns)], strict=True):
         axis.set_title(title, fontsize=9)
-    _save(figure, path)
+    save_figure(path, figure, DPI)
 
 
 def draw_dice(path: Path, curves: dict[str, np.ndarray]) -> None:
-    """Dice against percentile: the mean over the images, and a band of one standard deviation.
+    """Draw Dice coefficients by percentile: the mean over the images with a band of one standard deviation.
 
     Args:
         path: PNG to write.
-        curves: by method, `(images, percentiles)` in the order of `PERCENTILES`.
+        curves: for each method, by name, `(images, percentiles)` in the order of `PERCENTILES`.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -140,18 +145,18 @@ def draw_dice(path: Path, curves: dict[str, np.ndarray]) -> None:
         axes.fill_between(PERCENTILES, mean - spread, mean + spread, color=line.get_color(), alpha=0.12, linewidth=0)
     axes.invert_xaxis()
     axes.set_xticks([99, 95, 90, 85, 80])
-    axes.set(xlabel="percentile of the map from which a pixel is marked", ylabel="Dice coefficient", ylim=(0, None))
+    axes.set(xlabel="percentile of the map from which pixels are marked", ylabel="Dice coefficient", ylim=(0, None))
     axes.legend(title="method (mean over percentiles)", fontsize=8, title_fontsize=8)
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(path, figure, DPI)
 
 
 def draw_faithfulness(path: Path, results: dict[str, dict[str, dict]]) -> None:
-    """A row a network: insertion and deletion curves of each method, with their areas.
+    """Draw a row for each network: insertion and deletion curves of each method, with their areas.
 
     Args:
         path: PNG to write.
-        results: by network, what `measure_faithfulness` returns.
+        results: what `measure_faithfulness` returns, for each network by name.
     """
     figure = Figure(figsize=(9, 3.2 * len(results)), layout="constrained")
     rows = figure.subplots(len(results), 2, squeeze=False, sharey="row")
@@ -166,7 +171,7 @@ def draw_faithfulness(path: Path, results: dict[str, dict[str, dict]]) -> None:
             axis.legend(fontsize=8, title="method (area)", title_fontsize=8)
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("probability of the class")
-    _save(figure, path)
+    save_figure(path, figure, DPI)
 
 
 def _grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
@@ -182,13 +187,9 @@ def _show(axes: Axes, pixels: np.ndarray, text: str) -> None:
 
 
 def _cut_out(pixels: np.ndarray, marked: np.ndarray) -> np.ndarray:
-    """The image, almost white outside of what is marked."""
+    """Return the pixels, almost white outside of the marked ones."""
     return np.where(marked[..., None], pixels, 255 - (255 - pixels) // 8)
 
 
 def _short(name: str) -> str:
     return name if len(name) <= CAPTION else name[: CAPTION - 1] + "…"
-
-
-def _save(figure: Figure, path: Path) -> None:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))

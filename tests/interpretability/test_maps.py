@@ -18,13 +18,13 @@ def test_scores_of_known_sets():
     assert dice(mask, mask) == 1
 
 
-def test_a_segmentation_holds_the_top_of_the_map():
+def test_segmentation_is_the_top_of_the_map():
     saliency = np.arange(100.0).reshape(10, 10)
     assert segment(saliency, 90).sum() == 10
     assert segment(saliency, 90)[9].all()
 
 
-def test_a_perfect_and_an_inverted_map():
+def test_scores_of_a_perfect_and_an_inverted_map():
     mask = np.zeros((20, 20), bool)
     mask[5:10, 5:13] = True  # 40 of 400 pixels: a tenth
     ordered = np.linspace(0, 0.5, 400).reshape(20, 20)
@@ -75,7 +75,7 @@ def test_faithfulness_curves_follow_the_order_of_the_map():
     assert insertion[1, 0] < insertion[1, 4] == pytest.approx(high)
 
 
-def test_scenes_have_the_digit_under_their_mask():
+def test_the_masks_of_digit_scenes_mark_bright_strokes():
     images, masks, labels = make_scenes(np.arange(50), seed=3)
     assert images.shape == (50, SIZE, SIZE, 3)
     assert images.dtype == np.uint8
@@ -84,13 +84,13 @@ def test_scenes_have_the_digit_under_their_mask():
     brightness_outside = np.array([i[~m].mean() for i, m in zip(images, masks, strict=True)])
     assert (brightness_inside > brightness_outside + 20).all()
     assert 0.03 < masks.mean() < 0.2
-    again, _, _ = make_scenes(np.arange(50), seed=3)
-    assert np.array_equal(images, again)
+    repeated, _, _ = make_scenes(np.arange(50), seed=3)
+    assert np.array_equal(images, repeated)
     names = [picture.name.split("-")[0] for picture in scene_pictures(6)]
     assert names == [f"digit{i}" for i in range(6)]
 
 
-def test_overlays_are_bright_where_the_map_is():
+def test_overlays_are_bright_where_the_map_is_large():
     saliency = np.zeros((10, 10))
     saliency[2:4, 2:4] = 5
     heat = brightness(saliency)

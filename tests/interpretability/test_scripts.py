@@ -1,4 +1,4 @@
-"""The command lines, as a user runs them: from another folder, with small inputs."""
+"""The command lines, run as a user runs them: from another folder, with small inputs."""
 
 import csv
 import json
@@ -14,12 +14,12 @@ import pytest
 import torch
 import tyro
 from PIL import Image
-from safetensors.torch import save_file
 
 import interpret_fullgrad
 import plot_segmentation_map
 from digit_scenes import digits_checkpoint
 from models import create_model
+from s3net_common.checkpoints import save_weights
 from s3net_common.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -60,13 +60,18 @@ def checkpoint(tmp_path_factory) -> Path:
 SMALL = ("--random-weights", "--networks", "squeezenet1_0", "resnet18", "--image-size", 64, "--device", "cpu")
 
 
-def test_interpret_writes_maps_overlays_figure_and_report(photographs, tmp_path):
-    done = run("interpret_fullgrad.py", photographs / "images", *SMALL, "--faithfulness", "--out", "made", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_interpret_fullgrad_writes_maps_overlays_figure_and_json(photographs, tmp_path):
+    process = run(
+        "interpret_fullgrad.py", photographs / "images", *SMALL, "--faithfulness", "--out", "made", cwd=tmp_path
+    )
+    assert process.returncode == 0, process.stderr
     out = tmp_path / "made"
-    assert "resnet18" in done.stdout
-    assert "2 maps" in done.stdout
+    assert "resnet18" in process.stdout
+    assert "2 maps" in process.stdout
     report = json.loads((out / "saliency.json").read_text())
+    assert report["command"].startswith("python interpretability/interpret_fullgrad.py ")
+    assert {"python", "torch"} <= report["versions"].keys()
+    assert report["machine"] and report["device"] == "cpu"
     assert [(row["network"], row["image"]) for row in report["maps"]] == [
         (network, image) for network in ("squeezenet1_0", "resnet18") for image in ("a", "b")
     ]
@@ -85,19 +90,19 @@ def test_interpret_writes_maps_overlays_figure_and_report(photographs, tmp_path)
     assert set(faithfulness) == {"FullGrad", "centred Gaussian", "edge map"}
     assert len(faithfulness["FullGrad"]["deletion"]) == 21
     assert len(faithfulness["edge map"]["insertion_area"]) == 2
-    first = [row["probability"] for row in report["maps"] if row["network"] == "resnet18"]
-    assert faithfulness["FullGrad"]["deletion"][0] == pytest.approx(np.mean(first), rel=1e-4)
-    assert faithfulness["FullGrad"]["insertion"][-1] == pytest.approx(np.mean(first), rel=1e-4)
+    probabilities = [row["probability"] for row in report["maps"] if row["network"] == "resnet18"]
+    assert faithfulness["FullGrad"]["deletion"][0] == pytest.approx(np.mean(probabilities), rel=1e-4)
+    assert faithfulness["FullGrad"]["insertion"][-1] == pytest.approx(np.mean(probabilities), rel=1e-4)
     assert not list(out.rglob(".*"))  # no temporary file is left
 
 
-def test_a_target_and_a_checkpoint_of_another_size(photographs, checkpoint, tmp_path):
+def test_target_and_checkpoint_with_another_number_of_classes(photographs, checkpoint, tmp_path):
     image = photographs / "images" / "a.png"
     model = create_model("s3net_tiny_k96", 3)
     torch.save(model.state_dict(), tmp_path / "full.pt")
     arguments = ("--num-classes", 3, "--target", 2, "--image-size", 32, "--device", "cpu", "--out", tmp_path / "out")
-    done = run("interpret_fullgrad.py", image, "--checkpoint", "s3net_tiny_k96=full.pt", *arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    process = run("interpret_fullgrad.py", image, "--checkpoint", "s3net_tiny_k96=full.pt", *arguments, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
     (row,) = json.loads((tmp_path / "out" / "saliency.json").read_text())["maps"]
     assert (row["target"], row["target_name"]) == (2, "class 2")
     with torch.no_grad():
@@ -111,9 +116,9 @@ def test_a_target_and_a_checkpoint_of_another_size(photographs, checkpoint, tmp_
 
 def test_segmentation_scores(photographs, tmp_path):
     arguments = ("--masks", photographs / "masks", *SMALL, "--percentile", 85, "--out", tmp_path / "out")
-    done = run("plot_segmentation_map.py", photographs / "images", *arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "average precision" in done.stdout
+    process = run("plot_segmentation_map.py", photographs / "images", *arguments, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "average precision" in process.stdout
     methods = ["squeezenet1_0", "resnet18", "centred Gaussian", "edge map"]
     with (tmp_path / "out" / "dice.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -122,9 +127,9 @@ def test_segmentation_scores(photographs, tmp_path):
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert list(scores["mean"]) == methods
     for method in methods:
-        ours = [float(row["dice"]) for row in rows if row["method"] == method and row["percentile"] == "85"]
-        assert scores["mean"][method]["dice_at"] == pytest.approx(np.mean(ours), abs=1e-6)
-    # the square's 400 of 2400 pixels are its upper and its outer edge off centre: the Gaussian knows where it looks
+        dice = [float(row["dice"]) for row in rows if row["method"] == method and row["percentile"] == "85"]
+        assert scores["mean"][method]["dice_at"] == pytest.approx(np.mean(dice), abs=1e-6)
+    # the square is beside the image's centre, where the Gaussian has its maximum
     assert scores["mean"]["centred Gaussian"]["pointing"] == 0
     for name in ("segmentation.png", "dice.png"):
         assert Image.open(tmp_path / "out" / name).size[0] > 500
@@ -132,13 +137,13 @@ def test_segmentation_scores(photographs, tmp_path):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
-    """A copy of the scripts, so that its weights/ and runs/ are its own; the digits network trains for one epoch."""
+    """Copy the scripts, so that they use other weights/ and runs/. The digits network trains for one epoch."""
     folder = tmp_path_factory.mktemp("copy")
     for source in (*ROOT.glob("*.py"), *ROOT.glob("s3net_*/*.py"), *FOLDER.glob("*.py")):
         target = folder / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = source.read_text()
-        target.write_text(text.replace("EPOCHS, BATCH, PEAK_LR = 24,", "EPOCHS, BATCH, PEAK_LR = 1,"))
+        target.write_text(text.replace("EPOCHS, BATCH_SIZE, PEAK_LR = 24,", "EPOCHS, BATCH_SIZE, PEAK_LR = 1,"))
     return folder
 
 
@@ -148,14 +153,13 @@ def run_copy(copy: Path, script: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=120)
 
 
-def test_without_arguments_the_repositorys_network_explains_photographs(copy, tmp_path):
+def test_interpret_fullgrad_without_arguments_explains_photographs_by_s3net(copy, tmp_path):
     weights = copy / "weights" / "s3net_cifar" / "best.safetensors"
-    weights.parent.mkdir(parents=True)
-    said = {"model": "s3net_cifar", "options": "{}", "num_classes": "100", "mean": "[0.5, 0.5, 0.5]"}
-    said |= {"std": "[0.2, 0.2, 0.2]", "image_size": "32", "classes": json.dumps([f"thing {i}" for i in range(100)])}
-    save_file(create_model("s3net_cifar").state_dict(), weights, said)
-    done = run_copy(copy, "interpret_fullgrad.py", tmp_path)
-    assert done.returncode == 0, done.stderr
+    metadata = {"model": "s3net_cifar", "model_options": {}, "num_classes": 100, "image_size": 32}
+    metadata |= {"mean": [0.5] * 3, "std": [0.2] * 3, "classes": [f"thing {i}" for i in range(100)]}
+    save_weights(weights, create_model("s3net_cifar").state_dict(), metadata)
+    process = run_copy(copy, "interpret_fullgrad.py", tmp_path)
+    assert process.returncode == 0, process.stderr
     out = copy / "runs" / "fullgrad"
     maps = json.loads((out / "saliency.json").read_text())["maps"]
     assert [row["image"] for row in maps] == ["temple", "roof", "lake", "tree", "flower", "petals"]
@@ -170,14 +174,14 @@ def test_without_arguments_the_repositorys_network_explains_photographs(copy, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_arguments_the_digits_network_is_trained_once(copy, tmp_path):
-    done = run_copy(copy, "plot_segmentation_map.py", tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_plot_segmentation_map_without_arguments_trains_the_digits_network_once(copy, tmp_path):
+    process = run_copy(copy, "plot_segmentation_map.py", tmp_path)
+    assert process.returncode == 0, process.stderr
     assert Image.open(copy / "runs" / "segmentation" / "segmentation.png").size[0] > 400
     (weights,) = (copy / "runs" / "digits_network").iterdir()
-    written = weights.stat().st_mtime_ns
+    modified = weights.stat().st_mtime_ns
     assert digits_checkpoint(weights.parent, torch.device("cpu"), epochs=1) == weights
-    assert weights.stat().st_mtime_ns == written
+    assert weights.stat().st_mtime_ns == modified
     assert list(tmp_path.iterdir()) == []
 
 
@@ -186,14 +190,14 @@ def test_without_arguments_the_digits_network_is_trained_once(copy, tmp_path):
 
 @pytest.mark.parametrize("script", ["interpret_fullgrad.py", "plot_segmentation_map.py", "benchmark.py"])
 def test_an_error_is_one_line_and_exit_code_2(script, tmp_path):
-    done = run(script, "--device", "cuda:99", "--out", tmp_path / "out", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == "error: there is no device 'cuda:99' here: give cpu, or leave --device out\n"
-    assert done.stdout == ""
+    process = run(script, "--device", "cuda:99", "--out", tmp_path / "out", cwd=tmp_path)
+    assert process.returncode == 2
+    assert process.stderr == "error: this machine has no device 'cuda:99': give cpu, or leave --device out\n"
+    assert process.stdout == ""
 
 
-def refused(script: ModuleType, *arguments: object, cwd: Path) -> str:
-    """The error of a command line, in this process; the test above has the way out of it."""
+def error_of(script: ModuleType, *arguments: object, cwd: Path) -> str:
+    """Return the error message of a command line, run in this process."""
     words = [*map(str, arguments), "--device", "cpu", "--out", str(cwd / "out")]
     with pytest.raises(InputError) as raised:
         script.main(tyro.cli(script.Args, args=words))
@@ -201,14 +205,14 @@ def refused(script: ModuleType, *arguments: object, cwd: Path) -> str:
     return str(raised.value)
 
 
-def test_a_file_that_is_no_image(tmp_path):
+def test_error_for_a_file_that_is_not_an_image(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     arguments = (tmp_path / "text.png", "--random-weights", "--networks", "squeezenet1_0")
-    line = refused(interpret_fullgrad, *arguments, cwd=tmp_path)
-    assert f"{tmp_path}/text.png is no image that can be read" in line
+    message = error_of(interpret_fullgrad, *arguments, cwd=tmp_path)
+    assert f"{tmp_path}/text.png cannot be read as an image (no image format that Pillow knows): repair it" in message
 
 
-def test_a_network_without_weights(photographs, tmp_path, monkeypatch):
+def test_error_for_a_network_without_weights(photographs, tmp_path, monkeypatch):
     image = photographs / "images" / "a.png"
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
@@ -216,42 +220,42 @@ def test_a_network_without_weights(photographs, tmp_path, monkeypatch):
         raise URLError("Name or service not known")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    line = refused(interpret_fullgrad, image, "--networks", "squeezenet1_0", cwd=tmp_path)
-    assert "the weights of squeezenet1_0 cannot be downloaded (urlopen error Name or service not known)" in line
-    assert "https://download.pytorch.org/models/squeezenet1_0" in line
-    assert f"put it in {tmp_path}/hub" in line
-    assert "--checkpoint squeezenet1_0=FILE" in line
-    line = refused(interpret_fullgrad, image, "--networks", "s3net_imagenet_large", cwd=tmp_path)
-    assert "there are no trained weights for s3net_imagenet_large" in line
-    assert "or train it with generalizability/train_s3net.py" in line and line.endswith("(--checkpoint)")
+    message = error_of(interpret_fullgrad, image, "--networks", "squeezenet1_0", cwd=tmp_path)
+    assert "the weights of squeezenet1_0 cannot be downloaded (urlopen error Name or service not known)" in message
+    assert "https://download.pytorch.org/models/squeezenet1_0" in message
+    assert f"put it in {tmp_path}/hub" in message
+    assert "--checkpoint squeezenet1_0=FILE" in message
+    message = error_of(interpret_fullgrad, image, "--networks", "s3net_imagenet_large", cwd=tmp_path)
+    assert "there are no trained weights for s3net_imagenet_large" in message
+    assert "or train it with generalizability/train_s3net.py" in message and message.endswith("(--checkpoint)")
 
 
-def test_a_class_that_is_not_there(photographs, tmp_path):
+def test_error_for_an_unknown_class(photographs, tmp_path):
     arguments = ("--random-weights", "--networks", "squeezenet1_0", "--image-size", 64, "--target", 1000)
-    line = refused(interpret_fullgrad, photographs / "images", *arguments, cwd=tmp_path)
-    assert "there is no class 1000: this network has the classes 0 to 999" in line
+    message = error_of(interpret_fullgrad, photographs / "images", *arguments, cwd=tmp_path)
+    assert "there is no class 1000: this network has the classes 0 to 999" in message
 
 
-def test_a_checkpoint_that_does_not_fit(photographs, checkpoint, tmp_path):
+def test_error_for_a_checkpoint_that_does_not_fit(photographs, checkpoint, tmp_path):
     arguments = ("--networks", "s3net_tiny_k96", "--checkpoint", checkpoint, "--num-classes", 3)
-    line = refused(interpret_fullgrad, photographs / "images", *arguments, cwd=tmp_path)
-    assert f"{checkpoint} does not fit this network: blocks.0.layers.0.0.conv.weight has shape" in line
+    message = error_of(interpret_fullgrad, photographs / "images", *arguments, cwd=tmp_path)
+    assert f"{checkpoint} does not fit this network: blocks.0.layers.0.0.conv.weight has shape" in message
 
 
-def test_a_mask_that_is_missing_or_of_another_shape(photographs, tmp_path):
+def test_error_for_a_mask_that_is_missing_or_has_another_aspect_ratio(photographs, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
     Image.new("L", (60, 40), 255).save(masks / "a.png")
     arguments = (photographs / "images", "--masks", masks, "--random-weights", "--networks", "squeezenet1_0")
-    line = refused(plot_segmentation_map, *arguments, cwd=tmp_path)
-    assert f"there is no mask for {photographs}/images/b.jpg: put one in {masks}/b.png" in line
+    message = error_of(plot_segmentation_map, *arguments, cwd=tmp_path)
+    assert f"there is no mask for {photographs}/images/b.jpg: put one in {masks}/b.png" in message
     Image.new("L", (40, 40), 255).save(masks / "b.png")
-    line = refused(plot_segmentation_map, *arguments, cwd=tmp_path)
-    assert f"{masks}/b.png is 40x40, but its image {photographs}/images/b.jpg is 60x40" in line
-    line = refused(plot_segmentation_map, photographs / "images", cwd=tmp_path)
-    assert "there are images but no masks: pass --masks DIR" in line
-    line = refused(plot_segmentation_map, "--random-weights", cwd=tmp_path)
-    assert "there are no images: pass images and --masks, or nothing at all for the embedded digits" in line
+    message = error_of(plot_segmentation_map, *arguments, cwd=tmp_path)
+    assert f"{masks}/b.png is 40x40, but its image {photographs}/images/b.jpg is 60x40" in message
+    message = error_of(plot_segmentation_map, photographs / "images", cwd=tmp_path)
+    assert "there are images but no masks: pass --masks DIR" in message
+    message = error_of(plot_segmentation_map, "--random-weights", cwd=tmp_path)
+    assert "there are no images: pass images and --masks, or leave out all flags for networks and masks" in message
 
 
 @pytest.mark.parametrize(
@@ -263,14 +267,14 @@ def test_a_mask_that_is_missing_or_of_another_shape(photographs, tmp_path):
         (("--random-weights", "--batch-size", 0), "--batch-size 0 is too small"),
     ],
 )
-def test_other_bad_input(arguments, message, tmp_path):
-    assert message in refused(interpret_fullgrad, *arguments, cwd=tmp_path)
+def test_error_for_other_bad_input(arguments, message, tmp_path):
+    assert message in error_of(interpret_fullgrad, *arguments, cwd=tmp_path)
 
 
-def test_the_benchmark_writes_what_it_prints(tmp_path):
+def test_benchmark_writes_times_and_completeness_errors(tmp_path):
     arguments = ("--networks", "squeezenet1_0", "--batches", 1, 2, "--rounds", 1, "--image-size", 64)
-    done = run("benchmark.py", *arguments, "--device", "cpu", "--out", tmp_path / "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    process = run("benchmark.py", *arguments, "--device", "cpu", "--out", tmp_path / "out", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
     speed = json.loads((tmp_path / "out" / "speed.json").read_text())
     assert [(row["network"], row["batch"]) for row in speed["rows"]] == [("squeezenet1_0", 1), ("squeezenet1_0", 2)]
     for row in speed["rows"]:
@@ -280,12 +284,11 @@ def test_the_benchmark_writes_what_it_prints(tmp_path):
     errors = json.loads((tmp_path / "out" / "completeness.json").read_text())["errors"]
     assert errors["squeezenet1_0"]["float32"] < 1e-4
     assert errors["squeezenet1_0"]["float64"] < 1e-9
-    assert "squeezenet1_0" in done.stdout
+    assert "squeezenet1_0" in process.stdout
 
 
 @pytest.mark.parametrize("script", ["benchmark.py", "interpret_fullgrad.py", "plot_segmentation_map.py"])
-def test_flags_that_cannot_be_parsed_are_one_line(script):
-    folder = Path(__file__).parents[2] / "interpretability"
-    done = subprocess.run([sys.executable, folder / script, "--nope", "2"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: Unrecognized options: --nope") and len(done.stderr.splitlines()) == 1
+def test_an_unknown_flag_is_reported_in_one_line(script):
+    process = subprocess.run([sys.executable, FOLDER / script, "--nope", "2"], capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: Unrecognized options: --nope") and len(process.stderr.splitlines()) == 1

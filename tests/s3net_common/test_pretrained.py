@@ -1,6 +1,6 @@
 """The repository's trained weights: `create_model(..., pretrained=True)`, torch.hub, and the saliency script's default.
 
-With small weights in a folder of the test's own, so that they hold whatever is in weights/.
+The tests write weights of their own into a temporary folder, so that they do not depend on the content of weights/.
 """
 
 import json
@@ -26,12 +26,12 @@ CLASSES = [f"thing {i}" for i in range(100)]
 
 @pytest.fixture
 def weights(tmp_path, monkeypatch) -> Path:
-    """weights/s3net_cifar/best.safetensors as the trainer writes it, with random but fixed content."""
+    """Write weights/s3net_cifar/best.safetensors as the trainer does, with random but fixed content."""
     monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path / "weights")
     file = tmp_path / "weights" / "s3net_cifar" / "best.safetensors"
     file.parent.mkdir(parents=True)
     torch.manual_seed(7)
-    said = {
+    metadata = {
         "model": "s3net_cifar",
         "options": "{}",
         "num_classes": "100",
@@ -43,7 +43,7 @@ def weights(tmp_path, monkeypatch) -> Path:
         "epoch": "3",
         "val_error": "61.5",
     }
-    save_file(create_model("s3net_cifar").state_dict(), file, said)
+    save_file(create_model("s3net_cifar").state_dict(), file, metadata)
     return file
 
 
@@ -56,8 +56,8 @@ def test_pretrained_is_the_file(weights):
     assert same_weights(create_model("s3net_cifar", pretrained=True), expected)
     assert same_weights(create_model("s3net_cifar", 100, pretrained=True, growth_rate=12), expected)
     assert not same_weights(create_model("s3net_cifar"), expected)
-    spelled = {"stem": "cifar", "compression": 1.0, "block": models.Block, "bn_size": None}  # the network's own
-    assert same_weights(create_model("s3net_cifar", pretrained=True, **spelled), expected)
+    defaults = {"stem": "cifar", "compression": 1.0, "block": models.Block, "bn_size": None}  # spelled out
+    assert same_weights(create_model("s3net_cifar", pretrained=True, **defaults), expected)
     dropping = create_model("s3net_cifar", pretrained=True, drop_rate=0.5)
     assert same_weights(dropping, expected)
     assert any(isinstance(module, nn.Dropout) for module in dropping.modules())
@@ -82,13 +82,13 @@ def test_another_number_of_classes_gets_a_new_classifier(weights):
         ("s3net_cifa", {}, "there is no network 's3net_cifa': did you mean s3net_cifar"),
     ],
 )  # fmt: skip
-def test_weights_that_there_are_not(weights, name, options, message):
+def test_error_for_missing_weights(weights, name, options, message):
     with pytest.raises(InputError) as raised:
         create_model(name, pretrained=True, **options)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_weights_that_do_not_say_their_classes_or_are_damaged(weights):
+def test_error_for_weights_without_metadata_and_for_a_damaged_file(weights):
     save_file(create_model("s3net_cifar").state_dict(), weights)
     with pytest.raises(InputError, match=r"best\.safetensors does not say how many classes it has: put the trainer's"):
         create_model("s3net_cifar", pretrained=True)
@@ -104,12 +104,12 @@ def test_weights_that_do_not_say_their_classes_or_are_damaged(weights):
         ({"block_config": ()}, "block_config is empty: give the number of layers of one block or more"),
     ],
 )
-def test_layers_that_contradict_each_other_or_are_none(options, message):
+def test_error_for_contradicting_or_missing_layers(options, message):
     with pytest.raises(InputError, match=message):
         create_model("s3net_cifar", **options)
 
 
-def test_without_the_folder_the_error_says_where_it_should_be(tmp_path, monkeypatch):
+def test_the_error_for_a_missing_folder_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path / "weights")
     with pytest.raises(InputError) as raised:
         create_model("s3net_cifar", pretrained=True)
@@ -117,13 +117,13 @@ def test_without_the_folder_the_error_says_where_it_should_be(tmp_path, monkeypa
 
 
 def test_class_names_and_normalisation_come_with_the_weights(weights):
-    said = read_metadata(pretrained_file("s3net_cifar"))
-    assert said["classes"] == CLASSES
-    assert (said["mean"], said["std"], said["image_size"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 32)
-    assert (said["model"], said["model_options"], said["num_classes"]) == ("s3net_cifar", {}, 100)
+    metadata = read_metadata(pretrained_file("s3net_cifar"))
+    assert metadata["classes"] == CLASSES
+    assert (metadata["mean"], metadata["std"], metadata["image_size"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 32)
+    assert (metadata["model"], metadata["model_options"], metadata["num_classes"]) == ("s3net_cifar", {}, 100)
 
 
-def test_metadata_of_a_checkpoint_of_the_trainer_and_of_other_files(tmp_path):
+def test_metadata_of_the_trainers_checkpoint_and_of_other_files(tmp_path):
     config = {"model": "s3net_cifar", "model_options": {"depth": 13}, "classes": ["a"]}
     torch.save({"config": config, "model": {}}, tmp_path / "last.pt")
     assert read_metadata(tmp_path / "last.pt") == config
@@ -153,7 +153,7 @@ def test_torch_hub_has_every_network_and_nothing_else(weights, monkeypatch):
     assert hubconf.dependencies == ["safetensors", "torch"]
 
 
-def test_the_saliency_scripts_explain_the_repositorys_network_by_default(weights):
+def test_the_saliency_scripts_explain_the_trained_s3net_by_default(weights):
     (network,) = load_networks(NetworkArgs(), torch.device("cpu"))
     assert same_weights(network.model, create_model("s3net_cifar", pretrained=True))
     assert (network.image_size, network.mean, network.classes) == (32, (0.1, 0.2, 0.3), CLASSES)
@@ -167,7 +167,7 @@ def test_the_saliency_scripts_explain_the_repositorys_network_by_default(weights
 @pytest.mark.parametrize(
     ("size", "message"), [(0, "--image-size 0 is not possible"), (3, "3 does not fit s3net_cifar")]
 )
-def test_images_that_are_too_small(weights, size, message):
+def test_error_for_images_that_are_too_small(weights, size, message):
     with pytest.raises(InputError, match=message):
         load_networks(NetworkArgs(image_size=size), torch.device("cpu"))
     (network,) = load_networks(NetworkArgs(image_size=4), torch.device("cpu"))
