@@ -1,4 +1,4 @@
-"""The processes that torchrun started, or the only one: which this is, on what device, and how they agree."""
+"""The distributed ranks: the processes that torchrun started, or a single process."""
 
 import os
 from collections.abc import Callable
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together: which it is, how many there are, and its device."""
+    """This process's rank, the number of ranks that train together, and this rank's device."""
 
     rank: int
     world_size: int
@@ -23,11 +23,11 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """Whether this rank writes files and prints."""
         return self.rank == 0
 
     def reduce(self, values: list[float], op: dist.ReduceOp = dist.ReduceOp.SUM) -> list[float]:
-        """Reduce numbers over all processes, in float64; every process gets the result."""
+        """Reduce numbers over all ranks in float64 (float32 on MPS). Return the result on every rank."""
         if self.world_size == 1:
             return values
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
@@ -36,7 +36,7 @@ class Ranks:
         return tensor.tolist()
 
     def gather(self, value: object) -> list:
-        """One value of each process, by rank, in every process."""
+        """Return the values of all ranks, in order of rank, on every rank."""
         if self.world_size == 1:
             return [value]
         gathered = [None] * self.world_size
@@ -44,7 +44,10 @@ class Ranks:
         return gathered
 
     def on_all_ranks(self, action: Callable[[], T]) -> T:
-        """Do something in every process; an InputError in one of them is raised in all, so that none waits forever."""
+        """Call `action` on every rank and return its result.
+
+        An InputError on one rank is raised on all of them: otherwise the others would wait for that rank forever.
+        """
         result = error = None
         try:
             result = action()
@@ -55,18 +58,18 @@ class Ranks:
         return result
 
     def on_main_rank(self, action: Callable[[], T]) -> T:
-        """Do something in the main process only, and give its result, or its InputError, to all."""
+        """Call `action` on the main rank only. Return its result, or raise its InputError, on all ranks."""
         return self.gather(self.on_all_ranks(action if self.is_main else lambda: None))[0]
 
 
 def join_ranks(device: str | None) -> Ranks:
-    """Join the processes that torchrun started, or be the only one, and choose this process's device.
+    """Join the ranks that torchrun started, if it did, and choose this rank's device.
 
     Args:
-        device: "cpu", "cuda", "cuda:1", "mps"...; None for the fastest there is.
+        device: "cpu", "cuda", "cuda:1", "mps"; None for a GPU if there is one, else the CPU.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: this machine lacks the device.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -84,7 +87,7 @@ def join_ranks(device: str | None) -> Ranks:
         return Ranks(0, 1, chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    # Where torchrun restarts the processes its store may still hold the addresses of those before.
+    # After a restart by torchrun, its store may still hold the addresses of the previous processes.
     store, rank, world_size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if chosen.type == "cuda" else "gloo"

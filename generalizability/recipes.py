@@ -1,4 +1,4 @@
-"""The settings that each data set and network is trained with: the paper's where it has them."""
+"""Training settings of each data set and network, from the paper if it has them, and the configuration of a run."""
 
 from dataclasses import dataclass, replace
 
@@ -7,22 +7,23 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one data set is trained on, unless a flag says otherwise.
+    """Training settings of one data set. The trainer's flags replace them.
 
     Attributes:
         epochs: passes over the training images.
-        batch_size: images a step, over all processes together.
-        lr: SGD's learning rate; the peak one for `onecycle`, the first one for `step` and `cosine`.
+        batch_size: images per step, over all distributed ranks together.
+        lr: learning rate of SGD: the peak for `onecycle`, the initial one for `step` and `cosine`.
         momentum: SGD's momentum.
         weight_decay: L2 penalty on every parameter.
-        schedule: "step" (a tenth after each of `milestones`), "onecycle" or "cosine", all stepped every batch.
-        milestones: for "step", as shares of the run.
-        flip: whether training images are mirrored at random.
-        crop_padding: zero pixels around a training image before a random crop of its own size, as a share of it.
-            Images on disk are cropped otherwise: 8% to 100% of the area, of aspect 3/4 to 4/3 (RandomResizedCrop).
+        schedule: learning-rate schedule, stepped every batch: "step" (divide by 10 at each milestone), "onecycle" or
+            "cosine".
+        milestones: for "step", as fractions of the run.
+        flip: whether training images are flipped horizontally at random.
+        crop_padding: zero padding before a random crop of the original size, as a fraction of that size. Images on
+            disk are cropped by RandomResizedCrop instead: 8% to 100% of the area, aspect ratio 3/4 to 4/3.
         mean, std: normalisation of each colour channel, for pixels in [0, 1].
         model: the network trained by default.
-        image_size: height and width in pixels that the network sees.
+        image_size: height and width in pixels of the images that the network reads.
     """
 
     epochs: int
@@ -41,7 +42,7 @@ class Recipe:
 
 
 RECIPES = {
-    # scikit-learn's 8x8 digits: a mirrored digit is no digit; one pixel of theirs is four of ours. Not in the paper.
+    # scikit-learn's 8x8 digits, enlarged to 32x32. No flip, since a mirrored digit is no digit. Not in the paper.
     "digits": Recipe(
         epochs=16,
         batch_size=64,
@@ -54,7 +55,7 @@ RECIPES = {
         flip=False,
         crop_padding=0.125,
     ),
-    # The paper's CIFAR-100: a tenth of the learning rate after epochs 50, 100 and 150.
+    # CIFAR-100 as in the paper: the learning rate is divided by 10 after epochs 50, 100 and 150.
     "cifar100": Recipe(
         epochs=200,
         batch_size=64,
@@ -67,7 +68,7 @@ RECIPES = {
         flip=True,
         crop_padding=0.125,
     ),
-    # Any images in class folders: a start that suits small data sets. Not in the paper.
+    # Images in class folders: settings for small data sets. Not in the paper.
     "folder": Recipe(
         epochs=30,
         batch_size=64,
@@ -80,7 +81,7 @@ RECIPES = {
         flip=True,
         crop_padding=0.125,
     ),
-    # The paper's Tiny ImageNet: 64x64 images resized to 224; a tenth of the learning rate every 30 of the 90 epochs.
+    # Tiny ImageNet as in the paper: 64x64 images resized to 224; the learning rate is divided by 10 every 30 epochs.
     "tinyimagenet": Recipe(
         epochs=90,
         batch_size=64,
@@ -96,7 +97,7 @@ RECIPES = {
         model="s3net_tiny_k108",
         image_size=224,
     ),
-    # The paper's ImageNet: a tenth of the learning rate every 30 of the 180 epochs.
+    # ImageNet as in the paper: the learning rate is divided by 10 every 30 epochs.
     "imagenet": Recipe(
         epochs=180,
         batch_size=156,
@@ -114,7 +115,7 @@ RECIPES = {
     ),
 }
 
-# Where the paper trains a network of its Tiny ImageNet table otherwise: batch 96 but for S3-Net and Scale-Net.
+# Networks that the paper trains on Tiny ImageNet with other settings: batch 96 except for S3-Net and Scale-Net.
 TINY_IMAGENET_NETWORKS = {
     **{
         name: {"batch_size": 96}
@@ -127,10 +128,10 @@ TINY_IMAGENET_NETWORKS = {
 
 
 def recipe_for(dataset: str, model: str | None = None) -> Recipe:
-    """The recipe of a data set with one of its networks, by default the data set's own.
+    """Return the recipe of a data set for a network, by default the network that the recipe names.
 
     Raises:
-        KeyError: there is no such data set.
+        KeyError: the data set is unknown.
     """
     recipe = RECIPES[dataset]
     model = model or recipe.model
@@ -140,7 +141,7 @@ def recipe_for(dataset: str, model: str | None = None) -> Recipe:
 
 @dataclass
 class RunConfig:
-    """Everything that decides what a run computes; it is saved as `config.json` and cannot change on resuming.
+    """Everything that determines what a run computes. It is saved as `config.json` and cannot change on resuming.
 
     Attributes are those of `recipes.Recipe` and the command line's flags of the same names, with every default
     filled in. `train_images`, `val_images` and `classes` describe the data that the run was started on.

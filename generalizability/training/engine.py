@@ -1,4 +1,4 @@
-"""An epoch of training and an evaluation, in one process or in many."""
+"""One epoch of training, and evaluation, on one or several distributed ranks."""
 
 import math
 import signal
@@ -28,17 +28,17 @@ METRICS = ("epoch", "lr", "train_loss", "train_error", *VALIDATION, "images_per_
 
 @dataclass
 class Progress:
-    """How far a run is: the finished epochs' metrics, and what the epoch under way has added up so far.
+    """Progress of a run: the metrics of finished epochs, and running sums of the current epoch.
 
     Attributes:
         epoch: finished epochs.
-        history: the metrics of each of them, as `metrics.jsonl` has them (null there is NaN or infinite here).
-        step: steps done in the epoch under way; the following are sums over these.
-        losses: this process's summed cross-entropy, a number a step.
-        errors: this process's wrongly classified images.
-        images: images of all processes.
-        seconds: time spent training on them.
-        lr: learning rate at the epoch's first step.
+        history: metrics of each finished epoch, as in `metrics.jsonl` (where NaN and infinity are null).
+        step: finished steps of the current epoch. The following attributes are sums over these steps.
+        losses: this rank's summed cross-entropy, one number per step.
+        errors: number of this rank's misclassified images.
+        images: number of images of all ranks.
+        seconds: training time.
+        lr: learning rate at the first step of the epoch.
     """
 
     epoch: int = 0
@@ -51,7 +51,7 @@ class Progress:
     lr: float = 0.0
 
     def describe_epoch(self, world_size: int) -> str:
-        """The epoch so far, for a progress bar: this process's loss and error, and the images/s of all."""
+        """Return this rank's loss and error and all ranks' images/s in the current epoch, for a progress bar."""
         images = max(1, self.images // world_size)
         return (
             f"loss {sum(self.losses) / images:.3f}, error {100 * self.errors / images:.1f}%, "
@@ -59,21 +59,21 @@ class Progress:
         )
 
     def finish_epoch(self, training: dict[str, float], validation: dict[str, float], seconds: float) -> None:
-        """Add the epoch's line to the history and begin the next epoch. `seconds` went by in the evaluation."""
+        """Add the epoch's metrics to the history and reset the running sums. `seconds` is the evaluation's duration."""
         self.epoch += 1
         metrics = training | validation | {"epoch": self.epoch, "lr": self.lr, "seconds": self.seconds + seconds}
         self.history.append({name: metrics[name] for name in METRICS})
         self.step, self.losses, self.errors, self.images, self.seconds = 0, [], 0, 0, 0.0
 
     def best(self) -> dict:
-        """The metrics of the epoch with the lowest validation error, the first of several."""
+        """Return the metrics of the epoch with the lowest validation error (the first, if several are equal)."""
         return min(self.history, key=lambda row: row["val_error"])
 
 
 class Precision:
-    """The number format of a network's arithmetic: float32, or mixed with bfloat16 or float16.
+    """Numerical precision of the forward pass: float32, or mixed precision with bfloat16 or float16.
 
-    float16, for CUDA devices without bfloat16, comes with a gradient scaler.
+    CUDA devices without bfloat16 get float16 and a gradient scaler.
     """
 
     def __init__(self, device: torch.device, mixed: bool) -> None:
@@ -84,19 +84,19 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def autocast(self) -> AbstractContextManager:
-        """The context to run a forward pass in."""
+        """Return the context manager for a forward pass."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     @staticmethod
     def is_faster(device: torch.device) -> bool:
-        """Whether mixed precision is faster there: CUDA, and CPUs with bfloat16 arithmetic."""
+        """Whether mixed precision is faster on the device: on CUDA, and on CPUs with bfloat16 instructions."""
         if device.type != "cpu":
             return device.type == "cuda"
         return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 class StopSignal:
-    """Remembers that Ctrl-C or SIGTERM asked the run to end; a second Ctrl-C ends it at once."""
+    """Records that Ctrl-C or SIGTERM arrived. A second Ctrl-C raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -108,12 +108,12 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal arrived."""
         return self.number is not None
 
 
 class NonFiniteLossError(Exception):
-    """The loss of a step is infinite or not a number."""
+    """The loss of a step is infinite or NaN."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"the loss at step {step} is not finite")
@@ -122,16 +122,16 @@ class NonFiniteLossError(Exception):
 
 @dataclass
 class Trainer:
-    """Everything that takes a training step.
+    """Everything that a training step needs.
 
     Attributes:
         model: the network as it runs: compiled, distributed, or plain.
-        optimizer, scheduler: stepped once a batch.
-        precision: number format of the forward pass.
-        ranks: this process among the others.
-        stop_requested: asked now and then; training then ends after the current step.
-        accumulate: parts that a process's share of a batch is computed in, one after the other.
-        checkpoint: called after every `checkpoint_every` steps of an epoch but its last, in all processes.
+        optimizer, scheduler: stepped once per batch.
+        precision: numerical precision of the forward pass.
+        ranks: the distributed ranks.
+        stop_requested: returns whether training should stop after the current step; called regularly.
+        accumulation_steps: number of parts in which a rank's share of a batch is computed.
+        checkpoint: called on all ranks after every `checkpoint_every` steps of an epoch except the last step.
         checkpoint_every: steps; 0 for never.
     """
 
@@ -141,20 +141,18 @@ class Trainer:
     precision: Precision
     ranks: Ranks
     stop_requested: Callable[[], bool] = lambda: False
-    accumulate: int = 1
+    accumulation_steps: int = 1
     checkpoint: Callable[[], None] = lambda: None
     checkpoint_every: int = 0
 
     def train_epoch(self, batches: TrainingBatches | DiskTrainingBatches, progress: Progress) -> bool:
-        """Train on from where the progress stands, and add to it, until the epoch ends or a stop is asked for.
-
-        Returns whether the epoch was finished.
+        """Train the rest of the current epoch and update `progress`. Return whether the epoch was finished.
 
         Raises:
-            NonFiniteLossError: with the step, from 1, since the beginning of the run.
+            NonFiniteLossError: with the step's number, counted from 1 at the start of the run.
         """
         self.model.train()
-        # Looking at a loss makes the host wait for a GPU, and processes for each other: not at every step.
+        # Reading a loss synchronises the host with the GPU and the ranks with each other, so not at every step.
         interval = 1 if self.ranks.world_size == 1 and self.ranks.device.type == "cpu" else 20
         if progress.step == 0:
             progress.lr = self.optimizer.param_groups[0]["lr"]
@@ -168,7 +166,7 @@ class Trainer:
                 due = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
                 if len(pending) < interval and step < len(batches) and not due:
                     continue
-                self._settle(pending, progress, progress.epoch * len(batches))
+                self._add_to_progress(pending, progress, progress.epoch * len(batches))
                 now = time.perf_counter()
                 progress.seconds, started = progress.seconds + (now - started), now
                 bar.update(len(pending))
@@ -184,14 +182,14 @@ class Trainer:
         return True
 
     def should_stop(self) -> bool:
-        """Whether any of the processes was asked to stop."""
+        """Whether any rank was asked to stop."""
         return bool(self.ranks.reduce([float(self.stop_requested())], dist.ReduceOp.MAX)[0])
 
     def _step(self, images: Tensor, labels: Tensor, weights: Tensor, batch_images: int) -> tuple[Tensor, Tensor]:
-        """One update; returns this process's summed loss and number of errors, still on the device."""
+        """Update the weights once. Return this rank's summed loss and number of errors, as tensors on the device."""
         self.optimizer.zero_grad(set_to_none=True)
-        # Fewer parts where there are fewer images; every process takes the gradients' exchange with its last one.
-        parts = list(zip(*(t.chunk(self.accumulate) for t in (images, labels, weights)), strict=True))
+        # A rank with fewer images than parts has fewer parts. Every rank exchanges gradients in its last part.
+        parts = list(zip(*(t.chunk(self.accumulation_steps) for t in (images, labels, weights)), strict=True))
         sums = [self._add_gradient(*part, batch_images, last=part is parts[-1]) for part in parts]
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
@@ -202,10 +200,10 @@ class Trainer:
     def _add_gradient(
         self, images: Tensor, labels: Tensor, weights: Tensor, batch_images: int, last: bool
     ) -> tuple[Tensor, Tensor]:
-        """Forward and backward of one part of a step; processes exchange gradients with the last.
+        """Run forward and backward on one part of a batch. With the last part, ranks exchange gradients.
 
         Raises:
-            LocalError: BatchNorm gets one value a channel, from a single image.
+            LocalError: BatchNorm gets a single value per channel, from a single image.
         """
         with nullcontext() if last or self.ranks.world_size == 1 else self.model.no_sync():
             try:
@@ -219,12 +217,14 @@ class Trainer:
                     "a --batch-size, --limit-train or --accumulate that leaves no single image"
                 ) from error
             total = (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
-            # DDP averages over processes; their parts of a batch may differ in size, so scale to the mean of images.
+            # DDP averages over ranks, whose shares of a batch may differ in size. Scale to the mean over all images.
             self.precision.scaler.scale(total * (self.ranks.world_size / batch_images)).backward()
         return total.detach(), ((logits.detach().argmax(dim=1) != labels) * weights).sum()
 
-    def _settle(self, pending: list[tuple[Tensor, Tensor, int]], progress: Progress, steps_before: int) -> None:
-        """Check the pending steps and add them to the progress."""
+    def _add_to_progress(
+        self, pending: list[tuple[Tensor, Tensor, int]], progress: Progress, steps_before: int
+    ) -> None:
+        """Check that the losses of the pending steps are finite, then add the steps to `progress`."""
         losses = torch.stack([loss for loss, _, _ in pending]).tolist()
         first = steps_before + progress.step + 1
         bad = next((first + i for i, loss in enumerate(losses) if not math.isfinite(loss)), math.inf)
@@ -237,7 +237,7 @@ class Trainer:
         progress.step += len(pending)
 
     def training_metrics(self, progress: Progress) -> dict[str, float]:
-        """Mean loss, error in percent and images/s of an epoch, over all processes."""
+        """Return mean loss, error (%) and images/s of an epoch, over all ranks."""
         loss, errors = self.ranks.reduce([math.fsum(progress.losses), float(progress.errors)])
         return {
             "train_loss": loss / progress.images,
@@ -246,7 +246,7 @@ class Trainer:
         }
 
     def state(self) -> dict:
-        """What resuming needs of the optimizer, the schedule and the gradient scaler."""
+        """Return the states of the optimizer, the learning-rate schedule and the gradient scaler."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -254,13 +254,13 @@ class Trainer:
         }
 
     def load_state(self, state: dict) -> None:
-        """Put back what `state` gave."""
+        """Restore the states that `state` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.precision.scaler.load_state_dict(state["scaler"])
 
 
-# Each makes the learning rate's course over a run of so many steps.
+# Each builds the learning-rate schedule of a run of `steps` steps.
 SCHEDULES = {
     "step": lambda optimizer, config, steps: torch.optim.lr_scheduler.MultiStepLR(
         optimizer, [max(1, round(share * steps)) for share in config.milestones]
@@ -273,7 +273,10 @@ SCHEDULES = {
 
 
 def make_trainer(model: nn.Module, config: RunConfig, steps: int, compiled: bool, ranks: Ranks) -> Trainer:
-    """The network as it is trained (distributed, compiled), with its optimizer and schedule; `steps` an epoch."""
+    """Wrap the network for training (distributed, compiled), and build its optimizer and schedule.
+
+    `steps` is the number of steps per epoch.
+    """
     optimizer = torch.optim.SGD(
         model.parameters(),
         config.lr,
@@ -285,36 +288,36 @@ def make_trainer(model: nn.Module, config: RunConfig, steps: int, compiled: bool
         devices = [ranks.device] if ranks.device.type == "cuda" else None
         with warnings.catch_warnings():
             # Running statistics are averaged before each evaluation instead of broadcast at each step. Newer PyTorch
-            # has another name for that, which older ones do not know.
+            # renamed the argument; older versions lack the new name.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             model = DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-    torch.manual_seed(config.seed + 1_000_003 * (ranks.rank + 1))  # dropout differs between processes
+    torch.manual_seed(config.seed + 1_000_003 * (ranks.rank + 1))  # dropout differs between ranks
     return Trainer(
         model=torch.compile(model) if compiled else model,
         optimizer=optimizer,
         scheduler=SCHEDULES[config.schedule](optimizer, config, config.epochs * steps),
         precision=Precision(ranks.device, config.amp),
         ranks=ranks,
-        accumulate=config.accumulate,
+        accumulation_steps=config.accumulate,
     )
 
 
-def progress_bar(ranks: Ranks, what: str, total: int, initial: int = 0) -> tqdm:
-    """A bar on the main process's terminal; nothing where the output goes elsewhere."""
+def progress_bar(ranks: Ranks, description: str, total: int, initial: int = 0) -> tqdm:
+    """Return a progress bar, shown on the main rank if its output is a terminal."""
     hidden = None if ranks.is_main else True
-    return tqdm(total=total, initial=initial, desc=what, unit="batch", disable=hidden, leave=False)
+    return tqdm(total=total, initial=initial, desc=description, unit="batch", disable=hidden, leave=False)
 
 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, batches: EvaluationBatches | DiskEvaluationBatches, trainer: Trainer
 ) -> dict[str, float]:
-    """Mean cross-entropy, top-1 and top-5 error in percent, every image counted once over all processes.
+    """Return mean cross-entropy, top-1 and top-5 error (%). Every image counts once over all ranks.
 
     Raises:
-        InputError: none of the images can be read.
+        InputError: no image can be read.
     """
     model.eval()
     ranks, loss, errors, errors_top5, count = trainer.ranks, 0.0, 0.0, 0.0, 0
@@ -338,9 +341,9 @@ def evaluate(
 
 
 def top_errors(logits: Tensor, labels: Tensor) -> tuple[int, int]:
-    """Top-1 and top-5 errors of logits `(N, outputs)` for labels `(N,)`; an image with a NaN or infinity is one.
+    """Count top-1 and top-5 errors of logits `(N, outputs)` for labels `(N,)`.
 
-    With fewer than 6 outputs the top-5 error is that of as many guesses as there are outputs, 0.
+    An image with a NaN or infinite logit is an error. With fewer than 6 outputs the other top-5 errors are 0.
     """
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     hits &= logits.isfinite().all(dim=1, keepdim=True)
@@ -348,7 +351,7 @@ def top_errors(logits: Tensor, labels: Tensor) -> tuple[int, int]:
 
 
 def average_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """Replace BatchNorm's running statistics by their mean over the processes, each of which saw its own images."""
+    """Replace BatchNorm's running statistics by their mean over the ranks, each of which saw other images."""
     if ranks.world_size == 1:
         return
     for buffer in model.buffers():

@@ -1,4 +1,4 @@
-"""What a run tells people: lines on the terminal, its summary, TensorBoard events."""
+"""What a run prints and records: lines on the terminal, its summary, TensorBoard events."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from training.run_folder import Run
 
 
 def describe(run: Run, config: RunConfig, size: dict, trainer: Trainer, progress: Progress) -> str:
-    """A few lines on what is about to run."""
-    # Numbers and names; RandWire's graphs would fill the screen.
+    """Return three lines that describe the run that is about to start."""
+    # RandWire's graphs are left out: they would fill the screen.
     options = "".join(f" {key}={value}" for key, value in config.model_options.items() if not isinstance(value, list))
     ranks = trainer.ranks
     begins = f"resuming after epoch {progress.epoch}" if progress.epoch or progress.step else "starting"
@@ -31,7 +31,7 @@ def describe(run: Run, config: RunConfig, size: dict, trainer: Trainer, progress
 
 
 def epoch_line(row: dict, epochs: int) -> str:
-    """An epoch's metrics in one line."""
+    """Return the metrics of an epoch as one line."""
     return (
         f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.4f}  train loss {row['train_loss']:.4f} "
         f"error {row['train_error']:5.2f}%  val loss {row['val_loss']:.4f} error {row['val_error']:5.2f}% "
@@ -40,14 +40,14 @@ def epoch_line(row: dict, epochs: int) -> str:
 
 
 def diverged(error: NonFiniteLossError, run: Run, config: RunConfig) -> str:
-    """What to say when the loss is not finite."""
+    """Return the error message of a run whose loss is not finite."""
     kept = run.folder / "last.pt"
     good = f"the last good checkpoint is {relative(kept)}" if kept.is_file() else "there was no checkpoint yet"
     return f"error: {error}; {good}. Try a lower --lr (it was {config.lr:g}), or --no-amp"
 
 
 class TensorBoardLog:
-    """The metrics as TensorBoard events, in `<run>/tensorboard`."""
+    """Writes the metrics as TensorBoard events into `<run>/tensorboard`."""
 
     def __init__(self, folder: Path, progress: Progress) -> None:
         from torch.utils.tensorboard import SummaryWriter  # an optional package
@@ -63,7 +63,7 @@ class TensorBoardLog:
 
 
 def summarize(config: RunConfig, size: dict[str, int], progress: Progress, trainer: Trainer) -> dict:
-    """What `summary.json` says of a finished run."""
+    """Return the content of `summary.json` for a finished run."""
     best, last = progress.best(), progress.history[-1]
     device = trainer.ranks.device
     return {
@@ -87,5 +87,5 @@ def summarize(config: RunConfig, size: dict[str, int], progress: Progress, train
 
 
 def precision_name(trainer: Trainer) -> str:
-    """The number format of the forward pass, as in "bfloat16"."""
+    """Return the precision of the forward pass, for example "bfloat16"."""
     return str(trainer.precision.dtype).removeprefix("torch.")

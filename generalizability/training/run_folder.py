@@ -1,8 +1,8 @@
-"""A run's folder: its configuration, its checkpoint, and what is made from them.
+"""The folder of a run: its configuration, its checkpoint, and the files that follow from the checkpoint.
 
-`last.pt` is the run: whatever else is there follows from it (`metrics.jsonl`, `curves.png`, and `best.safetensors` at
-the epoch that is the best so far) and is written after it, each file whole or not at all. So a run can be killed at
-any moment; opening it again brings the other files in line with `last.pt`.
+`last.pt` holds everything that resuming needs. `metrics.jsonl`, `curves.png` and, after the best epoch so far,
+`best.safetensors` follow from it and are written after it, each atomically. A run can therefore be killed at any
+moment: resuming it updates the other files from `last.pt`. This module alone knows the keys of `last.pt`.
 """
 
 import json
@@ -22,11 +22,11 @@ from s3net_common.output_files import json_line, lock_exclusively, make_folder, 
 from training.engine import Progress, Trainer
 
 CHECKPOINT_FORMAT = 1
-LOCK_SECONDS = 10.0  # the decoding processes of one that was killed hold its lock until they notice, up to 5 s later
+LOCK_SECONDS = 10.0  # DataLoader workers of a killed run hold its lock until they notice, up to 5 s later
 
 
 class Run:
-    """The folder of one run. Only the main process may write through it."""
+    """The folder of one run. Only the main rank may call the methods that write."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -39,14 +39,18 @@ class Run:
         return (self.folder / "config.json").is_file() or (self.folder / "last.pt").is_file()
 
     def check_writable(self) -> None:
-        """Raises InputError where the folder could not be created or written; creates nothing yet."""
-        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            reason = "is not writable" if there.is_dir() else "is not a folder"
-            raise InputError(f"{self.folder} cannot be written, since {there} {reason}: pass another --out")
+        """Check that the folder can be created or written, without creating it.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        parent = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            reason = "is not writable" if parent.is_dir() else "is not a folder"
+            raise InputError(f"{self.folder} cannot be written, since {parent} {reason}: pass another --out")
 
     def hold(self) -> None:
-        """Keep other processes from training into the folder until `release`, or until this process is gone.
+        """Lock the folder for exclusive writing until `release` or the end of this process.
 
         Raises:
             InputError: another process trains into it.
@@ -61,13 +65,13 @@ class Run:
             )
 
     def release(self) -> None:
-        """Let other processes have the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def create(self, config: RunConfig) -> None:
-        """Make the folder, hold it, and write the configuration. A run that was in it is removed.
+        """Create and lock the folder, remove an earlier run from it, and write the configuration.
 
         Raises:
             InputError: the folder cannot be written, or another process trains into it.
@@ -89,7 +93,7 @@ class Run:
         write_json(self.folder / "config.json", asdict(config))
 
     def read_config(self) -> RunConfig:
-        """The configuration that the run was started with.
+        """Return the configuration that the run was started with.
 
         Raises:
             InputError: `config.json` is missing or damaged.
@@ -103,7 +107,7 @@ class Run:
             raise InputError(f"{path} is missing or damaged: start a new run with another --out") from error
 
     def read_checkpoint(self) -> dict | None:
-        """What `save` last wrote, or None where the run was ended before its first checkpoint.
+        """Return the content of `last.pt`, or None if the run ended before its first checkpoint.
 
         Raises:
             InputError: `last.pt` is damaged or of another version.
@@ -119,17 +123,17 @@ class Run:
     # -- Writing --
 
     def save(self, state: dict) -> None:
-        """Write the checkpoint, then everything that follows from it.
+        """Write the checkpoint, then the files that follow from it.
 
         Args:
-            state: `config`, `progress` (both as dicts), `model`, and what else the trainer needs to resume.
+            state: configuration and progress (as dicts), weights, and the trainer's states.
         """
         state = {"format": CHECKPOINT_FORMAT, **state}
         self._write("last.pt", lambda path: torch.save(state, path))
         self.publish(state)
 
     def publish(self, state: dict) -> None:
-        """Bring `best.safetensors`, `curves.png` and `metrics.jsonl` in line with a checkpoint."""
+        """Update `best.safetensors`, `curves.png` and `metrics.jsonl` from a checkpoint."""
         progress = Progress(**state["progress"])
         lines = "".join(json_line(row) + "\n" for row in progress.history)
         if not lines or self._read("metrics.jsonl") == lines:
@@ -137,7 +141,9 @@ class Run:
         if progress.step == 0 and progress.best()["epoch"] == progress.epoch:
             self._save_best(state[RUN_CONFIG], state[RUN_WEIGHTS], progress.history[-1])
         self._write("curves.png", lambda path: draw_curves(progress.history, path, title=self.folder.name))
-        self._write("metrics.jsonl", lambda path: path.write_text(lines))  # the last: it says that all is in line
+        self._write(
+            "metrics.jsonl", lambda path: path.write_text(lines)
+        )  # written last: it shows that all files are up to date
 
     def finish(self, summary: dict) -> None:
         """Write `summary.json`."""
@@ -158,7 +164,7 @@ class Run:
 
 
 def load_progress(run: Run, model: nn.Module, trainer: Trainer) -> Progress:
-    """Put everything back as the run's checkpoint has it; a fresh start where there is none."""
+    """Restore model, trainer, random state and progress from the checkpoint. Return new progress if it has none."""
     ranks = trainer.ranks
     state = ranks.on_main_rank(run.read_checkpoint)
     if state is None:
@@ -169,10 +175,10 @@ def load_progress(run: Run, model: nn.Module, trainer: Trainer) -> Progress:
         progress = Progress(**state["progress"])
         same_processes = len(state["processes"]) == ranks.world_size
         if same_processes:
-            mine = state["processes"][ranks.rank]
-            set_random_state(mine["random"], ranks.device)
-            model.load_state_dict(mine["buffers"], strict=False)
-            progress.losses, progress.errors = mine["losses"], mine["errors"]
+            per_rank = state["processes"][ranks.rank]
+            set_random_state(per_rank["random"], ranks.device)
+            model.load_state_dict(per_rank["buffers"], strict=False)
+            progress.losses, progress.errors = per_rank["losses"], per_rank["errors"]
         elif not ranks.is_main:
             progress.losses, progress.errors = [], 0
         else:
@@ -189,24 +195,24 @@ def load_progress(run: Run, model: nn.Module, trainer: Trainer) -> Progress:
 
 
 def save_progress(run: Run, config: RunConfig, model: nn.Module, trainer: Trainer, progress: Progress) -> None:
-    """Write the checkpoint, and what follows from it, from the main process."""
+    """Collect the state of all ranks and write the checkpoint and its files on the main rank."""
     ranks = trainer.ranks
-    in_mid_epoch = ranks.world_size > 1 and progress.step > 0  # else the buffers are the same in all processes
+    in_mid_epoch = ranks.world_size > 1 and progress.step > 0  # else all ranks have the same buffers
     buffers = {name: b.cpu() for name, b in model.named_buffers()} if in_mid_epoch else {}
-    mine = {"random": random_state(ranks.device), "buffers": buffers}
-    mine |= {"losses": progress.losses, "errors": progress.errors}
+    per_rank = {"random": random_state(ranks.device), "buffers": buffers}
+    per_rank |= {"losses": progress.losses, "errors": progress.errors}
     state = {
         RUN_CONFIG: asdict(config),
         "progress": asdict(progress),
         RUN_WEIGHTS: model.state_dict(),
-        "processes": ranks.gather(mine),
+        "processes": ranks.gather(per_rank),
         **trainer.state(),
     }
     ranks.on_main_rank(lambda: run.save(state))
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of every random generator that a network on this device draws from."""
+    """Return the states of the random generators that a network on this device uses."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -216,7 +222,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Put back what `random_state` gave, as far as this device has such generators."""
+    """Restore the states that `random_state` returned, as far as this device has these generators."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -225,7 +231,7 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 def draw_curves(history: list[dict], path: Path, title: str) -> None:
-    """Draw loss and error of each epoch, in training and validation, and the learning rate."""
+    """Draw training and validation loss and error of each epoch, and the learning rate."""
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     loss, error, rate = figure.subplots(1, 3)

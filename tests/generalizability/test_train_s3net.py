@@ -93,11 +93,15 @@ def test_the_summary_and_the_weights_describe_the_run(reference):
     assert summary["last_val_error"] == rows[-1]["val_error"]
     assert summary["total_seconds"] > 0 and {"python", "torch", "torchvision"} <= set(summary["versions"])
     with safe_open(folder / "best.safetensors", "pt") as file:
-        said = file.metadata()
-    assert said["model"] == "s3net_cifar" and said["num_classes"] == "10" and said["epoch"] == str(best["epoch"])
-    assert json.loads(said["options"]) == {"growth_rate": 4, "depth": 7, "drop_rate": 0.1}
-    assert json.loads(said["mean"]) == [0.305] * 3
-    model = train_s3net.create_network(said["model"], 10, **json.loads(said["options"]))
+        metadata = file.metadata()
+    assert (
+        metadata["model"] == "s3net_cifar"
+        and metadata["num_classes"] == "10"
+        and metadata["epoch"] == str(best["epoch"])
+    )
+    assert json.loads(metadata["options"]) == {"growth_rate": 4, "depth": 7, "drop_rate": 0.1}
+    assert json.loads(metadata["mean"]) == [0.305] * 3
+    model = train_s3net.create_network(metadata["model"], 10, **json.loads(metadata["options"]))
     assert summary["parameters"] == sum(p.numel() for p in model.parameters())
     # Stem, 3 layers, 2 transitions and the classifier, counted by hand; no bias counts.
     expected = 1024 * 27 * 24 + 1024 * 24 * 9 * 4 + 256 * 28 * 28 + 256 * 28 * 9 * 4 + 64 * 32 * 32
@@ -165,8 +169,13 @@ def test_a_signal_ends_the_run_with_the_command_that_resumes_it(tmp_path, number
     ],
 )
 def test_the_command_that_resumes_names_all_processes(monkeypatch, nodes, launcher):
-    said = {"TORCHELASTIC_RUN_ID": "7", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": str(nodes), "MASTER_ADDR": "first"}
-    for name, value in said.items():
+    environment = {
+        "TORCHELASTIC_RUN_ID": "7",
+        "LOCAL_WORLD_SIZE": "4",
+        "GROUP_WORLD_SIZE": str(nodes),
+        "MASTER_ADDR": "first",
+    }
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train_s3net.py", "--resume", "--lr", "0.1"])
     expected = f"{launcher} train_s3net.py --lr 0.1 --out there --resume"
@@ -196,9 +205,11 @@ def test_two_processes_count_every_image_once_and_agree_with_one(tmp_path):
     flags = [*TINY, "--limit-train", "310", "--limit-val", "101", "--epochs", "2"]
     done = completed(torchrun(2, *flags, "--out", tmp_path / "two"))
     assert "2 processes on cpu" in done.stdout and done.stdout.count("epoch   1/2") == 1
-    said = completed(command("--eval-only", "--checkpoint", tmp_path / "two" / "best.safetensors", "--limit-val", 101))
+    evaluated = completed(
+        command("--eval-only", "--checkpoint", tmp_path / "two" / "best.safetensors", "--limit-val", 101)
+    )
     measured, row = (
-        json.loads(said.stdout.splitlines()[-1]),
+        json.loads(evaluated.stdout.splitlines()[-1]),
         min(metrics(tmp_path / "two"), key=lambda r: r["val_error"]),
     )
     assert measured["val_error"] == row["val_error"] and measured["images"] == 101

@@ -49,8 +49,8 @@ def test_forward_backward_and_statistics_equal_plain_pytorch(shape, out_channels
     expected.backward(gradient)
     pairs += [(ours, plain), (norm.weight, plain_norm.weight), (norm.bias, plain_norm.bias)]
     assert largest_difference(out, expected) < tolerance
-    for mine, theirs in pairs:
-        assert largest_difference(mine.grad, theirs.grad) < tolerance
+    for parameter, expected in pairs:
+        assert largest_difference(parameter.grad, expected.grad) < tolerance
     for name in ("running_mean", "running_var"):
         assert largest_difference(getattr(norm, name), getattr(plain_norm, name)) < 1e-6
     assert norm.num_batches_tracked == 1

@@ -317,5 +317,5 @@ def test_options_that_there_are_not():
 def test_the_registry_imports_no_network_before_it_is_asked_for():
     program = "import sys, s3net_networks; print(sorted({'torchvision', 'timm', 'networkx'} & sys.modules.keys()))"
     folder = Path(__file__).resolve().parents[2] / "generalizability"
-    said = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
-    assert said.stdout == "[]\n"
+    imported = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
+    assert imported.stdout == "[]\n"

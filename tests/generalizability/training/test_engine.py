@@ -33,7 +33,7 @@ def make_batches(count, batch_size):
 
 @pytest.mark.parametrize("parts", [3, 5, 100])
 def test_a_step_in_parts_is_the_whole_step(parts):
-    whole, divided = make_trainer(), make_trainer(accumulate=parts)
+    whole, divided = make_trainer(), make_trainer(accumulation_steps=parts)
     progress, same = Progress(), Progress()
     whole.train_epoch(make_batches(23, 10), progress)  # batches of 10, 10 and 3 images
     divided.train_epoch(make_batches(23, 10), same)
@@ -53,7 +53,7 @@ def test_checkpoints_come_after_every_so_many_steps_but_the_last(every, expected
 
 
 def test_a_part_of_one_image_where_batchnorm_needs_two():
-    trainer = make_trainer(accumulate=3)
+    trainer = make_trainer(accumulation_steps=3)
     trainer.model.insert(3, nn.BatchNorm1d(4 * 36))
     with pytest.raises(InputError, match=r"cannot be trained on a single image at a time .* or --accumulate that"):
         trainer.train_epoch(make_batches(23, 10), Progress())  # the last batch has 3 images
