@@ -1,14 +1,14 @@
-"""How fast training images come from an LMDB file, from an image folder, and from a decoder that waits for no disk.
+"""Images/s of an LMDB file, of an image folder, and of a decoder that reads no file.
 
-All three sides give the same images through the same transform (ImageNet's for training) to the same DataLoader:
+All three give the same images through the same transform (ImageNet's for training) to the same DataLoader:
 
-- "decoder": the files' bytes lie in a list in memory. No way of storing JPEG files can be faster than this.
+- "decoder": the files' bytes are in a list in memory. No storage of JPEG files can be faster.
 - "LMDB": `ImageFolderLMDB`.
 - "folder": torchvision's `ImageFolder`.
 
-"Warm" is with the data in the system's page cache; "cold" with them dropped from it before each pass
-(POSIX_FADV_DONTNEED; the folder's directories and inodes stay cached, which takes root to drop). Each pass starts its
-own workers, so that none holds the data in its memory map while they are dropped.
+"Warm": the data are in the system's page cache. "Cold": they are dropped from it before each pass (POSIX_FADV_DONTNEED;
+the folder's directories and inodes stay cached, because only root can drop them). Each pass starts its own workers, so
+that no worker has the data in its memory map when they are dropped. benchmark.py runs this and writes the results.
 """
 
 import os
@@ -32,13 +32,13 @@ from recipes import IMAGENET_MEAN, IMAGENET_STD
 from s3net_common.errors import InputError
 from s3net_common.images import decode
 
-IMAGES, CLASSES, SIZE = 512, 8, (500, 375)  # the size of ImageNet's typical photograph
+IMAGES, CLASSES, SIZE = 512, 8, (500, 375)  # the size of a typical ImageNet photograph
 BATCH = 32
-SIDES = {"decoder, warm": False, "LMDB, warm": False, "folder, warm": False, "LMDB, cold": True, "folder, cold": True}
+CASES = ("decoder, warm", "LMDB, warm", "folder, warm", "LMDB, cold", "folder, cold")
 
 
 class EncodedInMemory(Dataset):
-    """The image files' bytes in memory, decoded when asked for."""
+    """Image files in memory, decoded at each access."""
 
     def __init__(self, data: ImageFolderLMDB, transform: Callable) -> None:
         self.items, self.transform = [data.encoded(i) for i in range(len(data))], transform
@@ -52,7 +52,7 @@ class EncodedInMemory(Dataset):
 
 
 def training_transform() -> transforms.Compose:
-    """ImageNet's usual training transform, at 224x224."""
+    """Return ImageNet's usual training transform, with 224x224 crops."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(224),
@@ -64,26 +64,26 @@ def training_transform() -> transforms.Compose:
 
 
 def make_photographs(folder: Path) -> None:
-    """`IMAGES` JPEG files of the size of ImageNet's, in class folders: crops of scikit-learn's two photographs."""
+    """Write `IMAGES` JPEG files of ImageNet's size in class folders: crops of scikit-learn's two photographs."""
     from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    chosen = random.Random(0)
+    generator = random.Random(0)
     for i in tqdm(range(IMAGES), desc="making images", unit="image", disable=None, leave=False):
         photograph = photographs[i % len(photographs)]
-        left, top = (chosen.randrange(whole - part) for whole, part in zip(photograph.size, SIZE, strict=True))
+        left, top = (generator.randrange(whole - part) for whole, part in zip(photograph.size, SIZE, strict=True))
         (folder / f"class{i % CLASSES}").mkdir(exist_ok=True)
         crop = photograph.crop((left, top, left + SIZE[0], top + SIZE[1]))
         crop.save(folder / f"class{i % CLASSES}" / f"{i}.jpg", quality=92)
 
 
 def benchmark_decoding(rounds: int, images: Path | None = None) -> dict:
-    """Images/s of each side, with 0 and 2 workers, and the ratios to the bare decoder and the folder.
+    """Measure the images/s of each of `CASES` with 0 and 2 workers, and the ratios to the decoder and the folder.
 
     Args:
-        rounds: passes of each side; they take turns, and a ratio is of two passes of the same round. Other work on the
-            machine disturbs short passes: it takes some 15 for a median that is good to a few per cent.
-        images: a folder with <class>/*; made-up photographs for None.
+        rounds: number of passes of each case. The cases take turns, and each ratio compares two passes of one round.
+            Other work on the machine disturbs short passes; a median within a few per cent takes about 15 rounds.
+        images: a folder with <class>/*, or None to make photographs.
 
     Raises:
         InputError: the folder has no images, or one cannot be decoded.
@@ -99,42 +99,47 @@ def benchmark_decoding(rounds: int, images: Path | None = None) -> dict:
 
 
 def measure(folder: Path, file: Path, rounds: int) -> dict:
-    """Every side in turn, `rounds` times with each number of workers."""
+    """Run all cases in turn, `rounds` times with each number of workers."""
     transform = training_transform()
     data = ImageFolderLMDB(file)
     in_memory, names = EncodedInMemory(data, transform), [folder / data.name(i) for i in range(len(data))]
     sizes = [len(encoded) for encoded, _ in in_memory.items]
-    del data  # closes the file: what is mapped stays in the page cache
-    make = {
+    del data  # closes the file: pages in a memory map cannot be dropped from the page cache
+    open_dataset = {
         "decoder": lambda: in_memory,
         "LMDB": lambda: ImageFolderLMDB(file, transform),
         "folder": lambda: ImageFolder(str(folder), transform),
     }
     results = {"count": len(sizes), "mean_bytes": round(statistics.mean(sizes)), "workers": {}}
     for workers in (0, 2):
-        rates: dict[str, list[float]] = {side: [] for side in SIDES}
-        with tqdm(total=rounds * len(SIDES), desc=f"decoding, {workers} workers", unit="pass", disable=None) as bar:
+        rates: dict[str, list[float]] = {case: [] for case in CASES}
+        with tqdm(total=rounds * len(CASES), desc=f"decoding, {workers} workers", unit="pass", disable=None) as bar:
             for turn in range(rounds):
-                for side in rotated(list(SIDES), turn):
-                    bar.set_postfix_str(side)
-                    if SIDES[side]:
-                        drop_from_page_cache([file] if side.startswith("LMDB") else names)
-                    rates[side].append(images_per_second(make[side.split(",")[0]](), workers))
+                for case in rotate(CASES, turn):
+                    bar.set_postfix_str(case)
+                    storage, cache = case.split(", ")
+                    if cache == "cold":
+                        drop_from_page_cache([file] if storage == "LMDB" else names)
+                    rates[case].append(images_per_second(open_dataset[storage](), workers))
                     bar.update()
         results["workers"][str(workers)] = summarize(rates)
     return results
 
 
-def rotated(items: list, turn: int) -> list:
-    """The items from another one onwards each turn, so that none always follows the same one."""
-    turn %= len(items)
-    return items[turn:] + items[:turn]
+def rotate(cases: tuple[str, ...], turn: int) -> tuple[str, ...]:
+    """Return the cases in the order of a turn: each turn starts with another case."""
+    turn %= len(cases)
+    return cases[turn:] + cases[:turn]
 
 
 def drop_from_page_cache(files: list[Path]) -> None:
-    """Make the system forget what it holds of files in memory. None of them may be mapped by a process."""
+    """Drop files from the system's page cache. No process may have them in a memory map.
+
+    Raises:
+        InputError: the system cannot do this.
+    """
     if not hasattr(os, "posix_fadvise"):
-        raise InputError("this system cannot be told to drop files from its page cache: run the benchmark on Linux")
+        raise InputError("this system cannot drop files from its page cache: run the benchmark on Linux")
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -142,8 +147,8 @@ def drop_from_page_cache(files: list[Path]) -> None:
 
 
 def images_per_second(data: Dataset, workers: int) -> float:
-    """One pass in random order, the workers' start included."""
-    torch.manual_seed(0)  # the same order and the same crops on every side
+    """Measure one pass in random order, including the start of the workers."""
+    torch.manual_seed(0)  # the same order and the same crops in every case
     started = time.perf_counter()
     for _ in DataLoader(data, BATCH, shuffle=True, num_workers=workers):
         pass
@@ -151,27 +156,27 @@ def images_per_second(data: Dataset, workers: int) -> float:
 
 
 def summarize(rates: dict[str, list[float]]) -> dict:
-    """Medians, and medians of the ratios by round."""
+    """Return the median images/s, and the medians of the ratios of each round."""
 
-    def ratio(one: str, other: str) -> dict:
-        by_round = [a / b for a, b in zip(rates[one], rates[other], strict=True)]
+    def ratio(case: str, reference: str) -> dict:
+        by_round = [rate / base for rate, base in zip(rates[case], rates[reference], strict=True)]
         return {"median": statistics.median(by_round), "by_round": by_round}
 
     return {
-        "images_per_second": {side: statistics.median(values) for side, values in rates.items()},
-        "share_of_the_decoder": {side: ratio(side, "decoder, warm") for side in rates if side != "decoder, warm"},
-        "times_the_folder": {state: ratio(f"LMDB, {state}", f"folder, {state}") for state in ("warm", "cold")},
+        "images_per_second": {case: statistics.median(values) for case, values in rates.items()},
+        "share_of_the_decoder": {case: ratio(case, "decoder, warm") for case in rates if case != "decoder, warm"},
+        "times_the_folder": {cache: ratio(f"LMDB, {cache}", f"folder, {cache}") for cache in ("warm", "cold")},
         "images_per_second_by_round": rates,
     }
 
 
 def print_decoding(results: dict) -> None:
-    """The table."""
+    """Print the results of `benchmark_decoding` as a table."""
     print(f"\n{results['count']} images of {results['mean_bytes'] / 1e3:.0f} kB on average, 224x224 crops")
     print(f"{'':20}" + "".join(f"{f'{workers} workers':>16}{'of the decoder':>16}" for workers in results["workers"]))
-    for side in SIDES:
-        line = f"{side:20}"
-        for of in results["workers"].values():
-            share = of["share_of_the_decoder"].get(side, {"median": 1.0})["median"]
-            line += f"{of['images_per_second'][side]:9.1f} images/s{share:14.3f}"
+    for case in CASES:
+        line = f"{case:20}"
+        for summary in results["workers"].values():
+            share = summary["share_of_the_decoder"].get(case, {"median": 1.0})["median"]
+            line += f"{summary['images_per_second'][case]:9.1f} images/s{share:14.3f}"
         print(line)

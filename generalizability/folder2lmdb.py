@@ -1,18 +1,17 @@
-"""Put the images of class folders into one LMDB file, which is read faster than a million small files.
+"""Put the images of class folders into one LMDB file, which is faster to read than a million small files.
 
-    python folder2lmdb.py --images imagenet/train --out data/imagenet/train.lmdb
-    python folder2lmdb.py --images imagenet/val --out data/imagenet/val.lmdb --classes wnids.txt
-    python folder2lmdb.py --verify --out data/imagenet/train.lmdb       # decode everything again, check the digest
+    python generalizability/folder2lmdb.py --images imagenet/train --out data/imagenet/train.lmdb
+    python generalizability/folder2lmdb.py --images imagenet/val --out data/imagenet/val.lmdb --classes wnids.txt
+    python generalizability/folder2lmdb.py --verify --out data/imagenet/train.lmdb   # decode all, check the digest
 
-The images are DIR/<class>/**; the labels follow the alphabetical order of the classes, or the order of --classes. The
-files' bytes go into the LMDB file untouched, after each image was decoded once to see that it can be (the format is
-described in image_lmdb.py). Until it is finished the file is called FILE.partial. If the work is ended, by Ctrl-C, a
-crash or a full disk, the same command goes on with that file, and ends with the same bytes as if nothing had happened.
+The images are DIR/<class>/**. Labels follow the alphabetical order of the classes, or the order in --classes. Each
+image is decoded once as a check; the LMDB file then stores the bytes of the image file unchanged (data/image_lmdb.py
+describes the format). Until the file is finished, its name is FILE.partial. After Ctrl-C, a crash or a full disk, the
+same command continues with that file and ends with the same bytes as an uninterrupted run.
 """
 
 import hashlib
 import os
-import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -42,8 +41,9 @@ from s3net_common.errors import InputError
 from s3net_common.images import class_images, class_names, decode, read_class_names
 from s3net_common.output_files import lock_exclusively, make_folder
 
-TRANSACTION_BYTES = 4 * 2**20  # what a kill can lose; decoding it takes far longer than the transaction's two fsyncs
-NAMED = 10  # so many bad images are named one by one
+# At most this much is lost if the process is killed. Decoding it takes far longer than the transaction's two fsyncs.
+TRANSACTION_BYTES = 4 * 2**20
+MAX_LISTED = 10  # bad images listed by name
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -53,29 +53,30 @@ class Args:
     """Put the images of class folders into one LMDB file, or verify such a file."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """The LMDB file."""
-    images: flag(Path, "DIR", "nothing is built") = None
-    """The folder with the images: DIR/<class>/**."""
-    classes: flag(Path, "FILE", "the folders, in alphabetical order") = None
-    """A file with a class name a line, in the order of the labels; what follows a tab is ignored."""
+    """LMDB file to write or verify."""
+    images: flag(Path, "DIR", "build nothing") = None
+    """Folder of the images: DIR/<class>/**."""
+    classes: flag(Path, "FILE", "the class folders in alphabetical order") = None
+    """File with one class name per line, in the order of the labels; text after a tab is ignored."""
     workers: int = 0
-    """Threads that read and decode; 0 for as many as there are processors."""
+    """Threads that read and decode; 0 for one per processor."""
     skip_unreadable: bool = False
-    """Leave out images that cannot be decoded, and name them, instead of stopping."""
+    """Skip images that cannot be decoded, and list them, instead of stopping."""
     verify: bool = False
     """Decode every image of the finished file, and compare the records with the digest."""
     overwrite: bool = False
-    """Replace a finished file, and begin again where an unfinished one does not fit."""
+    """Replace a finished file. Start again if an unfinished file belongs to other images."""
 
 
-# ---- What there is to be read -------------------------------------------------------------------------------------
+# ---- Reading the image folder -------------------------------------------------------------------------------------
 
 
 def read_classes(images: Path, file: Path | None) -> list[str]:
-    """The class names in the order of their labels.
+    """Return the class names in the order of their labels: from `file`, or the names of the class folders.
 
     Raises:
-        InputError: there is no image folder, or `file` is missing, empty, names a class twice, or lacks a folder's.
+        InputError: the image folder is missing, or `file` cannot be read, is empty, contains a name twice, or lacks
+            the name of a class folder.
     """
     if not images.is_dir():
         raise InputError(f"there is no folder {images}: pass --images DIR with the images in DIR/<class>/")
@@ -89,7 +90,7 @@ def read_classes(images: Path, file: Path | None) -> list[str]:
 
 
 def count_files(images: Path, classes: list[str]) -> int:
-    """The number of image files.
+    """Count the image files.
 
     Raises:
         InputError: there are none.
@@ -99,17 +100,17 @@ def count_files(images: Path, classes: list[str]) -> int:
 
 
 def list_entry(images: Path, path: Path) -> bytes:
-    """What the digest of the listing takes of a file: its name, relative to `images`, and its size."""
+    """Return the entry of a file in the listing's digest: its size, and its name relative to `images`."""
     try:
         size = path.stat().st_size
-    except OSError:  # a link to nowhere: unreadable, but it has a name
+    except OSError:  # a broken link: it cannot be read, but it has a name
         size = -1
     return b"%d %s" % (size, os.fsencode(path.relative_to(images).as_posix()))
 
 
 @dataclass
 class ReadFile:
-    """A file that was read and decoded: its record, or what is wrong with it."""
+    """Result of reading an image file: its entry in the listing, and its record or an error message."""
 
     name: str
     label: int
@@ -120,7 +121,7 @@ class ReadFile:
 
 
 def read_file(images: Path, path: Path, label: int) -> ReadFile:
-    """Read a file, and decode it to see that it can be."""
+    """Read an image file, and decode it as a check."""
     name, entry = path.relative_to(images).as_posix(), list_entry(images, path)
     try:
         encoded = path.read_bytes()
@@ -131,8 +132,11 @@ def read_file(images: Path, path: Path, label: int) -> ReadFile:
     return ReadFile(name, label, entry, record, hashlib.sha256(record).digest())
 
 
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`work` of each item, in their order, by threads that are no more than a few items ahead."""
+def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """Yield `work(item)` of each item in order, computed in threads.
+
+    Unlike `ThreadPoolExecutor.map`, this takes items only as results are used: at most 4 per thread are pending.
+    """
     items = iter(items)
     with ThreadPoolExecutor(workers) as pool:
         pending = deque(pool.submit(work, item) for item in islice(items, 4 * workers))
@@ -148,7 +152,7 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -
 
 
 def build(args: Args, workers: int) -> Contents:
-    """Write the file, or go on with its unfinished part.
+    """Build the file, or continue an unfinished one.
 
     Raises:
         InputError: the images, the classes or the output cannot be used, or an image cannot be decoded.
@@ -156,23 +160,23 @@ def build(args: Args, workers: int) -> Contents:
     if args.out.is_dir():
         raise InputError(f"--out {args.out} is a folder: give the name of a file in it")
     if args.out.exists() and not args.overwrite:
-        raise InputError(f"{args.out} is there already: pass --overwrite to replace it")
+        raise InputError(f"{args.out} exists already: pass --overwrite to replace it")
     classes = read_classes(args.images, args.classes)
     total = count_files(args.images, classes)
     make_folder(args.out.absolute().parent)
     partial = args.out.with_name(f"{args.out.name}.partial")
     with exclusive_access(partial):
-        contents = begin(partial, args, classes)
+        contents = open_partial(partial, args, classes)
         try:
             if not contents.complete:
-                fill(partial, args, contents, total, workers)
+                append_missing(partial, args, contents, total, workers)
             finish(partial, args.out)
         except (lmdb.Error, OSError) as error:
-            # LMDB calls a write that a full disk cut short an input/output error
+            # LMDB reports a write to a full disk as an input/output error.
             reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
             raise InputError(
                 f"{partial} cannot be written ({reason}; is the disk full?): make room, and run the same command again "
-                "to go on"
+                "to continue"
             ) from error
     return contents
 
@@ -186,12 +190,16 @@ def exclusive_access(partial: Path) -> Iterator[None]:
         raise InputError(f"{partial} cannot be written ({error.strerror}): pass another --out") from error
     with file:
         if not lock_exclusively(file.fileno()):
-            raise InputError(f"{partial} is being written by another process: wait until it has ended")
+            raise InputError(f"{partial} is being written by another process: wait until that ends")
         yield
 
 
-def begin(partial: Path, args: Args, classes: list[str]) -> Contents:
-    """What the unfinished file holds, if it can be gone on with; a new one's contents if there is none."""
+def open_partial(partial: Path, args: Args, classes: list[str]) -> Contents:
+    """Return the contents of the unfinished file, or of a new one if there is none.
+
+    Raises:
+        InputError: the file is damaged, or belongs to other images, and --overwrite was not given.
+    """
     try:
         contents = reopen_unfinished(partial)
         if contents is not None:
@@ -205,33 +213,37 @@ def begin(partial: Path, args: Args, classes: list[str]) -> Contents:
 
 
 def check_listing(partial: Path, contents: Contents, images: Path, classes: list[str]) -> None:
-    """That the files of which the unfinished file was made are still the first of the folder.
+    """Check that the image files stored in the unfinished file are still the first ones of the folder.
 
     Raises:
         InputError: they are not.
     """
-    listing, taken = "", len(contents) + len(contents.skipped)
+    listing, count = "", len(contents) + len(contents.skipped)
     if contents.complete:
-        taken += 1  # there must not be another
-    for path, _ in islice(class_images(images, classes), taken):
+        count += 1  # the folder must not have another image
+    for path, _ in islice(class_images(images, classes), count):
         listing = chain(listing, list_entry(images, path))
     if classes != contents.classes or listing != contents.listing:
         raise InputError(
-            f"{images} or its classes are not those that {partial} was begun with: pass --overwrite to begin again"
+            f"{images} or its classes have changed since {partial} was started: pass --overwrite to start again"
         )
 
 
-def fill(partial: Path, args: Args, contents: Contents, total: int, workers: int) -> None:
-    """Append all images that the unfinished file does not have yet; at the end it is complete."""
-    taken = len(contents) + len(contents.skipped)
-    files = islice(class_images(args.images, contents.classes), taken, None)
-    results = ahead(lambda file: read_file(args.images, *file), files, workers)
+def append_missing(partial: Path, args: Args, contents: Contents, total: int, workers: int) -> None:
+    """Append the images that the unfinished file lacks, and mark it as complete.
+
+    Raises:
+        InputError: an image cannot be decoded and is not to be skipped, or none of the images can be decoded.
+    """
+    done = len(contents) + len(contents.skipped)
+    files = islice(class_images(args.images, contents.classes), done, None)
+    results = map_in_threads(lambda file: read_file(args.images, *file), files, workers)
     records, size = [], 0
-    with tqdm(results, initial=taken, total=total, desc=args.out.name, unit="image", disable=None) as progress:
+    with tqdm(results, initial=done, total=total, desc=args.out.name, unit="image", disable=None) as progress:
         for file in progress:
             contents.listing = chain(contents.listing, file.entry)
             if file.error is not None:
-                skip(file, args, progress)
+                report_unreadable(file, args, progress)
                 contents.skipped.append(file.name)
                 continue
             records.append(file.record)
@@ -247,30 +259,30 @@ def fill(partial: Path, args: Args, contents: Contents, total: int, workers: int
     append_records(partial, records, contents)
 
 
-def skip(file: ReadFile, args: Args, progress: tqdm) -> None:
-    """Name an image that cannot be decoded.
+def report_unreadable(file: ReadFile, args: Args, progress: tqdm) -> None:
+    """Print the name of a skipped image that cannot be decoded.
 
     Raises:
-        InputError: such images are not to be skipped.
+        InputError: --skip-unreadable was not given.
     """
     text = f"{args.images / file.name} cannot be decoded ({file.error})"
     if not args.skip_unreadable:
-        raise InputError(f"{text}: repair or remove it, or pass --skip-unreadable; the same command will go on")
-    progress.write(f"left out: {text}", file=sys.stderr)
+        raise InputError(f"{text}: repair or remove it, or pass --skip-unreadable; the build will continue")
+    progress.write(f"skipped: {text}", file=sys.stderr)
 
 
 # ---- Verifying ----------------------------------------------------------------------------------------------------
 
 
 def verify(path: Path, workers: int) -> ImageFolderLMDB:
-    """Decode every image of a finished file, and compare labels and digest with what the file says of itself.
+    """Decode every image of a finished file, and compare its labels and digest with its contents.
 
     Raises:
-        InputError: something differs, or an image cannot be decoded.
+        InputError: a label or the digest is wrong, or an image cannot be decoded.
     """
     data = ImageFolderLMDB(path)
     labels, digest, bad = data.labels, "", 0
-    results = ahead(lambda index: check_record(data.record(index)), range(len(data)), workers)
+    results = map_in_threads(lambda index: check_record(data.record(index)), range(len(data)), workers)
     with tqdm(results, total=len(data), desc=f"verifying {path.name}", unit="image", disable=None) as progress:
         for index, (name, label, record_digest, error) in enumerate(progress):
             digest = chain(digest, record_digest)
@@ -278,20 +290,20 @@ def verify(path: Path, workers: int) -> ImageFolderLMDB:
                 error = f"its label is {label} and should be {labels[index]}"
             if error is not None:
                 bad += 1
-                if bad <= NAMED:
+                if bad <= MAX_LISTED:
                     progress.write(f"image {index}, {name}: {error}", file=sys.stderr)
     if bad:
         raise InputError(f"{bad:,} of {len(data):,} images in {path} cannot be used: build it again")
     if digest != data.digest:
         raise InputError(
-            f"the records in {path} have the digest {digest[:12]}... and should have {data.digest[:12]}...: "
-            "it was damaged; copy it again, or build it again"
+            f"{path} is damaged: its records have the digest {digest[:12]}... and should have {data.digest[:12]}...; "
+            "copy it again, or build it again"
         )
     return data
 
 
 def check_record(record: bytes) -> tuple[str, int, bytes, str | None]:
-    """A record's name, label and SHA-256, and what is wrong with its image."""
+    """Return a record's name, label and SHA-256, and an error message if its image cannot be decoded."""
     name, label, encoded = split_record(memoryview(record))
     error = None
     try:
@@ -301,11 +313,11 @@ def check_record(record: bytes) -> tuple[str, int, bytes, str | None]:
     return name, label, hashlib.sha256(record).digest(), error
 
 
-# ---- The command --------------------------------------------------------------------------------------------------
+# ---- Command line -------------------------------------------------------------------------------------------------
 
 
 def describe(path: Path, contents: Contents) -> str:
-    """What was built, in a few lines."""
+    """Return a summary of a finished file, in a few lines."""
     filled = sum(count > 0 for count in contents.counts)
     lines = [
         f"{path}: {len(contents):,} images of {filled:,} classes, {path.stat().st_size / 1e6:,.1f} MB",
@@ -314,29 +326,28 @@ def describe(path: Path, contents: Contents) -> str:
     if filled < len(contents.classes):
         lines.append(f"{len(contents.classes) - filled:,} of the {len(contents.classes):,} classes have no images")
     if skipped := contents.skipped:
-        lines.append(f"{len(skipped):,} images that cannot be decoded were left out: {', '.join(skipped[:NAMED])}")
-        lines[-1] += ", ..." if len(skipped) > NAMED else ""
+        lines.append(f"{len(skipped):,} images that cannot be decoded were skipped: {', '.join(skipped[:MAX_LISTED])}")
+        lines[-1] += ", ..." if len(skipped) > MAX_LISTED else ""
     return "\n".join(lines)
 
 
 def main(args: Args) -> int:
     """Build, verify, or both."""
     if args.workers < 0:
-        raise InputError(f"--workers {args.workers} is below 0: give 0 for as many as there are processors")
+        raise InputError(f"--workers {args.workers} is below 0: give 0 for one per processor")
     if args.images is None and not args.verify:
         raise InputError("there is nothing to do: pass --images DIR to build --out, or --verify to check it")
     workers = args.workers or os.cpu_count() or 1
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        if args.images is not None:
-            print(describe(args.out, build(args, workers)))
-        if args.verify:
-            data = verify(args.out, workers)
-            print(f"{args.out} is sound: {len(data):,} images decoded, digest {data.digest}")
-    except KeyboardInterrupt:
-        goes_on = ": run the same command again to go on" if args.images is not None else ""
-        print(f"interrupted{goes_on}", file=sys.stderr)
-        return 130
+    if args.images is not None:
+        try:
+            contents = build(args, workers)
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or SIGTERM
+            print("run the same command again to continue", file=sys.stderr)
+            raise
+        print(describe(args.out, contents))
+    if args.verify:
+        data = verify(args.out, workers)
+        print(f"{args.out} is sound: {len(data):,} images decoded, digest {data.digest}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Image files of any kind as RGB pixels, and the images of a folder of classes."""
+"""Read image files of any format as RGB, and list the images of a folder of classes."""
 
 import io
 import os
@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from s3net_common.errors import InputError
+from s3net_common.errors import InputError, first_line
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
-warnings.filterwarnings("ignore", module="PIL")  # an image is good if it can be decoded
+warnings.filterwarnings("ignore", module="PIL")  # an image that can be decoded is used, whatever Pillow warns about
+
+
+# ---- Folders of classes -------------------------------------------------------------------------------------------
 
 
 def class_names(folder: Path) -> list[str]:
-    """The class folders in it, in alphabetical order.
+    """Return the names of the class folders in `folder`, in alphabetical order.
 
     Raises:
         InputError: there are none.
@@ -29,93 +32,108 @@ def class_names(folder: Path) -> list[str]:
 
 
 def read_class_names(file: Path) -> list[str]:
-    """The names in the file of a `--classes` flag, one a line, without what follows a tab.
+    """Read the file of a `--classes` flag: one class name per line; text after a tab is ignored.
 
     Raises:
-        InputError: it cannot be read, is empty, or names a class twice.
+        InputError: the file cannot be read, is empty, or contains a name twice.
     """
     try:
         names = [name for line in file.read_text().splitlines() if (name := line.partition("\t")[0].strip())]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--classes {file} cannot be read: pass a text file with a class name a line") from error
+        raise InputError(f"--classes {file} cannot be read: pass a text file with one class name per line") from error
     if not names:
-        raise InputError(f"--classes {file} is empty: it needs a class name a line")
+        raise InputError(f"--classes {file} is empty: it needs one class name per line")
     if len(set(names)) < len(names):
-        double = next(name for i, name in enumerate(names) if name in names[:i])
-        raise InputError(f"--classes {file} names {double!r} twice")
+        duplicate = next(name for i, name in enumerate(names) if name in names[:i])
+        raise InputError(f"--classes {file} contains {duplicate!r} twice")
     return names
 
 
 def class_images(folder: Path, classes: list[str]) -> Iterator[tuple[Path, int]]:
-    """The image files below `folder/<class>`, class by class, alphabetically in each, with their class's index.
+    """Yield the image files below `folder/<class>` with their labels: class by class, alphabetically in each class.
+
+    Args:
+        folder: contains a folder for each class.
+        classes: names of the classes; an image's label is the index of its class in this list.
 
     Raises:
-        InputError: there are none.
+        InputError: there are no image files.
     """
-    found = False
+    empty = True
     for label, name in enumerate(classes):
         for path in sorted((folder / name).rglob("*")):
             if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-                found = True
+                empty = False
                 yield path, label
-    if not found:
+    if empty:
         raise InputError(f"{folder} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in its class folders")
 
 
-def same_classes(train: list[str], val: list[str], train_at: Path, val_at: Path) -> list[str]:
-    """The classes of both halves of a data set.
+def check_same_classes(train: list[str], val: list[str], train_path: Path, val_path: Path) -> None:
+    """Check that the training and the validation images have the same classes in the same order.
 
     Raises:
         InputError: they differ; the message names the first difference.
     """
     if different := sorted(set(train) ^ set(val)):
-        inside, outside = (train_at, val_at) if different[0] in train else (val_at, train_at)
-        raise InputError(f"class {different[0]!r} is in {inside} but not in {outside}: give both the same classes")
-    if train != val:
-        first = next(i for i, (ours, theirs) in enumerate(zip(train, val, strict=True)) if ours != theirs)
-        raise InputError(
-            f"class {first} is {train[first]!r} in {train_at} and {val[first]!r} in {val_at}: give both the same order"
-        )
-    return train
+        present, absent = (train_path, val_path) if different[0] in train else (val_path, train_path)
+        raise InputError(f"class {different[0]!r} is in {present} but not in {absent}: give both the same classes")
+    for label, (train_name, val_name) in enumerate(zip(train, val, strict=True)):
+        if train_name != val_name:
+            raise InputError(
+                f"class {label} is {train_name!r} in {train_path} and {val_name!r} in {val_path}: "
+                "give both the same order"
+            )
+
+
+# ---- Image files --------------------------------------------------------------------------------------------------
 
 
 def decode(file: Path | bytes | memoryview, orient: bool = False) -> Image.Image:
-    """An image file, or its bytes, of any mode as 8-bit RGB.
+    """Decode an image of any mode as 8-bit RGB. Transparent pixels become white; 16-bit values are scaled to 8 bits.
 
-    Transparent pixels become white; 16-bit values are scaled to 8; a JPEG's orientation is applied where `orient` asks
-    for it. (ImageNet's networks are trained and evaluated on images as they are stored, as torchvision reads them.)
+    Args:
+        file: path of an image file, or the file's content.
+        orient: rotate the image as its EXIF orientation says. ImageNet's networks are trained and evaluated without
+            this, as torchvision reads images.
 
     Raises:
-        InputError: it cannot be read as an image; the message says why.
+        InputError: the image cannot be decoded; the message is the reason.
     """
     try:
         with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
             return to_rgb(ImageOps.exif_transpose(image) if orient else image)
-    except Exception as error:  # whatever the decoders of all the formats raise
-        reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise InputError((reason.strip().splitlines() or [type(error).__name__])[0]) from error
+    except UnidentifiedImageError as error:
+        raise InputError("no image format that Pillow knows") from error
+    except Exception as error:  # Pillow's decoders raise many kinds of exception
+        raise InputError(first_line(error)) from error
 
 
 def read_rgb(file: Path | bytes | memoryview, name: str | Path | None = None, orient: bool = True) -> Image.Image:
-    """As `decode`, with a message that calls the image `name`, by default its path, and says what to do.
+    """Decode an image like `decode`, with an error message for the user.
+
+    Args:
+        file: path of an image file, or the file's content.
+        name: the image's name in the message; by default its path.
+        orient: as in `decode`.
 
     Raises:
-        InputError: it cannot be read as an image.
+        InputError: the image cannot be decoded; the message names it and says what to do.
     """
     try:
         return decode(file, orient)
     except InputError as error:
-        called = file if name is None else name
         raise InputError(
-            f"{called} cannot be read as an image ({error}): remove or repair it, or pass --skip-unreadable"
+            f"{file if name is None else name} cannot be read as an image ({error}): remove or repair it, or pass "
+            "--skip-unreadable"
         ) from error
 
 
-def decode_image(path: Path, size: int) -> np.ndarray:
-    """An image file of any size and mode as uint8 `(size, size, 3)`: short side resized, centre cropped.
+def read_square(path: Path, size: int) -> np.ndarray:
+    """Read an image file as uint8 `(size, size, 3)`: the short side resized to `size`, then a centre crop.
 
     Raises:
-        InputError: the file cannot be read as an image; the message names it.
+        InputError: as `read_rgb`.
     """
     image = read_rgb(path)
     if image.size != (size, size):
@@ -124,7 +142,7 @@ def decode_image(path: Path, size: int) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB."""
+    """Convert a PIL image of any mode to 8-bit RGB, as `decode` does."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         if values.max(initial=0) > 255:

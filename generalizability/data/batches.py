@@ -1,15 +1,13 @@
-"""Batches of data sets in memory, augmented whole, on the training device.
+"""Normalised batches on the training device: of images in memory, augmented as whole batches, and of images on disk.
 
-Which images make up a batch and how each is flipped and cropped follows from the seed, the epoch and the step alone:
-not from the device, the number of processes, or what ran before.
-
-Measured by `benchmark.py --only data` (see README.md): faster than the same transforms an image at a time through PIL
-and a DataLoader by the factor given there.
+The images of a batch, their flips and their crops depend on the seed, the epoch and the step only: not on the device,
+the number of distributed ranks, or earlier steps. A run can therefore be resumed at any step of an epoch.
 """
 
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as transforms
 
-from data.image_sets import DiskImages, ImageSet, Source
+from data.image_sets import DiskImages, Halves, ImageSet, Source
 from distributed import Ranks
 from recipes import RunConfig
 from s3net_common.errors import InputError, LocalError
@@ -28,12 +26,12 @@ from s3net_common.images import read_rgb
 
 
 class Normalization:
-    """uint8 images of 0 to 255 to what a network sees, on the training device.
+    """Conversion of uint8 images to the network's input, on the training device.
 
     Args:
-        device: where the images are.
+        device: device of the images.
         mean, std: of each colour channel, for pixels in [0, 1].
-        image_size: height and width that the network sees; images of another size are resized (bilinear).
+        image_size: height and width of the network's input; images of another size are resized (bilinear).
     """
 
     def __init__(
@@ -49,16 +47,56 @@ class Normalization:
         self.image_size = image_size
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 `(B, 3, H, W)` to float32 `(B, 3, image_size, image_size)`, channels last."""
-        images = images.float().mul_(self.scale).add_(self.shift)
+        """Return uint8 `(B, 3, H, W)` as float32 `(B, 3, image_size, image_size)` in channels-last memory format.
+
+        With several crops per image, `(B, crops, 3, H, W)`, the result has the same additional dimension.
+        """
+        leading = images.shape[:-3]
+        images = images.flatten(0, -4).float().mul_(self.scale).add_(self.shift)
         if images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-        return images.contiguous(memory_format=torch.channels_last)
+        return images.contiguous(memory_format=torch.channels_last).unflatten(0, leading)
+
+
+def step_part(step: int, batch_size: int, count: int, rank: int, world_size: int) -> tuple[Tensor, float, int]:
+    """Return the part of a training batch that belongs to a rank.
+
+    Args:
+        step: number of the batch in the epoch, from 0.
+        batch_size: images in a batch, over all ranks.
+        count: images in the epoch.
+        rank: of this process, from 0.
+        world_size: number of ranks.
+
+    Returns:
+        The positions of the images in the epoch's order `(b,)`, their weight in the loss, and the size of the whole
+        batch. The weight is 1. If a batch has fewer images than there are ranks, each rank without an image gets the
+        first image with weight 0, because every rank must take part in the step.
+    """
+    batch = range(step * batch_size, min((step + 1) * batch_size, count))
+    part = torch.arange(batch.start, batch.stop).tensor_split(world_size)[rank]
+    if not len(part):
+        return torch.tensor([batch.start]), 0.0, len(batch)
+    return part, 1.0, len(batch)
+
+
+def combine_seeds(seed: int, epoch: int) -> int:
+    """Return a generator's seed for a run's seed and an epoch. Neighbouring seeds have no epoch in common."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+# ---- Images in memory ---------------------------------------------------------------------------------------------
 
 
 class _Batches:
-    """Normalised channels-last batches of an `ImageSet`, on a device."""
+    """Batches of an `ImageSet`.
+
+    Args:
+        data: the images; they are kept on a GPU if they fill less than half of its free memory.
+        batch_size: images in a batch, over all distributed ranks.
+        device, mean, std, image_size: as of `Normalization`; by default the images keep their size.
+    """
 
     def __init__(
         self,
@@ -69,7 +107,6 @@ class _Batches:
         std: tuple[float, float, float],
         image_size: int | None = None,
     ) -> None:
-        """`batch_size` counts the images of all processes together; for the others see `Normalization`."""
         self.batch_size, self.device = batch_size, device
         self.images, self.labels = data.images, data.labels
         if device.type == "cuda" and data.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
@@ -77,35 +114,42 @@ class _Batches:
         self.normalize = Normalization(device, mean, std, image_size or self.images.shape[-1])
 
     def __len__(self) -> int:
-        """Batches in one pass."""
+        """Return the number of batches in an epoch."""
         return -(-len(self.labels) // self.batch_size)
 
     def close(self) -> None:
-        """Nothing has to be ended, unlike with the batches from disk."""
+        """Do nothing: only batches from disk have worker processes to end."""
 
-    def _fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        index = index.to(self.images.device, non_blocking=True)
-        images, labels = self.images.index_select(0, index), self.labels.index_select(0, index)
+    def _select(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        indices = indices.to(self.images.device, non_blocking=True)
+        images, labels = self.images.index_select(0, indices), self.labels.index_select(0, indices)
         return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
 class TrainingBatches(_Batches):
-    """Random order, flips and crops, each image with its own draw.
+    """Batches in random order, each image flipped and cropped at random.
 
-    Every process draws for the whole batch, always on the CPU, and takes its part: so the images of a step are the
-    same whatever the device and the number of processes, and an epoch can be entered at any step.
+    Every rank draws the random numbers of the whole batch on the CPU, then takes its part of the batch.
+
+    Args:
+        *args, **kwargs: as of `_Batches`.
+        flip: mirror half of the images.
+        crop_padding: zero padding on each side before the random crop, relative to the image's height and width.
+        seed: of the order, the flips and the crops.
+        rank, world_size: of this process.
     """
 
     def __init__(self, *args, flip: bool, crop_padding: float, seed: int, rank: int = 0, world_size: int = 1, **kwargs):
-        """As `_Batches`; `crop_padding` is a share of the image's height and width."""
         super().__init__(*args, **kwargs)
         self.flip, self.seed, self.rank, self.world_size = flip, seed, rank, world_size
         self.padding = round(crop_padding * self.images.shape[-1])
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-        """Yield this process's part of each batch, and the number of images in the whole of it.
+        """Yield this rank's part of each batch from `first_step` on.
 
-        The part is images `(b, 3, H, W)`, labels `(b,)` and weights `(b,)`; for these see `step_part`.
+        Yields:
+            Images `(b, 3, H, W)`, labels `(b,)`, weights in the loss `(b,)` (see `step_part`), and the number of
+            images in the whole batch.
         """
         count = len(self.labels)
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, epoch))
@@ -114,32 +158,33 @@ class TrainingBatches(_Batches):
         offsets = torch.randint(2 * self.padding + 1, (2, count), generator=generator)
         for step in range(first_step, len(self)):
             part, weight, whole_batch = step_part(step, self.batch_size, count, self.rank, self.world_size)
-            images, labels = self._fetch(order[part])
+            images, labels = self._select(order[part])
             images = flip_and_crop(images, flips[part], offsets[:, part], self.padding)
             weights = torch.full((len(part),), weight, device=self.device)
             yield self.normalize(images), labels, weights, whole_batch
 
 
 class EvaluationBatches(_Batches):
-    """Every image once, in order; of several processes each takes whole batches in turn.
+    """Batches that contain every image once, in order.
 
-    So a batch holds the same images, and gives the same logits, whatever the number of processes.
+    Distributed ranks take turns batch by batch, so that a batch has the same images, and gives the same logits, for
+    any number of ranks.
     """
 
     def part(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images `(b, 3, H, W)` and labels `(b,)` of this process's batches."""
+        """Yield images `(b, 3, H, W)` and labels `(b,)` of the batches of a rank."""
         for step in range(rank, len(self), world_size):
-            index = torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.labels)))
-            images, labels = self._fetch(index)
+            indices = torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.labels)))
+            images, labels = self._select(indices)
             yield self.normalize(images), labels
 
 
 def flip_and_crop(images: Tensor, flips: Tensor, offsets: Tensor, padding: int) -> Tensor:
-    """Crop each image at its own place of its zero-padded self, and mirror those that are to be.
+    """Pad each image with zeros, crop it to its original size at its own offset, and mirror some of the crops.
 
     Args:
         images: `(B, C, H, W)`.
-        flips: bool `(B,)`, which images to mirror after cropping.
+        flips: bool `(B,)`, which crops to mirror.
         offsets: int `(2, B)`, row and column of the crop in the padded image, 0 to `2 * padding`.
         padding: zero pixels on each side.
 
@@ -155,42 +200,42 @@ def flip_and_crop(images: Tensor, flips: Tensor, offsets: Tensor, padding: int) 
     return torch.where(flips.to(device, non_blocking=True).view(-1, 1, 1, 1), images.flip(3), images)
 
 
-def step_part(step: int, batch_size: int, count: int, rank: int, world_size: int) -> tuple[Tensor, float, int]:
-    """Which of `count` images in their order a process takes at a step, their weight, and the whole batch's size.
+# ---- Images on disk: one image ------------------------------------------------------------------------------------
 
-    The weight is 1. Only where a batch has fewer images than there are processes does a process without one get the
-    batch's first image with weight 0, so that all of them take part in the step.
+Transform = Callable[[Image.Image], Tensor]  # from an RGB image to uint8 pixels
+Item = tuple[int, int | None]  # index of an image, and the seed of its random transform (None: it is not random)
+
+
+def random_crop(image: Image.Image, size: int, flip: bool) -> Tensor:
+    """Convert an RGB image to uint8 `(3, size, size)`: a random crop, resized, and mirrored at random if `flip`.
+
+    The crop has 8% to 100% of the area and an aspect ratio of 3/4 to 4/3. The random numbers are torch's.
     """
-    batch = range(step * batch_size, min((step + 1) * batch_size, count))
-    part = torch.arange(batch.start, batch.stop).tensor_split(world_size)[rank]
-    if not len(part):
-        return torch.tensor([batch.start]), 0.0, len(batch)
-    return part, 1.0, len(batch)
+    top, left, height, width = RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+    box = (left, top, left + width, top + height)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+    if flip and torch.rand(()) < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return transforms.pil_to_tensor(image)
 
 
-def combine_seeds(seed: int, epoch: int) -> int:
-    """A generator seed for each pair; seeds that differ by one must not share epochs."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-EVAL_RESIZE = 256 / 224  # short side before the centre crop, in units of the crop
-
-
-Item = tuple[int, int | None]  # an image's index, and the seed of its crop and flip; None for the centre
+def center_crop(image: Image.Image, size: int) -> Tensor:
+    """Convert an RGB image to uint8 `(3, size, size)`: short side resized to 256/224 of the size, then centre crop."""
+    resized = transforms.resize(image, round(size * 256 / 224))
+    return transforms.pil_to_tensor(transforms.center_crop(resized, size))
 
 
 @dataclass
 class Decoder(Dataset):
-    """Images as uint8 pixels `(3, image_size, image_size)`.
+    """Decoded and transformed images of a source.
 
-    An item is asked for as `(index, seed)`: with a seed the image is cropped and flipped at random as that seed has
-    it, with None its centre is taken. Given back is `(pixels, label, problem)`; a problem is what is wrong with an
-    image that cannot be decoded, since an exception would lose its one line on the way out of a worker.
+    `decoder[index, seed]` is `(pixels, label, problem)`: the transformed image, its label and, if the image cannot be
+    decoded, the error message (the pixels are then black). An exception would reach the main process with its
+    worker's traceback in the message.
     """
 
     source: Source
-    image_size: int
-    flip: bool = True
+    transform: Transform
 
     def __getitem__(self, item: Item) -> tuple[Tensor, int, str | None]:
         index, seed = item
@@ -198,45 +243,38 @@ class Decoder(Dataset):
         try:
             encoded, label = self.source.encoded(index)
             image = read_rgb(encoded, self.source.name(index), orient=False)
-            image = self.centre(image) if seed is None else self.random_crop(image, seed)
         except InputError as error:
-            image, problem = Image.new("RGB", (self.image_size, self.image_size)), str(error)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), label, problem
+            image, problem = Image.new("RGB", (64, 64)), str(error)
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            return self.transform(image), label, problem
 
-    def random_crop(self, image: Image.Image, seed: int) -> Image.Image:
-        """A random share of 8% to 100% of the area, of aspect 3/4 to 4/3, resized; mirrored every other time."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            top, left, height, width = RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
-            mirrored = self.flip and torch.rand(()) < 0.5
-        box = (left, top, left + width, top + height)
-        image = image.resize((self.image_size,) * 2, Image.Resampling.BILINEAR, box)
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
-    def centre(self, image: Image.Image) -> Image.Image:
-        """The short side resized to 256/224 of the size, and the centre of that."""
-        resized = transforms.resize(image, round(self.image_size * EVAL_RESIZE))
-        return transforms.center_crop(resized, self.image_size)
+# ---- Images on disk: batches --------------------------------------------------------------------------------------
 
 
 def collate(items: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Tensor, list[str | None]]:
-    """Pixels `(B, 3, H, W)`, labels `(B,)` and problems."""
+    """Return the pixels `(B, ...)`, labels `(B,)` and problems of a batch."""
     pixels, labels, problems = zip(*items, strict=True)
     return torch.stack(pixels), torch.tensor(labels), list(problems)
 
 
-def leave_signals_to_main(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal: the main one decides; SIGTERM is how it ends a worker."""
+def set_worker_signals(worker: int) -> None:
+    """Ignore Ctrl-C in a DataLoader worker: the terminal sends it to every process, and the main process handles it.
+
+    The main process ends its workers with SIGTERM, which therefore gets its default effect.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @dataclass
-class _Plan:
-    """The batch sampler of a `_DiskBatches`: what its next pass asks for.
+class _BatchSampler:
+    """The batch sampler of a `_DiskBatches`, which sets the items of the next pass.
 
-    It is an object of its own so that nothing refers to itself: the workers then end when the loader is let go of, and
-    not when garbage is collected, which may be never.
+    It is a separate object because a loader that refers to its owner would form a reference cycle. Without a cycle,
+    the workers end as soon as the loader is no longer used, not when garbage is collected.
     """
 
     batches: Callable[[], Iterator[list[Item]]] = lambda: iter(())
@@ -246,7 +284,15 @@ class _Plan:
 
 
 class _DiskBatches:
-    """Normalised batches of a `DiskImages`, on a device. Not to be read by two iterators at a time."""
+    """Batches of `DiskImages`. Only one iterator may be in use at a time.
+
+    Args:
+        data: the images.
+        batch_size: images in a batch, over all distributed ranks.
+        device, mean, std, image_size: as of `Normalization`.
+        workers: processes that decode images; 0 to decode them in this process.
+        transform: applied to each image.
+    """
 
     def __init__(
         self,
@@ -257,119 +303,141 @@ class _DiskBatches:
         std: tuple[float, float, float],
         image_size: int,
         workers: int,
-        flip: bool = False,
+        transform: Transform,
     ) -> None:
-        """As the batches in memory; `workers` processes decode, 0 for the training process itself."""
         self.data, self.batch_size, self.device = data, batch_size, device
         self.normalize = Normalization(device, mean, std, image_size)
-        self.plan = _Plan()
+        self.sampler = _BatchSampler()
         self.loader = DataLoader(
-            Decoder(data.source, image_size, flip),
-            batch_sampler=self.plan,
+            Decoder(data.source, transform),
+            batch_sampler=self.sampler,
             num_workers=workers,
             collate_fn=collate,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=leave_signals_to_main,
-            generator=torch.Generator(),  # else each pass would draw from the one that dropout draws from
+            worker_init_fn=set_worker_signals,
+            generator=torch.Generator(),  # by default each pass would advance the generator that dropout uses
         )
 
     def __len__(self) -> int:
-        """Batches in one pass."""
+        """Return the number of batches in an epoch."""
         return -(-len(self.data) // self.batch_size)
 
     def close(self) -> None:
-        """End the workers. Those that are left to the interpreter it kills, which PyTorch reports as a crash."""
+        """End the workers. The interpreter would kill them at exit, which PyTorch reports as a crash."""
         self.loader = None
 
-    def _load(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Normalised images, labels, and which of them could be read; on the device.
+    def _load(self, batches: Callable[[], Iterator[list[Item]]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield uint8 pixels, labels, and whether each image could be read (bool), on the CPU.
 
         Raises:
-            LocalError: an image cannot be read and they are not to be skipped.
+            LocalError: an image cannot be read and `data.skip_unreadable` is False.
         """
+        self.sampler.batches = batches
         for pixels, labels, problems in self.loader:
             if (problem := next(filter(None, problems), None)) and not self.data.skip_unreadable:
                 raise LocalError(problem)
-            readable = torch.tensor([problem is None for problem in problems])
-            pixels, labels, readable = (t.to(self.device, non_blocking=True) for t in (pixels, labels, readable))
-            yield self.normalize(pixels), labels, readable
+            yield pixels, labels, torch.tensor([problem is None for problem in problems])
+
+    def _to_device(self, *tensors: Tensor) -> list[Tensor]:
+        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
 
 
 class DiskTrainingBatches(_DiskBatches):
-    """Random order, crops and flips, each image with its own draw; as `batches.TrainingBatches`."""
+    """Batches in random order, each image cropped and flipped at random; used as `TrainingBatches`.
 
-    def __init__(self, *args, seed: int, rank: int = 0, world_size: int = 1, **kwargs):
-        super().__init__(*args, **kwargs)
+    Args:
+        *args, **kwargs: as of `_DiskBatches`.
+        flip, seed, rank, world_size: as of `TrainingBatches`.
+    """
+
+    def __init__(
+        self, *args, image_size: int, flip: bool, seed: int, rank: int = 0, world_size: int = 1, **kwargs
+    ) -> None:
+        super().__init__(
+            *args, image_size=image_size, transform=partial(random_crop, size=image_size, flip=flip), **kwargs
+        )
         self.seed, self.rank, self.world_size = seed, rank, world_size
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-        """As `batches.TrainingBatches.epoch`; an image that is skipped gets weight 0."""
-        chosen, count = self.data.chosen, len(self.data)
+        """Yield as `TrainingBatches.epoch`; an image that is skipped has weight 0."""
+        count = len(self.data)
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, epoch))
-        order = torch.randperm(count, generator=generator)
+        order = self.data.indices[torch.randperm(count, generator=generator)]
         seeds = torch.randint(2**62, (count,), generator=generator)
         steps = range(first_step, len(self))
         parts = [step_part(step, self.batch_size, count, self.rank, self.world_size) for step in steps]
 
-        def plan() -> Iterator[list[Item]]:
+        def batches() -> Iterator[list[Item]]:
             for part, _, _ in parts:
-                yield list(zip(chosen[order[part]].tolist(), seeds[part].tolist(), strict=True))
+                yield list(zip(order[part].tolist(), seeds[part].tolist(), strict=True))
 
-        self.plan.batches = plan
-        for (images, labels, readable), (_, weight, whole_batch) in zip(self._load(), parts, strict=True):
-            yield images, labels, readable * weight, whole_batch
+        for batch, (_, weight, whole_batch) in zip(self._load(batches), parts, strict=True):
+            pixels, labels, readable = self._to_device(*batch)
+            yield self.normalize(pixels), labels, readable * weight, whole_batch
 
 
 class DiskEvaluationBatches(_DiskBatches):
-    """Every image once, in order; as `batches.EvaluationBatches`."""
+    """Batches that contain every image once, in order; used as `EvaluationBatches`.
+
+    Args:
+        *args, **kwargs: as of `_DiskBatches`.
+        transform: applied to each image; by default `center_crop` to `image_size`.
+    """
+
+    def __init__(self, *args, image_size: int, transform: Transform | None = None, **kwargs) -> None:
+        super().__init__(
+            *args, image_size=image_size, transform=transform or partial(center_crop, size=image_size), **kwargs
+        )
 
     def part(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `batches.EvaluationBatches.part`, without the images that are skipped."""
-        chosen = self.data.chosen.split(self.batch_size)[rank::world_size]
-        self.plan.batches = lambda: ([(index, None) for index in part.tolist()] for part in chosen)
-        for images, labels, readable in self._load():
+        """Yield as `EvaluationBatches.part`, without the images that are skipped.
+
+        A transform that returns several crops of an image gives images `(b, crops, 3, H, W)`.
+        """
+        parts = self.data.indices.split(self.batch_size)[rank::world_size]
+        for pixels, labels, readable in self._load(lambda: ([(i, None) for i in part.tolist()] for part in parts)):
             if not readable.all():
-                images, labels = images[readable], labels[readable]
+                pixels, labels = pixels[readable], labels[readable]
             if len(labels):
-                yield images, labels
+                pixels, labels = self._to_device(pixels, labels)
+                yield self.normalize(pixels), labels
 
 
-# Of training and validation images; to be closed
+# ---- The batches of a run -----------------------------------------------------------------------------------------
+
+# The training batches and the evaluation batches of a run. Call close() of both when the run ends.
 Batches = tuple[TrainingBatches, EvaluationBatches] | tuple[DiskTrainingBatches, DiskEvaluationBatches]
 
 
-def eval_batch(image_size: int) -> int:
-    """Images of that size that are evaluated at a time."""
-    return 500 if image_size <= 64 else 100
+def make_batches(config: RunConfig, data: Halves, ranks: Ranks, loader_workers: int) -> Batches:
+    """Return the batches of a run on this rank's device.
 
-
-def make_batches(
-    config: RunConfig,
-    data: tuple[ImageSet, ImageSet] | tuple[DiskImages, DiskImages],
-    ranks: Ranks,
-    loader_workers: int,
-) -> Batches:
-    """The run's batches on this process's device; `loader_workers` processes decode images that are on disk."""
+    Args:
+        config: of the run.
+        data: the training images and the validation images.
+        ranks: this process among the distributed ranks.
+        loader_workers: DataLoader workers that decode images, if they are on disk.
+    """
     train, val = data
-    common = {"mean": config.mean, "std": config.std, "image_size": config.image_size, "flip": config.flip}
-    per_rank = {"seed": config.seed, "rank": ranks.rank, "world_size": ranks.world_size}
     evaluation = make_evaluation_batches(val, ranks, config.mean, config.std, config.image_size, loader_workers)
+    options = {"mean": config.mean, "std": config.std, "image_size": config.image_size, "flip": config.flip}
+    options |= {"seed": config.seed, "rank": ranks.rank, "world_size": ranks.world_size}
     if isinstance(train, DiskImages):
         return DiskTrainingBatches(
-            train, config.batch_size, ranks.device, workers=loader_workers, **common, **per_rank
+            train, config.batch_size, ranks.device, workers=loader_workers, **options
         ), evaluation
     return TrainingBatches(
-        train, config.batch_size, ranks.device, crop_padding=config.crop_padding, **common, **per_rank
+        train, config.batch_size, ranks.device, crop_padding=config.crop_padding, **options
     ), evaluation
 
 
 def make_evaluation_batches(
     val: ImageSet | DiskImages, ranks: Ranks, mean: list[float], std: list[float], image_size: int, loader_workers: int
 ) -> EvaluationBatches | DiskEvaluationBatches:
-    """Batches of validation images on this process's device."""
+    """Return batches of validation images on this rank's device. For the arguments see `make_batches`."""
+    batch_size = 500 if image_size <= 64 else 100
+    options = {"mean": mean, "std": std, "image_size": image_size}
     if isinstance(val, DiskImages):
-        return DiskEvaluationBatches(
-            val, eval_batch(image_size), ranks.device, mean, std, image_size, workers=loader_workers
-        )
-    return EvaluationBatches(val, eval_batch(image_size), ranks.device, mean, std, image_size)
+        return DiskEvaluationBatches(val, batch_size, ranks.device, workers=loader_workers, **options)
+    return EvaluationBatches(val, batch_size, ranks.device, **options)

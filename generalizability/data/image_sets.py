@@ -1,7 +1,4 @@
-"""Data sets that stay on disk, as ImageNet must: an LMDB file or class folders, and which of their images are wanted.
-
-`DiskImages` is what `data.ImageSet` is for data sets in memory; `disk_batches.py` makes batches of it.
-"""
+"""Sets of labelled images: `ImageSet` in memory, `DiskImages` in an LMDB file or in class folders, and their splits."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +12,18 @@ from data.image_lmdb import ImageFolderLMDB
 from s3net_common.errors import InputError
 from s3net_common.images import class_images, class_names
 
+# ---- Images in memory ---------------------------------------------------------------------------------------------
+
 
 @dataclass
 class ImageSet:
-    """Images with labels.
+    """Images in memory, with labels.
 
     Attributes:
         images: uint8 `(N, 3, H, W)`, 0 to 255.
         labels: int64 `(N,)`, indices into `classes`.
-        classes: the classes' names, in the order of their indices.
-        skipped: how many unreadable images were left out.
+        classes: names of the classes.
+        skipped: number of unreadable images that were skipped.
     """
 
     images: Tensor
@@ -36,56 +35,30 @@ class ImageSet:
         return len(self.labels)
 
     def hold_out(self, count: int) -> tuple["ImageSet", "ImageSet"]:
-        """All but `count` images, and those: a validation set that leaves the test images for the end.
+        """Split into all but `count` images for training, and `count` images for validation.
 
         Raises:
-            InputError: where there are too few images for that (see `splits.stratified_split`).
+            InputError: as `stratified_split`.
         """
-        return tuple(self._choose(half) for half in stratified_split(self.labels, count, len(self.classes)))
+        return tuple(self._select(part) for part in stratified_split(self.labels, count, len(self.classes)))
 
     def subset(self, count: int | None) -> "ImageSet":
-        """`count` images, always the same (see `splits.random_subset`); all of them for None."""
-        return self if count is None else self._choose(random_subset(len(self), count))
+        """Return `count` images, always the same ones, or all images if `count` is None.
 
-    def _choose(self, index: Tensor) -> "ImageSet":
-        return ImageSet(self.images[index], self.labels[index], self.classes, self.skipped)
+        Raises:
+            InputError: as `random_subset`.
+        """
+        return self if count is None else self._select(random_subset(len(self), count))
 
-
-def stratified_split(labels: np.ndarray, count: int, classes: int) -> tuple[Tensor, Tensor]:
-    """The indices of all but `count` images, and of those; every class has its share in both.
-
-    Raises:
-        InputError: where `count` leaves one of the two halves with fewer images than there are classes.
-    """
-    if not classes <= count <= len(labels) - classes:
-        raise InputError(
-            f"--hold-out {count} is not possible: give a number from {classes}, one image a class, to "
-            f"{max(classes, len(labels) - classes)}"
-        )
-    from sklearn.model_selection import train_test_split
-
-    try:
-        halves = train_test_split(np.arange(len(labels)), test_size=count, random_state=0, stratify=labels)
-    except ValueError as error:  # a class with a single image
-        raise InputError(f"--hold-out {count} is not possible: {error}") from error
-    return tuple(torch.from_numpy(half) for half in halves)
+    def _select(self, indices: Tensor) -> "ImageSet":
+        return ImageSet(self.images[indices], self.labels[indices], self.classes, self.skipped)
 
 
-def random_subset(images: int, count: int | None) -> Tensor:
-    """The first `count` indices of a fixed random order, so that every class has its share; all in order for None.
-
-    Raises:
-        InputError: for a count below 1.
-    """
-    if count is None:
-        return torch.arange(images)
-    if count < 1:
-        raise InputError(f"a limit of {count} images leaves none: give 1 or more")
-    return torch.randperm(images, generator=torch.Generator().manual_seed(0))[:count]
+# ---- Images on disk -----------------------------------------------------------------------------------------------
 
 
 class Source(Protocol):
-    """Encoded images with labels: an LMDB file or a folder."""
+    """Encoded images with labels: an LMDB file or class folders."""
 
     classes: list[str]
     labels: np.ndarray
@@ -93,20 +66,23 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def encoded(self, index: int) -> tuple[bytes | memoryview, int]:
-        """The bytes of an image file, and its label."""
+        """Return the content of an image file, and its label."""
 
     def name(self, index: int) -> str:
-        """What to call the image in an error message."""
+        """Return the name of the image for error messages."""
 
 
 class ImageFolder:
-    """The images of `folder/<class>/**`, classes in alphabetical order, as a `Source`."""
+    """The images of `folder/<class>/**` as a `Source`, classes in alphabetical order.
+
+    Raises:
+        InputError: there are no class folders, or no images.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Raises InputError where there are no class folders or images."""
         self.folder, self.classes = folder, class_names(folder)
         files = list(class_images(folder, self.classes))
-        # One array of bytes instead of a million Python strings: workers share its memory.
+        # One array of bytes, not a million Python strings: DataLoader workers share its memory.
         self.names = np.array([str(path.relative_to(folder)).encode() for path, _ in files])
         self.labels = np.array([label for _, label in files])
 
@@ -114,10 +90,10 @@ class ImageFolder:
         return len(self.labels)
 
     def encoded(self, index: int) -> tuple[bytes, int]:
-        """The bytes of an image file, and its label.
+        """Return the content of an image file, and its label.
 
         Raises:
-            InputError: it cannot be read.
+            InputError: the file cannot be read.
         """
         try:
             return Path(self.name(index)).read_bytes(), int(self.labels[index])
@@ -125,55 +101,102 @@ class ImageFolder:
             raise InputError(f"{self.name(index)} cannot be read ({error.strerror})") from error
 
     def name(self, index: int) -> str:
-        """Its path."""
+        """Return the path of an image."""
         return str(self.folder / self.names[index].decode())
+
+
+def open_source(path: Path) -> Source:
+    """Open an LMDB file, or a folder with `<class>/*`.
+
+    Raises:
+        InputError: the file is no LMDB file of folder2lmdb.py, or the folder has no images.
+    """
+    return ImageFolder(path) if path.is_dir() else ImageFolderLMDB(path)
+
+
+def find_split(folder: Path, split: str) -> Path | None:
+    """Return the path of `<split>.lmdb` or, if there is none, of `<split>/` in a data folder; None without both."""
+    if (path := folder / f"{split}.lmdb").is_file():
+        return path
+    return path if (path := folder / split).is_dir() else None
 
 
 @dataclass
 class DiskImages:
-    """Images of a source that are read when they are needed.
+    """Images of a source, which are read from disk when a batch needs them.
 
     Attributes:
-        source: where they are.
-        chosen: int64 `(N,)`, which of the source's images these are.
-        skip_unreadable: leave out images that cannot be decoded instead of stopping.
-        skipped: 0, since images are looked at only when they are needed.
+        source: the LMDB file or the class folders.
+        indices: int64 `(N,)`, the images of the source that belong to this set.
+        skip_unreadable: skip images that cannot be decoded, instead of stopping.
+        skipped: always 0, because an image is first decoded when a batch needs it.
     """
 
     source: Source
-    chosen: Tensor
+    indices: Tensor
     skip_unreadable: bool = False
     skipped: int = 0
 
     @property
     def classes(self) -> list[str]:
-        """The classes' names, in the order of their indices."""
+        """Names of the classes, in the order of their labels."""
         return self.source.classes
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.indices)
 
     def hold_out(self, count: int) -> tuple["DiskImages", "DiskImages"]:
-        """As `ImageSet.hold_out`."""
-        labels = np.asarray(self.source.labels)[self.chosen]
-        return tuple(
-            replace(self, chosen=self.chosen[half]) for half in stratified_split(labels, count, len(self.classes))
-        )
+        """Split as `ImageSet.hold_out` does."""
+        labels = np.asarray(self.source.labels)[self.indices]
+        parts = stratified_split(labels, count, len(self.classes))
+        return tuple(replace(self, indices=self.indices[part]) for part in parts)
 
     def subset(self, count: int | None) -> "DiskImages":
-        """As `ImageSet.subset`."""
-        if count is None:
-            return self
-        return replace(self, chosen=self.chosen[random_subset(len(self), count)])
+        """Return a subset as `ImageSet.subset` does."""
+        return self if count is None else replace(self, indices=self.indices[random_subset(len(self), count)])
 
 
-def open_source(folder: Path, half: str) -> tuple[Source, Path] | None:
-    """`<half>.lmdb` or `<half>/<class>/*`, whichever the folder holds, and its path; None for neither."""
-    if (path := folder / f"{half}.lmdb").is_file():
-        return ImageFolderLMDB(path), path
-    if (path := folder / half).is_dir():
-        return ImageFolder(path), path
-    return None
+# The training images and the validation images of a data set.
+Halves = tuple[ImageSet, ImageSet] | tuple[DiskImages, DiskImages]
 
 
-Halves = tuple[ImageSet, ImageSet] | tuple[DiskImages, DiskImages]  # training and validation images
+# ---- Splits -------------------------------------------------------------------------------------------------------
+
+
+def stratified_split(labels: np.ndarray | Tensor, count: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Split images at random, but always alike, with the same proportion of each class in both parts.
+
+    Args:
+        labels: int `(N,)`.
+        count: number of images in the second part.
+        classes: number of classes.
+
+    Returns:
+        The indices of the first part, `(N - count,)`, and of the second part, `(count,)`.
+
+    Raises:
+        InputError: `count` leaves one part with fewer images than there are classes, or a class has only one image.
+    """
+    if not classes <= count <= len(labels) - classes:
+        raise InputError(
+            f"--hold-out {count} is not possible: give a number from {classes}, one image per class, to "
+            f"{max(classes, len(labels) - classes)}"
+        )
+    from sklearn.model_selection import train_test_split
+
+    try:
+        parts = train_test_split(np.arange(len(labels)), test_size=count, random_state=0, stratify=labels)
+    except ValueError as error:  # a class with a single image
+        raise InputError(f"--hold-out {count} is not possible: {error}") from error
+    return tuple(torch.from_numpy(part) for part in parts)
+
+
+def random_subset(images: int, count: int) -> Tensor:
+    """Return the first `count` indices of a fixed random order of `images` images, so that no class is preferred.
+
+    Raises:
+        InputError: `count` is below 1.
+    """
+    if count < 1:
+        raise InputError(f"a limit of {count} images leaves none: give 1 or more")
+    return torch.randperm(images, generator=torch.Generator().manual_seed(0))[:count]

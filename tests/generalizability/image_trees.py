@@ -1,4 +1,4 @@
-"""Small trees of real images in the layouts of Tiny ImageNet and ImageNet."""
+"""Small folders of real images in the layouts of Tiny ImageNet and ImageNet."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def digit_photos(count, size):
-    """Handwritten digits in colours of their own, enlarged: `(image, digit)`, the classes taking turns."""
+    """Yield enlarged, coloured images of handwritten digits, `(image, digit)`. The classes take turns."""
     pixels, labels = load_digits(return_X_y=True)
     order = np.argsort([10 * np.count_nonzero(labels[:i] == label) + label for i, label in enumerate(labels[:200])])
     for i in order[:count]:
@@ -21,18 +21,18 @@ def digit_photos(count, size):
 
 
 def real_photos(crops, size, cifar_classes=0, cifar_images=0):
-    """Real images, `(image, class name)`: cut from ImageNet's of the shared data, and of CIFAR-100 enlarged.
+    """Yield `(image, class name)`: crops of ImageNet photographs from the shared data, and enlarged CIFAR-100 images.
 
-    `crops` squares are cut from each of the 60 ImageNet images at places of a fixed random order; each is resized.
+    Each of the 60 photographs gives `crops` square crops at random positions (with a fixed seed), resized to `size`.
     """
     files = sorted((SHARED / "imagenet_sample").glob("*/*.JPEG"))
     if not files:
-        pytest.skip("no shared data here")
-    places = np.random.default_rng(0)
+        pytest.skip("the shared data are missing")
+    generator = np.random.default_rng(0)
     for path in files:
         photo = Image.open(path).convert("RGB")
         side = min(photo.size) * 2 // 3
-        for left, top in places.random((crops, 2)) * (np.array(photo.size) - side):
+        for left, top in generator.random((crops, 2)) * (np.array(photo.size) - side):
             yield (
                 photo.crop((left, top, left + side, top + side)).resize(size, Image.Resampling.BICUBIC),
                 path.parent.name,
@@ -44,14 +44,14 @@ def real_photos(crops, size, cifar_classes=0, cifar_images=0):
 
 
 def make_tiny_imagenet(root, photos):
-    """Photos as Tiny ImageNet's zip unpacks: every second one of a class is a validation image; returns the folder."""
-    folder, seen = root / "tiny-imagenet-200", {}
+    """Write photos in the layout of Tiny ImageNet's zip; return the folder. Half of each class is for validation."""
+    folder, counts = root / "tiny-imagenet-200", {}
     (folder / "val" / "images").mkdir(parents=True)
     lines = []
     for i, (image, name) in enumerate(photos):
         wnid = name if isinstance(name, str) else f"n{name:08d}"
-        seen[wnid] = seen.get(wnid, 0) + 1
-        if seen[wnid] % 2:
+        counts[wnid] = counts.get(wnid, 0) + 1
+        if counts[wnid] % 2:
             path = folder / "train" / wnid / "images" / f"{wnid}_{i}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
         else:
@@ -63,12 +63,12 @@ def make_tiny_imagenet(root, photos):
 
 
 def make_imagenet(root, photos):
-    """Photos as `{train,val}/<class>/*.JPEG`, every third of a class a validation image; returns the root."""
-    seen = {}
+    """Write photos as `{train,val}/<class>/*.JPEG`; return the root. A third of each class is for validation."""
+    counts = {}
     for i, (image, name) in enumerate(photos):
-        seen[name] = seen.get(name, 0) + 1
-        half = "train" if seen[name] % 3 else "val"
-        path = root / half / f"class{name}" / f"{i}.JPEG"
+        counts[name] = counts.get(name, 0) + 1
+        split = "train" if counts[name] % 3 else "val"
+        path = root / split / f"class{name}" / f"{i}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=90)
     return root

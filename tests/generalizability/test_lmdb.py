@@ -1,4 +1,4 @@
-"""Image folders as LMDB files: building, going on after a kill, reading in workers, and what bad input gets."""
+"""Image folders as LMDB files: building, continuing after a kill, reading in workers, and errors."""
 
 import hashlib
 import json
@@ -21,6 +21,7 @@ import decoding_benchmark
 import folder2lmdb
 from data.image_lmdb import Contents, ImageFolderLMDB, append_records, make_record, reopen_unfinished
 from folder2lmdb import Args, main
+from s3net_common.command_line import sigterm_as_exit
 from s3net_common.errors import InputError
 
 FOLDER = Path(__file__).parents[2] / "generalizability"
@@ -29,7 +30,7 @@ SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "imagenet_sample"
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Three classes of 7, 5 and 4 JPEG files, one of them in a subfolder, and files that are no images."""
+    """Three classes of 7, 5 and 4 JPEG files, one of them in a subfolder, and a file that is no image."""
     folder = tmp_path_factory.mktemp("photographs")
     for name, count in {"cat": 7, "dog": 5, "eel": 4}.items():
         (folder / name).mkdir()
@@ -44,12 +45,13 @@ def photographs(tmp_path_factory):
 
 @pytest.fixture
 def small_transactions(monkeypatch):
-    """A transaction every three or four of the photographs."""
+    """Three or four photographs per transaction."""
     monkeypatch.setattr(folder2lmdb, "TRANSACTION_BYTES", 12_000)
 
 
 @pytest.fixture(scope="module")
-def built(photographs, tmp_path_factory):
+def built_file(photographs, tmp_path_factory):
+    """The photographs as an LMDB file."""
     file = tmp_path_factory.mktemp("built") / "train.lmdb"
     assert main(Args(file, photographs, workers=2)) == 0
     return file
@@ -63,11 +65,11 @@ def copy_tree(photographs, folder):
     return folder
 
 
-# -- What is in the file --
+# -- Content of the file --
 
 
-def test_the_file_holds_the_untouched_bytes_labels_and_names(photographs, built):
-    data = ImageFolderLMDB(built)
+def test_the_file_has_the_bytes_labels_and_names_of_the_images(photographs, built_file):
+    data = ImageFolderLMDB(built_file)
     assert len(data) == 16 and data.classes == ["cat", "dog", "eel"] and data.class_to_idx["eel"] == 2
     assert data.labels.dtype == np.int64 and data.labels.tolist() == [0] * 7 + [1] * 5 + [2] * 4
     assert [data.name(i) for i in (0, 7, 12, -1)] == ["cat/cat0.JPEG", "dog/dog0.JPEG", "eel/deep/eel0.JPEG",
@@ -78,21 +80,21 @@ def test_the_file_holds_the_untouched_bytes_labels_and_names(photographs, built)
         data[16]
 
 
-def test_items_are_those_of_image_folder(photographs, built):
+def test_items_equal_those_of_torchvisions_image_folder(photographs, built_file):
     transform = transforms.Compose([transforms.CenterCrop(32), transforms.ToTensor()])
-    theirs = ImageFolder(str(photographs), transform)
-    places = {path: i for i, (path, _) in enumerate(theirs.samples)}
-    data = ImageFolderLMDB(built, transform)
-    assert len(theirs) == len(data)
+    folder = ImageFolder(str(photographs), transform)
+    positions = {path: i for i, (path, _) in enumerate(folder.samples)}
+    data = ImageFolderLMDB(built_file, transform)
+    assert len(folder) == len(data)
     for i in range(len(data)):
-        image, label = theirs[places[str(photographs / data.name(i))]]
+        image, label = folder[positions[str(photographs / data.name(i))]]
         assert data[i][0].equal(image) and data[i][1] == label
-    image, _ = ImageFolderLMDB(built)[0]
+    image, _ = ImageFolderLMDB(built_file)[0]
     assert image.mode == "RGB" and image.size == (60, 40)
 
 
-def test_the_file_is_as_documented(built):
-    with lmdb.open(str(built), subdir=False, readonly=True, lock=False, max_dbs=1) as environment:
+def test_the_format_is_the_documented_one(built_file):
+    with lmdb.open(str(built_file), subdir=False, readonly=True, lock=False, max_dbs=1) as environment:
         images = environment.open_db(b"images", create=False)
         with environment.begin() as transaction:
             info = json.loads(transaction.get(b"info"))
@@ -106,24 +108,24 @@ def test_the_file_is_as_documented(built):
     assert info["digest"] == digest.hex()
 
 
-# -- The same input gives the same bytes --
+# -- The same images give the same bytes --
 
 
-def test_building_twice_gives_the_same_bytes(photographs, built, tmp_path):
+def test_building_twice_gives_the_same_bytes(photographs, built_file, tmp_path):
     assert main(Args(tmp_path / "again.lmdb", photographs, workers=1)) == 0
-    assert (tmp_path / "again.lmdb").read_bytes() == built.read_bytes()
+    assert (tmp_path / "again.lmdb").read_bytes() == built_file.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["again.lmdb"]
 
 
-def test_a_killed_build_goes_on_to_the_same_bytes(photographs, tmp_path, small_transactions):
-    assert main(Args(tmp_path / "whole.lmdb", photographs)) == 0
-    slow = (  # as the script, with a pause after the second transaction
+def test_a_killed_build_continues_to_the_same_bytes(photographs, tmp_path, small_transactions):
+    assert main(Args(tmp_path / "uninterrupted.lmdb", photographs)) == 0
+    slow = (  # the script with a pause after the second transaction
         "import time, folder2lmdb as f; f.TRANSACTION_BYTES = 12_000\n"
-        "append, done = f.append_records, []\n"
-        "def slowly(*given):\n"
-        "    append(*given); done.append(1)\n"
-        "    if len(done) == 2: print('paused', flush=True); time.sleep(60)\n"
-        "f.append_records = slowly; f.run_script(f.main, f.Args, '')"
+        "append, calls = f.append_records, []\n"
+        "def append_and_pause(*arguments):\n"
+        "    append(*arguments); calls.append(1)\n"
+        "    if len(calls) == 2: print('paused', flush=True); time.sleep(60)\n"
+        "f.append_records = append_and_pause; f.run_script(f.main, f.Args, '')"
     )
     target, partial = tmp_path / "killed.lmdb", tmp_path / "killed.lmdb.partial"
     command = [sys.executable, "-c", slow, "--images", photographs, "--out", target]
@@ -136,14 +138,14 @@ def test_a_killed_build_goes_on_to_the_same_bytes(photographs, tmp_path, small_t
     assert 0 < len(reopen_unfinished(partial)) < 16 and not target.exists()
     with pytest.raises(InputError, match="is not finished"):
         ImageFolderLMDB(partial)
-    with partial.open("ab") as file:  # what a transaction that was cut off leaves behind
+    with partial.open("ab") as file:  # as an interrupted transaction would
         file.write(b"\xaa" * 9000)
     assert main(Args(target, photographs)) == 0
-    assert target.read_bytes() == (tmp_path / "whole.lmdb").read_bytes() and not partial.exists()
+    assert target.read_bytes() == (tmp_path / "uninterrupted.lmdb").read_bytes() and not partial.exists()
 
 
-def test_transactions_cut_off_anywhere_give_the_same_bytes(tmp_path):
-    """Enough small records for branch pages that split, with an aborted write between the transactions."""
+def test_aborted_transactions_do_not_change_the_bytes(tmp_path):
+    """The records are many and small, so that branch pages split. A write is aborted before each transaction."""
 
     def write(path, abort):
         contents = Contents(["a"], [0])
@@ -158,10 +160,10 @@ def test_transactions_cut_off_anywhere_give_the_same_bytes(tmp_path):
             append_records(path, records, contents)
         return path.read_bytes()
 
-    assert write(tmp_path / "one", abort=False) == write(tmp_path / "two", abort=True)
+    assert write(tmp_path / "finished", abort=False) == write(tmp_path / "aborted", abort=True)
 
 
-def test_a_full_disk_leaves_what_can_be_gone_on_with(photographs, built, tmp_path, small_transactions):
+def test_a_build_continues_after_a_full_disk(photographs, built_file, tmp_path, small_transactions):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (45_000, limits[1]))
     try:
@@ -172,45 +174,40 @@ def test_a_full_disk_leaves_what_can_be_gone_on_with(photographs, built, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["train.lmdb.partial"]
     assert 0 < len(reopen_unfinished(tmp_path / "train.lmdb.partial")) < 16
     assert main(Args(tmp_path / "train.lmdb", photographs)) == 0
-    assert ImageFolderLMDB(tmp_path / "train.lmdb").digest == ImageFolderLMDB(built).digest
+    assert ImageFolderLMDB(tmp_path / "train.lmdb").digest == ImageFolderLMDB(built_file).digest
 
 
-def test_an_interrupted_build_says_how_to_go_on(photographs, tmp_path, capsys, monkeypatch):
-    def interrupt(*_):
-        signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(folder2lmdb, "append_records", interrupt)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main(Args(tmp_path / "train.lmdb", photographs)) == 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert capsys.readouterr().err == "interrupted: run the same command again to go on\n"
+@pytest.mark.parametrize(("number", "exception"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_an_interrupted_build_prints_how_to_continue(photographs, tmp_path, capsys, monkeypatch, number, exception):
+    monkeypatch.setattr(folder2lmdb, "append_records", lambda *_: signal.raise_signal(number))
+    with pytest.raises(exception), sigterm_as_exit():
+        main(Args(tmp_path / "train.lmdb", photographs))
+    assert capsys.readouterr().err == "run the same command again to continue\n"
     assert not (tmp_path / "train.lmdb").exists()
 
 
 # -- Images that cannot be decoded --
 
 
-def test_an_unreadable_image_stops_the_build_or_is_left_out(photographs, tmp_path, capsys, small_transactions):
+def test_an_unreadable_image_stops_the_build_or_is_skipped(photographs, tmp_path, capsys, small_transactions):
     folder, file = copy_tree(photographs, tmp_path / "images"), tmp_path / "val.lmdb"
     bad = folder / "dog" / "dog3.JPEG"
     bad.write_bytes(bad.read_bytes()[:900])
     with pytest.raises(InputError, match=r"dog3.JPEG cannot be decoded \(.*truncated.*\): repair or remove it"):
         main(Args(file, folder))
     assert not file.exists()
-    assert main(Args(file, folder, skip_unreadable=True, verify=True)) == 0  # goes on
+    assert main(Args(file, folder, skip_unreadable=True, verify=True)) == 0  # continues
     printed = capsys.readouterr()
-    assert f"left out: {bad} cannot be decoded" in printed.err
-    assert "1 images that cannot be decoded were left out: dog/dog3.JPEG" in printed.out
+    assert f"skipped: {bad} cannot be decoded" in printed.err
+    assert "1 images that cannot be decoded were skipped: dog/dog3.JPEG" in printed.out
     assert "is sound: 15 images decoded" in printed.out
     data = ImageFolderLMDB(file)
     assert data.skipped == ["dog/dog3.JPEG"] and data.labels.tolist() == [0] * 7 + [1] * 4 + [2] * 4
-    assert main(Args(tmp_path / "at_once.lmdb", folder, skip_unreadable=True)) == 0
-    assert (tmp_path / "at_once.lmdb").read_bytes() == file.read_bytes()
+    assert main(Args(tmp_path / "uninterrupted.lmdb", folder, skip_unreadable=True)) == 0
+    assert (tmp_path / "uninterrupted.lmdb").read_bytes() == file.read_bytes()
 
 
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
+def test_the_error_of_an_undecodable_image_names_it(tmp_path):
     append_records(tmp_path / "f", [make_record("a/b.jpg", 0, b"no image")], Contents(["a"], [1], complete=True))
     with pytest.raises(InputError, match=r"a/b.jpg in .*f cannot be decoded: no image format that Pillow knows"):
         ImageFolderLMDB(tmp_path / "f")[0]
@@ -219,7 +216,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
 # -- The listing and the classes --
 
 
-def test_a_build_does_not_go_on_with_other_images(photographs, tmp_path, small_transactions):
+def test_a_build_does_not_continue_with_other_images(photographs, tmp_path, small_transactions):
     folder, file = copy_tree(photographs, tmp_path / "images"), tmp_path / "train.lmdb"
     last = folder / "eel" / "eel3.JPEG"
     good = last.read_bytes()
@@ -228,11 +225,11 @@ def test_a_build_does_not_go_on_with_other_images(photographs, tmp_path, small_t
         main(Args(file, folder))
     last.write_bytes(good)
     (folder / "cat" / "cat00.JPEG").write_bytes(good)
-    with pytest.raises(InputError, match=r"not those that .*partial was begun with: pass --overwrite"):
+    with pytest.raises(InputError, match=r"have changed since .*partial was started: pass --overwrite"):
         main(Args(file, folder))
     assert main(Args(file, folder, overwrite=True)) == 0
     assert ImageFolderLMDB(file).name(1) == "cat/cat00.JPEG"
-    with pytest.raises(InputError, match="is there already: pass --overwrite"):
+    with pytest.raises(InputError, match="exists already: pass --overwrite"):
         main(Args(file, folder))
 
 
@@ -250,7 +247,7 @@ def test_classes_file_fixes_the_order(photographs, tmp_path, capsys):
     ("text", "message"),
     [
         ("cat\ndog\n", "eel is not one of the 2 classes"),
-        ("cat\ndog\ncat\neel\n", "names 'cat' twice"),
+        ("cat\ndog\ncat\neel\n", "contains 'cat' twice"),
         ("\n", "is empty"),
         (None, "cannot be read"),
     ],
@@ -282,20 +279,22 @@ def test_wrong_flags(photographs, tmp_path):
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_open_the_file_themselves(built, start):
-    data = ConcatDataset([ImageFolderLMDB(built, np.asarray), ImageFolderLMDB(built, np.mean)])  # two of one file
-    expected = [(np.sum(values), label) for values, label in data]  # the parent has read, too
+def test_workers_open_the_file_themselves(built_file, start):
+    data = ConcatDataset(
+        [ImageFolderLMDB(built_file, np.asarray), ImageFolderLMDB(built_file, np.mean)]
+    )  # two readers of one file
+    expected = [(np.sum(values), label) for values, label in data]  # the parent process has read the file, too
     loader = DataLoader(data, 4, num_workers=2, multiprocessing_context=start, collate_fn=list)
     assert [(np.sum(values), label) for batch in loader for values, label in batch] == expected
 
 
-def test_a_pickle_holds_no_images(built):
-    data = ImageFolderLMDB(built)
+def test_a_pickle_does_not_contain_the_images(built_file):
+    data = ImageFolderLMDB(built_file)
     pickled = pickle.dumps(data)
     assert len(pickled) < 2000 and pickle.loads(pickled).encoded(3) == data.encoded(3)
 
 
-def test_a_file_replaced_while_in_use_is_noticed(photographs, tmp_path):
+def test_a_file_that_is_replaced_while_in_use_is_an_error(photographs, tmp_path):
     def write(image):
         append_records(
             tmp_path / "f", [make_record("a/b.jpg", 0, image)], Contents(["a"], [1], [], image.hex(), "", True)
@@ -305,21 +304,21 @@ def test_a_file_replaced_while_in_use_is_noticed(photographs, tmp_path):
     pickled = pickle.dumps(ImageFolderLMDB(tmp_path / "f"))
     (tmp_path / "f").unlink()
     write(b"\x02")
-    with pytest.raises(InputError, match="was replaced by another file"):
+    with pytest.raises(InputError, match="another file has replaced"):
         pickle.loads(pickled).encoded(0)
 
 
-# -- Files that are not what they should be --
+# -- Damaged files and files of other formats --
 
 
-def test_files_that_cannot_be_used(built, tmp_path):
-    content = built.read_bytes()
+def test_files_that_cannot_be_used(built_file, tmp_path):
+    content = built_file.read_bytes()
     (tmp_path / "truncated").write_bytes(content[: len(content) // 2])
     (tmp_path / "stub").write_bytes(content[:100])
     (tmp_path / "text").write_text("no LMDB" * 10_000)
     (tmp_path / "empty").touch()
-    other = tmp_path / "other"
-    with lmdb.open(str(other), subdir=False, lock=False) as environment, environment.begin(write=True) as transaction:
+    foreign = tmp_path / "foreign"
+    with lmdb.open(str(foreign), subdir=False, lock=False) as environment, environment.begin(write=True) as transaction:
         transaction.put(b"0", b"an image")
     newer = tmp_path / "newer"
     newer.write_bytes(content.replace(b'"version": 1', b'"version": 2'))
@@ -329,7 +328,7 @@ def test_files_that_cannot_be_used(built, tmp_path):
         "stub": "stub is not an LMDB file",
         "text": "text is not an LMDB file",
         "empty": "empty is not an LMDB file",
-        "other": "other was not written by folder2lmdb.py",
+        "foreign": "foreign was not written by folder2lmdb.py",
         "newer": "newer has version 2 of its format and this program reads version 1",
         "counts": "counts was not written by folder2lmdb.py",
         "absent": r"absent cannot be opened \(No such file or directory\)",
@@ -339,29 +338,29 @@ def test_files_that_cannot_be_used(built, tmp_path):
             ImageFolderLMDB(tmp_path / name)
 
 
-def test_a_record_that_is_not_as_it_was_written(built, tmp_path):
-    content, name = built.read_bytes(), b"cat/cat0.JPEG"
+def test_a_record_with_a_damaged_header_is_an_error(built_file, tmp_path):
+    content, name = built_file.read_bytes(), b"cat/cat0.JPEG"
     header = b"\0\0\0\0" + bytes([len(name), 0]) + name
     damaged = tmp_path / "damaged.lmdb"
     for replaced in (bytes(len(header)), b"\7" + header[1:]):  # no name; label 7 of 3 classes
         assert content.count(header) == 1
         damaged.write_bytes(content.replace(header, replaced))
-        with pytest.raises(InputError, match=r"damaged.lmdb is damaged: image 0 is missing, or not as it was written"):
+        with pytest.raises(InputError, match=r"damaged.lmdb is damaged: image 0 is missing or has a wrong header"):
             ImageFolderLMDB(damaged).encoded(0)
         assert ImageFolderLMDB(damaged).encoded(1)[1] == 0
         damaged.unlink()
 
 
-def test_verify_finds_a_changed_byte(built, tmp_path, capsys):
-    assert main(Args(built, verify=True)) == 0
-    assert f"16 images decoded, digest {ImageFolderLMDB(built).digest}" in capsys.readouterr().out
-    content = bytearray(built.read_bytes())
-    image, _ = ImageFolderLMDB(built).encoded(5)
-    place = content.index(image) + len(image) - 40  # in the coded pixels: it still decodes
-    content[place] ^= 1
+def test_verify_finds_a_changed_byte(built_file, tmp_path, capsys):
+    assert main(Args(built_file, verify=True)) == 0
+    assert f"16 images decoded, digest {ImageFolderLMDB(built_file).digest}" in capsys.readouterr().out
+    content = bytearray(built_file.read_bytes())
+    image, _ = ImageFolderLMDB(built_file).encoded(5)
+    position = content.index(image) + len(image) - 40  # in the coded pixels: it still decodes
+    content[position] ^= 1
     damaged = tmp_path / "damaged.lmdb"
     damaged.write_bytes(content)
-    with pytest.raises(InputError, match="it was damaged"):
+    with pytest.raises(InputError, match="is damaged: its records have the digest"):
         main(Args(damaged, verify=True))
     content[content.index(image[:100]) : content.index(image[:100]) + 2] = b"no"
     damaged.write_bytes(content)
@@ -369,12 +368,12 @@ def test_verify_finds_a_changed_byte(built, tmp_path, capsys):
         main(Args(damaged, verify=True))
 
 
-def test_the_script_gives_one_line_and_exit_code_2(tmp_path):
+def test_the_script_prints_one_line_and_exits_with_2(tmp_path):
     command = [sys.executable, FOLDER / "folder2lmdb.py", "--out", tmp_path / "a.lmdb", "--images", tmp_path / "none"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stdout == ""
     assert (
-        done.stderr
+        process.stderr
         == f"error: there is no folder {tmp_path / 'none'}: pass --images DIR with the images in DIR/<class>/\n"
     )
 
@@ -383,16 +382,16 @@ def test_the_script_gives_one_line_and_exit_code_2(tmp_path):
 
 
 def test_the_decoding_benchmark_compares_the_same_images(photographs, monkeypatch, capsys):
-    seen = {}
+    labels = {}
 
     def images_per_second(data, workers):
-        seen.setdefault(workers, []).append([data[i][1] for i in range(len(data))])
+        labels.setdefault(workers, []).append([data[i][1] for i in range(len(data))])
         return 100.0
 
     monkeypatch.setattr(decoding_benchmark, "images_per_second", images_per_second)
     results = decoding_benchmark.benchmark_decoding(1, photographs)
-    assert results["count"] == 16 and all(labels == seen[0][0] for labels in seen[0] + seen[2])
-    assert len(seen[0]) == len(decoding_benchmark.SIDES)
+    assert results["count"] == 16 and all(case == labels[0][0] for case in labels[0] + labels[2])
+    assert len(labels[0]) == len(decoding_benchmark.CASES)
     assert results["workers"]["0"]["share_of_the_decoder"]["LMDB, warm"]["median"] == 1.0
     decoding_benchmark.print_decoding(results)
     assert "LMDB, cold              100.0 images/s         1.000" in capsys.readouterr().out

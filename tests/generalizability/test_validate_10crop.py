@@ -1,4 +1,4 @@
-"""The ten-crop evaluation, held against a plain loop over the images."""
+"""The ten-crop evaluation, compared with a plain loop over the images."""
 
 import hashlib
 import json
@@ -14,7 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import transforms
 
+import folder2lmdb
 import validate_10crop
+from data.batches import Normalization
+from data.ten_crops import CENTER_CROP, ten_crops
 from distributed import Ranks
 from models import create_model
 from s3net_common.checkpoints import load_weights
@@ -23,6 +26,7 @@ from validate_10crop import COUNTS, Args, wilson_interval
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "validate_10crop.py"
 SHARED = Path(__file__).parents[3] / "shared"
+CPU = torch.device("cpu")
 CLASSES = ["ant", "bee", "cow", "dog", "eel", "fox", "gnu"]
 OPTIONS = {"growth_rate": 4, "block_config": [1, 1], "num_init_features": 4, "bn_size": 1}
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -30,12 +34,12 @@ SIZES = {"resize": 48, "crop": 33, "batch_size": 4, "workers": 0, "device": "cpu
 
 
 def save_checkpoint(path, classes=CLASSES, outputs=None):
-    """A tiny network of random weights, as the trainer saves them."""
+    """Write a tiny network with random weights as the trainer does."""
     outputs = outputs or len(classes)
     torch.manual_seed(3)
     model = create_model("s3net_imagenet_small", outputs, **OPTIONS)
     noise = torch.nn.functional.interpolate(torch.randn(64, 3, 5, 5), size=33, mode="bicubic")
-    with torch.no_grad():  # statistics and a bias under which images of noise differ in their classes
+    with torch.no_grad():  # with these statistics and this bias, images of noise get different classes
         for _ in range(20):
             model.train()(noise)
         model.classifier.bias -= model.eval()(noise).mean(dim=0)
@@ -55,7 +59,7 @@ def save_checkpoint(path, classes=CLASSES, outputs=None):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """val/: 14 JPEGs of coloured noise, of many shapes, in 7 classes; and the weights of a network."""
+    """val/ with 14 JPEGs of coloured noise, of many shapes, in 7 classes; and the weights of a network."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for i in range(14):
         path = folder / "val" / CLASSES[i % 7] / f"{i}.JPEG"
@@ -73,9 +77,13 @@ def evaluate(folder, tmp_path, **flags):
     return json.loads(out.read_text())
 
 
+def load_model(folder):
+    return load_weights(create_model("s3net_imagenet_small", 7, **OPTIONS), folder / "best.safetensors").eval()
+
+
 def plain_loop(folder):
-    """Errors in percent, an image at a time: centre crop top-1, top-5, ten crops top-1, top-5."""
-    model = load_weights(create_model("s3net_imagenet_small", 7, **OPTIONS), folder / "best.safetensors").eval()
+    """Compute the errors in percent image by image: centre crop top-1, top-5, ten crops top-1, top-5."""
+    model = load_model(folder)
     resize, normalize = transforms.Resize(48), transforms.Normalize(MEAN, STD)
     to_tensor = transforms.ToTensor()
     files = sorted((folder / "val").rglob("*.JPEG"))
@@ -95,11 +103,11 @@ def errors_of(results):
     return [results[crops][f"top{k}_error"] for crops in ("centre_crop", "ten_crops") for k in (1, 5)]
 
 
-@pytest.mark.parametrize(("batch_size", "readers"), [(4, 0), (14, 2)])
-def test_it_equals_a_plain_loop_over_the_images(folder, tmp_path, capsys, batch_size, readers):
+@pytest.mark.parametrize(("batch_size", "workers"), [(4, 0), (14, 2)])
+def test_the_errors_equal_those_of_a_plain_loop(folder, tmp_path, capsys, batch_size, workers):
     expected = plain_loop(folder)
-    assert 0 < expected[1] < expected[0] < 100 and expected[:2] != expected[2:]  # each number says something
-    results = evaluate(folder, tmp_path, batch_size=batch_size, workers=readers)
+    assert 0 < expected[1] < expected[0] < 100 and expected[:2] != expected[2:]  # no number is trivial
+    results = evaluate(folder, tmp_path, batch_size=batch_size, workers=workers)
     assert errors_of(results) == pytest.approx(expected, abs=1e-9)
     printed = capsys.readouterr().out
     assert f"{expected[0]:.2f}%" in printed and f"{expected[2]:.2f}%" in printed
@@ -107,23 +115,20 @@ def test_it_equals_a_plain_loop_over_the_images(folder, tmp_path, capsys, batch_
 
 
 def test_the_logits_are_those_of_single_crops(folder):
-    model = load_weights(create_model("s3net_imagenet_small", 7, **OPTIONS), folder / "best.safetensors").eval()
-    file = next((folder / "val").rglob("*.JPEG"))
-    images = validate_10crop.open_images(folder, validate_10crop.TenCrops(48, 33))
-    precision = validate_10crop.Precision(torch.device("cpu"), mixed=False)
-    scorer = validate_10crop.Scorer(model, precision, torch.device("cpu"), list(range(7)), MEAN, STD)
-    crops = images[[images.name(i) for i in range(len(images))].index(str(file))][0]
-    found = scorer.logits(crops[None])[0]
+    model, file = load_model(folder), next((folder / "val").rglob("*.JPEG"))
     prepare = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     image = transforms.Resize(48)(Image.open(file).convert("RGB"))
     with torch.no_grad():
         expected = torch.cat([model(prepare(crop)[None]) for crop in transforms.TenCrop(33)(image)])
-        centre = model(prepare(transforms.CenterCrop(33)(image))[None])[0]
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found[validate_10crop.CENTRE], centre, atol=1e-4, rtol=1e-4)
+        center = model(prepare(transforms.CenterCrop(33)(image))[None])[0]
+    pixels = ten_crops(Image.open(file).convert("RGB"), resize=48, crop=33)
+    crops = Normalization(CPU, MEAN, STD, 33)(pixels[None])
+    logits = validate_10crop.ten_crop_logits(model, validate_10crop.Precision(CPU, mixed=False), crops)[0]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits[CENTER_CROP], center, atol=1e-4, rtol=1e-4)
 
 
-def test_the_results_say_what_was_evaluated(folder, tmp_path):
+def test_the_results_describe_the_evaluation(folder, tmp_path):
     results = evaluate(folder, tmp_path)
     digest = hashlib.sha256((folder / "best.safetensors").read_bytes()).hexdigest()
     assert results["checkpoint"]["sha256"] == digest and results["kind"] == "validate_10crop"
@@ -132,66 +137,71 @@ def test_the_results_say_what_was_evaluated(folder, tmp_path):
     model = create_model("s3net_imagenet_small", 7, **OPTIONS)
     assert results["parameters"] == sum(p.numel() for p in model.parameters())
     assert (results["dataset"], results["model"], results["outputs"]) == ("imagenet", "s3net_imagenet_small", 7)
-    assert set(results["versions"]) == {"python", "torch", "torchvision"} and results["processes"] == 1
+    assert {"python", "torch", "torchvision"} <= set(results["versions"]) and results["processes"] == 1
+    assert results["command"].startswith("python ") and results["machine"]
     for crops in ("centre_crop", "ten_crops"):
         low, high = results[crops]["top1_interval"]
         assert low < results[crops]["top1_error"] < high
 
 
 def test_wilson_intervals():
-    # 10 of 50 from Wilson's equation by hand; the edges are 0 and z^2 / (n + z^2).
+    # Wilson's equation; without errors the limits are 0 and z^2 / (n + z^2).
     assert wilson_interval(10, 50) == pytest.approx((11.2435, 33.0364), abs=1e-3)
     z2 = 1.959963984540054**2
     assert wilson_interval(0, 60) == pytest.approx((0, 100 * z2 / (60 + z2)))
     assert wilson_interval(60, 60) == pytest.approx((100 * 60 / (60 + z2), 100))
 
 
-# -- Many processes --
+# -- Distributed ranks --
 
 
-def test_the_parts_of_several_processes_are_the_whole(folder, monkeypatch):
-    """Each of 3 processes in turn, without torchrun: 14 images do not divide by 3, nor by the batch."""
-    images = validate_10crop.open_images(folder, validate_10crop.TenCrops(48, 33))
-    model = load_weights(create_model("s3net_imagenet_small", 7, **OPTIONS), folder / "best.safetensors").eval()
-    cpu = torch.device("cpu")
-    scorer = validate_10crop.Scorer(model, validate_10crop.Precision(cpu, False), cpu, list(range(7)), MEAN, STD)
+def test_the_counts_of_all_ranks_add_up(folder, monkeypatch):
+    """Each of 3 ranks in turn, without torchrun. Batches of 4 images give 4, 4, 4 and 2 images."""
     args = Args(folder / "best.safetensors", folder, **SIZES)
-    whole = validate_10crop.count_errors(args, images, scorer, Ranks(0, 1, cpu))
+    images, network = validate_10crop.prepare(args, CPU)
+    precision = validate_10crop.Precision(CPU, mixed=False)
+
+    def count_errors(rank, world_size):
+        return validate_10crop.count_errors(args, images, network, precision, Ranks(rank, world_size, CPU))
+
+    total = count_errors(0, 1)
     monkeypatch.setattr(Ranks, "on_all_ranks", lambda self, action: action())
     monkeypatch.setattr(Ranks, "reduce", lambda self, values: values)
-    parts = [validate_10crop.count_errors(args, images, scorer, Ranks(rank, 3, cpu)) for rank in range(3)]
-    assert [part["images"] for part in parts] == [5, 5, 4]
-    assert {name: sum(part[name] for part in parts) for name in COUNTS} == whole
+    parts = [count_errors(rank, 3) for rank in range(3)]
+    assert [part["images"] for part in parts] == [6, 4, 4]
+    assert {name: sum(part[name] for part in parts) for name in COUNTS} == total
 
 
-def test_torchrun_counts_every_image_once_and_writes_once(folder, tmp_path):
+def test_torchrun_counts_every_image_once_and_writes_one_file(folder, tmp_path):
     out = tmp_path / "results.json"
     flags = ["--checkpoint", folder / "best.safetensors", "--images", folder, "--resize", 48, "--crop", 33]
     flags += ["--workers", 0, "--batch-size", 3, "--device", "cpu", "--no-amp", "--out", out]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", SCRIPT, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=environment)
+    assert process.returncode == 0, process.stderr
     results = json.loads(out.read_text())
     assert (results["images"]["count"], results["processes"]) == (14, 2)
     assert errors_of(results) == pytest.approx(plain_loop(folder), abs=1e-9)
-    assert done.stdout.count("written to") == 1
+    assert process.stdout.count("written to") == 1
 
 
 # -- Classes --
 
 
-def test_images_of_some_of_the_classes_need_the_names_of_all_outputs(folder, tmp_path):
+def test_images_of_some_classes_need_the_names_of_all_outputs(folder, tmp_path):
     checkpoint = save_checkpoint(tmp_path / "all.safetensors", [*CLASSES, "hen"])
-    with pytest.raises(InputError, match=r"class 7 is 'hen' there and missing in --images; .* pass --classes FILE"):
+    with pytest.raises(
+        InputError, match=r"class 7 is 'hen' in the checkpoint and missing in --images; .* pass --classes FILE"
+    ):
         evaluate(folder, tmp_path, checkpoint=checkpoint)
     (tmp_path / "names.txt").write_text("".join(f"{name}\tsome animal\n" for name in [*CLASSES, "hen"]))
     results = evaluate(folder, tmp_path, checkpoint=checkpoint, classes=tmp_path / "names.txt")
     assert (results["outputs"], results["images"]["classes"], results["images"]["count"]) == (8, 7, 14)
 
 
-def test_folders_are_matched_to_outputs_by_name(folder, tmp_path):
-    """A state dict alone, outputs in another order than the folders: the same errors."""
+def test_class_folders_are_matched_to_outputs_by_name(folder, tmp_path):
+    """A plain state dict whose outputs have another order than the folders."""
     state = create_model("s3net_imagenet_small", 7, **OPTIONS)
     load_weights(state, folder / "best.safetensors")
     order = [3, 1, 6, 0, 5, 2, 4]
@@ -200,14 +210,14 @@ def test_folders_are_matched_to_outputs_by_name(folder, tmp_path):
     torch.save(state.state_dict(), tmp_path / "plain.pt")
     (tmp_path / "names.txt").write_text("\n".join(CLASSES[label] for label in order))
     flags = {"model": "s3net_imagenet_small", "model_options": json.dumps(OPTIONS), "classes": tmp_path / "names.txt"}
-    found = evaluate(folder, tmp_path, checkpoint=tmp_path / "plain.pt", **flags)
-    assert found["preprocessing"]["mean"] == [0.485, 0.456, 0.406] and found["dataset"] is None
+    results = evaluate(folder, tmp_path, checkpoint=tmp_path / "plain.pt", **flags)
+    assert results["preprocessing"]["mean"] == [0.485, 0.456, 0.406] and results["dataset"] is None
     save_file(state.state_dict(), tmp_path / "plain.safetensors")
     args = Args(tmp_path / "plain.pt", folder, **SIZES, **flags)
     assert validate_10crop.output_labels(validate_10crop.output_names(args, {}), CLASSES, True) == [3, 1, 5, 0, 6, 4, 2]
 
 
-def refusal(folder, tmp_path, **flags):
+def error_message(folder, tmp_path, **flags):
     with pytest.raises(InputError) as error:
         evaluate(folder, tmp_path, **flags)
     assert "\n" not in str(error.value) and not (tmp_path / "results.json").exists()
@@ -217,55 +227,57 @@ def refusal(folder, tmp_path, **flags):
 @pytest.mark.parametrize(
     ("trained", "message"),
     [
-        (["ant", "bee", "cat", *CLASSES[3:]], "trained on other classes: class 2 is 'cat' there and 'cow' in --images"),
-        (["ant", "cow", "bee", *CLASSES[3:]], "class 1 is 'cow' there and 'bee' in --images"),
-        (CLASSES[:6], "class 6 is missing there and 'gnu' in --images"),
+        (
+            ["ant", "bee", "cat", *CLASSES[3:]],
+            "trained on other classes: class 2 is 'cat' in the checkpoint and 'cow' in --images",
+        ),
+        (["ant", "cow", "bee", *CLASSES[3:]], "class 1 is 'cow' in the checkpoint and 'bee' in --images"),
+        (CLASSES[:6], "class 6 is missing in the checkpoint and 'gnu' in --images"),
     ],
 )
-def test_other_classes_are_refused_by_the_first_difference(folder, tmp_path, trained, message):
+def test_the_error_for_other_classes_names_the_first_difference(folder, tmp_path, trained, message):
     checkpoint = save_checkpoint(tmp_path / "other.safetensors", trained)
-    assert message in refusal(folder, tmp_path, checkpoint=checkpoint)
+    assert message in error_message(folder, tmp_path, checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["ant", "bee"], "names.txt is not of this checkpoint: output 2 is 'cow' there and missing here"),
-        (["ant", "ant"], "names.txt names 'ant' twice"),
+        (
+            ["ant", "bee"],
+            "names.txt does not fit this checkpoint: output 2 is 'cow' in the checkpoint and missing in the file",
+        ),
+        (["ant", "ant"], "names.txt contains 'ant' twice"),
         ([], "names.txt is empty"),
     ],
 )
-def test_files_of_class_names_that_do_not_fit(folder, tmp_path, lines, message):
+def test_wrong_files_of_class_names(folder, tmp_path, lines, message):
     (tmp_path / "names.txt").write_text("\n".join(lines))
-    assert message in refusal(folder, tmp_path, classes=tmp_path / "names.txt")
+    assert message in error_message(folder, tmp_path, classes=tmp_path / "names.txt")
 
 
-def test_a_folder_that_no_output_stands_for(folder, tmp_path):
-    torch.save(load_safetensors(folder), tmp_path / "plain.pt")
+def test_a_class_folder_without_an_output(folder, tmp_path):
+    torch.save(load_model(folder).state_dict(), tmp_path / "plain.pt")
     (tmp_path / "names.txt").write_text("\n".join(["ant", "bee", "cow", "dog", "eel", "fox", "hen"]))
     flags = {"model": "s3net_imagenet_small", "model_options": json.dumps(OPTIONS), "classes": tmp_path / "names.txt"}
-    message = refusal(folder, tmp_path, checkpoint=tmp_path / "plain.pt", **flags)
+    message = error_message(folder, tmp_path, checkpoint=tmp_path / "plain.pt", **flags)
     assert message == "the images' class 'gnu' is not among the 7 of --classes"
 
 
-def load_safetensors(folder):
-    return load_weights(create_model("s3net_imagenet_small", 7, **OPTIONS), folder / "best.safetensors").state_dict()
-
-
 def test_more_outputs_than_the_images_have_classes(tmp_path, folder):
-    checkpoint = save_checkpoint(tmp_path / "more.safetensors", CLASSES, outputs=9)  # as --num-classes 9 trains
+    checkpoint = save_checkpoint(tmp_path / "more.safetensors", CLASSES, outputs=9)  # as trained with --num-classes 9
     assert evaluate(folder, tmp_path, checkpoint=checkpoint)["outputs"] == 9
     (tmp_path / "results.json").unlink()
     torch.save(create_model("s3net_imagenet_small", 9, **OPTIONS).state_dict(), tmp_path / "plain.pt")
     flags = {"model": "s3net_imagenet_small", "model_options": json.dumps(OPTIONS)}
-    message = refusal(folder, tmp_path, checkpoint=tmp_path / "plain.pt", **flags)
+    message = error_message(folder, tmp_path, checkpoint=tmp_path / "plain.pt", **flags)
     assert "classifier.weight has shape (9, " in message and "pass --classes FILE with the class names" in message
 
 
 # -- Other input --
 
 
-def test_limit_takes_the_same_images_each_time(folder, tmp_path):
+def test_limit_uses_the_same_images_each_time(folder, tmp_path):
     results = evaluate(folder, tmp_path, limit=5)
     assert (results["images"]["count"], results["images"]["limit"]) == (5, 5)
     first = errors_of(results)
@@ -273,21 +285,21 @@ def test_limit_takes_the_same_images_each_time(folder, tmp_path):
     assert errors_of(evaluate(folder, tmp_path, limit=5)) == first
 
 
-def test_crops_that_are_too_small_are_refused_before_the_work(folder, tmp_path):
-    assert "this network cannot take images of 1x1" in refusal(folder, tmp_path, resize=2, crop=1)
+def test_crops_that_are_too_small_for_the_network(folder, tmp_path):
+    assert "this network cannot take images of 1x1" in error_message(folder, tmp_path, resize=2, crop=1)
 
 
-@pytest.mark.parametrize("readers", [0, 1])
-def test_unreadable_images_are_named_or_counted(folder, tmp_path, readers):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_are_reported_or_skipped(folder, tmp_path, workers):
     for path in (folder / "val").rglob("*.JPEG"):
         copy = tmp_path / "val" / path.parent.name / path.name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
     broken = tmp_path / "val" / "cow" / "2.JPEG"
     broken.write_bytes(broken.read_bytes()[:300])
-    message = refusal(folder, tmp_path, images=tmp_path / "val", workers=readers)
+    message = error_message(folder, tmp_path, images=tmp_path / "val", workers=workers)
     assert message.startswith(f"{broken} cannot be read as an image") and "--skip-unreadable" in message
-    results = evaluate(folder, tmp_path, images=tmp_path / "val", workers=readers, skip_unreadable=True)
+    results = evaluate(folder, tmp_path, images=tmp_path / "val", workers=workers, skip_unreadable=True)
     assert (results["images"]["count"], results["images"]["skipped"]) == (13, 1)
 
 
@@ -308,39 +320,38 @@ def test_unreadable_images_are_named_or_counted(folder, tmp_path, readers):
     ],
 )
 def test_bad_flags(folder, tmp_path, flags, message):
-    assert message in refusal(folder, tmp_path, **flags)
+    assert message in error_message(folder, tmp_path, **flags)
 
 
 def test_folders_without_images_or_classes(folder, tmp_path):
     (tmp_path / "images").mkdir()
-    assert "has no class folders" in refusal(folder, tmp_path, images=tmp_path / "images")
+    assert "has no class folders" in error_message(folder, tmp_path, images=tmp_path / "images")
     (tmp_path / "images" / "ant").mkdir()
-    assert "has no images (" in refusal(folder, tmp_path, images=tmp_path / "images")
+    assert "has no images (" in error_message(folder, tmp_path, images=tmp_path / "images")
 
 
-def test_results_are_never_overwritten_unasked(folder, tmp_path):
+def test_results_are_overwritten_on_request_only(folder, tmp_path):
     out = tmp_path / "results.json"
     out.write_text("kept")
     args = Args(folder / "best.safetensors", folder, **SIZES, out=out)
-    with pytest.raises(InputError, match=r"is already there: pass --overwrite to replace it, or another --out"):
+    with pytest.raises(InputError, match=r"exists already: pass --overwrite to replace it, or another --out"):
         validate_10crop.main(args)
     assert out.read_text() == "kept"
 
 
-def test_the_default_file_says_which_run_and_checkpoint():
-    assert validate_10crop.default_out(Path("runs/imagenet-x-s0/best.safetensors")).name == "imagenet-x-s0-best.json"
-    assert validate_10crop.default_out(Path("/a/b/model_best.pth.tar")).name == "b-model_best.json"
+def test_the_default_file_has_the_names_of_run_and_checkpoint():
+    assert validate_10crop.default_file(Path("runs/imagenet-x-s0/best.safetensors")).name == "imagenet-x-s0-best.json"
+    assert validate_10crop.default_file(Path("/a/b/model_best.pth.tar")).name == "b-model_best.json"
 
 
-def test_an_lmdb_file_gives_the_same_as_its_folder(folder, tmp_path):
-    lmdb_tools = pytest.importorskip("folder2lmdb")
-    lmdb_tools.main(lmdb_tools.Args(images=folder / "val", out=tmp_path / "val.lmdb"))
+def test_an_lmdb_file_and_its_folder_give_the_same_errors(folder, tmp_path):
+    folder2lmdb.main(folder2lmdb.Args(images=folder / "val", out=tmp_path / "val.lmdb"))
     expected = errors_of(evaluate(folder, tmp_path))
     for images in (tmp_path, tmp_path / "val.lmdb"):
         assert errors_of(evaluate(folder, tmp_path, images=images, workers=2)) == expected
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the published checkpoint is not here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published checkpoint is missing")
 def test_the_authors_checkpoint_on_real_images(tmp_path):
     folders = sorted((SHARED / "data" / "imagenet_sample").iterdir())[:10]
     (tmp_path / "val").mkdir()

@@ -1,4 +1,4 @@
-"""Data sets in memory, and batches that are augmented whole."""
+"""Data sets in memory, and their batches."""
 
 import pickle
 from urllib.error import URLError
@@ -14,10 +14,10 @@ from data.batches import EvaluationBatches, TrainingBatches, flip_and_crop
 from data.datasets import load_dataset
 from data.image_sets import ImageSet
 from s3net_common.errors import InputError
-from s3net_common.images import decode_image
+from s3net_common.images import read_square
 
 CPU = torch.device("cpu")
-PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # normalisation that gives the pixels back
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # a normalisation that does not change the pixels
 
 
 def random_set(count, size=8, classes=3):
@@ -27,7 +27,7 @@ def random_set(count, size=8, classes=3):
 
 
 def numbered_set(count):
-    """Images whose every pixel says which image it is."""
+    """Image `i` has the value `i` in every pixel."""
     images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
     return ImageSet(images, torch.arange(count), [str(i) for i in range(count)])
 
@@ -39,7 +39,7 @@ def training(data, batch_size, flip=False, crop_padding=0.0, **options):
 # -- digits --
 
 
-def test_digits_are_split_by_class_and_always_the_same():
+def test_digits_are_split_by_class_and_always_alike():
     train, val = load_dataset("digits", "unused")
     assert train.images.shape == (1437, 3, 32, 32) and val.images.shape == (360, 3, 32, 32)
     assert train.images.dtype == torch.uint8 and train.images.max() == 255
@@ -56,9 +56,9 @@ def test_digits_are_split_by_class_and_always_the_same():
 def folder(tmp_path):
     """Two classes; images of many modes and sizes."""
     modes = ["RGB", "L", "RGBA", "P", "CMYK", "1", "I;16", "LA"]
-    for half in ("train", "test"):
+    for split in ("train", "test"):
         for name in ("cat", "dog"):
-            (tmp_path / half / name).mkdir(parents=True)
+            (tmp_path / split / name).mkdir(parents=True)
             for i, mode in enumerate(modes):
                 width, height = 20 + 3 * i, 40 - 2 * i
                 if mode == "I;16":
@@ -66,11 +66,11 @@ def folder(tmp_path):
                 else:
                     image = Image.new("RGB", (width, height), (10 * i, 120, 200)).convert(mode)
                 suffix = "tif" if mode == "CMYK" else "png"
-                image.save(tmp_path / half / name / f"{i}.{suffix}")
+                image.save(tmp_path / split / name / f"{i}.{suffix}")
     return tmp_path
 
 
-def test_folder_takes_any_mode_and_size(folder):
+def test_folder_accepts_images_of_any_mode_and_size(folder):
     train, val = load_dataset("folder", folder, image_size=16, workers=2)
     assert train.images.shape == (16, 3, 16, 16) and val.images.shape == (16, 3, 16, 16)
     assert train.classes == ["cat", "dog"] and train.labels.tolist() == [0] * 8 + [1] * 8
@@ -78,13 +78,13 @@ def test_folder_takes_any_mode_and_size(folder):
     assert train.images[6].unique().tolist() == [155]  # 16 bits: 40,000 * 255 / 65,535, rounded down
 
 
-def test_folder_crops_the_centre_and_flattens_transparency(tmp_path):
+def test_images_are_cropped_at_the_centre_and_transparency_becomes_white(tmp_path):
     pixels = np.zeros((10, 30, 3), dtype=np.uint8)
     pixels[:, 10:20] = 250
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    assert decode_image(tmp_path / "wide.png", 10).min() == 250
+    assert read_square(tmp_path / "wide.png", 10).min() == 250
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert decode_image(tmp_path / "clear.png", 8).min() == 255
+    assert read_square(tmp_path / "clear.png", 8).min() == 255
 
 
 def test_val_is_preferred_to_test(folder):
@@ -92,7 +92,7 @@ def test_val_is_preferred_to_test(folder):
     assert len(load_dataset("folder", folder)[1]) == 16
 
 
-def test_unreadable_images_are_named_or_counted(folder):
+def test_unreadable_images_are_reported_or_skipped(folder):
     broken = folder / "train" / "dog" / "broken.png"
     broken.write_bytes(b"no image")
     with pytest.raises(InputError, match=r"dog/broken.png cannot be read as an image.*--skip-unreadable"):
@@ -106,7 +106,7 @@ def test_unreadable_images_are_named_or_counted(folder):
         load_dataset("folder", folder)
 
 
-def test_folder_errors_say_what_is_missing(folder, tmp_path_factory):
+def test_folders_without_images_or_classes(folder, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(InputError, match=r"has no images: it needs train/<class>"):
         load_dataset("folder", empty)
@@ -120,8 +120,8 @@ def test_folder_errors_say_what_is_missing(folder, tmp_path_factory):
 
 
 def test_class_folders_without_images(tmp_path):
-    for half in ("train", "val"):
-        (tmp_path / half / "a").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
     with pytest.raises(InputError, match=r"train has no images \(.bmp"):
         load_dataset("folder", tmp_path)
 
@@ -136,26 +136,26 @@ def test_images_that_do_not_fit_into_memory(folder, monkeypatch):
 
 
 def test_cifar100_in_class_folders(tmp_path):
-    for half in ("train", "test"):
+    for split in ("train", "test"):
         for name in ("apple", "bear"):
-            (tmp_path / half / name).mkdir(parents=True)
-            Image.new("RGB", (32, 32), (1, 2, 3)).save(tmp_path / half / name / "0.webp", lossless=True)
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (1, 2, 3)).save(tmp_path / split / name / "0.webp", lossless=True)
     train, val = load_dataset("cifar100", tmp_path)
     assert len(train) == 2 and val.classes == ["apple", "bear"]
     assert train.images[1, :, 5, 5].tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_cifar100_in_the_official_form(tmp_path, monkeypatch, inside):
+@pytest.mark.parametrize("inner_folder", [False, True])
+def test_cifar100_in_the_official_format(tmp_path, monkeypatch, inner_folder):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     pixels = np.arange(3 * 3072, dtype=np.uint32).astype(np.uint8).reshape(3, 3072)
-    for half in ("train", "test"):
-        (folder / half).write_bytes(pickle.dumps({"data": pixels, "fine_labels": [2, 0, 1]}))
+    for split in ("train", "test"):
+        (folder / split).write_bytes(pickle.dumps({"data": pixels, "fine_labels": [2, 0, 1]}))
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["a", "b", "c"]}))
     monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: True)
     monkeypatch.setattr(CIFAR100, "_load_meta", lambda self: setattr(self, "classes", ["a", "b", "c"]))
-    train, val = load_dataset("cifar100", folder if inside else tmp_path)
+    train, val = load_dataset("cifar100", folder if inner_folder else tmp_path)
     assert train.labels.tolist() == [2, 0, 1] and val.classes == ["a", "b", "c"]
     assert torch.equal(train.images.flatten(1), torch.from_numpy(pixels))
 
@@ -169,14 +169,14 @@ def test_cifar100_without_data_and_network(tmp_path, monkeypatch):
         load_dataset("cifar100", tmp_path)
 
 
-def test_damaged_cifar100_is_not_downloaded_over(tmp_path):
+def test_damaged_cifar100_is_not_overwritten(tmp_path):
     (tmp_path / "cifar-100-python").mkdir()
     (tmp_path / "cifar-100-python" / "test").write_bytes(b"half a file")
     with pytest.raises(InputError, match="are damaged: delete them"):
         load_dataset("cifar100", tmp_path)
 
 
-def test_unknown_data_set_names_the_nearest():
+def test_the_error_of_an_unknown_name_lists_close_ones():
     with pytest.raises(InputError, match="there is no data set 'cifar10': did you mean cifar100"):
         load_dataset("cifar10", "x")
 
@@ -184,18 +184,18 @@ def test_unknown_data_set_names_the_nearest():
 # -- Batches --
 
 
-def test_flip_and_crop_equals_the_same_through_pil():
+def test_flip_and_crop_equals_pil():
     data, padding = random_set(24, size=12), 3
     generator = torch.Generator().manual_seed(1)
     flips = torch.rand(24, generator=generator) < 0.5
     offsets = torch.randint(2 * padding + 1, (2, 24), generator=generator)
-    ours = flip_and_crop(data.images, flips, offsets, padding)
+    cropped = flip_and_crop(data.images, flips, offsets, padding)
     for i in range(24):
         image = transforms.functional.pad(transforms.functional.to_pil_image(data.images[i]), [padding] * 4)
         top, left = offsets[:, i].tolist()
         image = transforms.functional.crop(image, top, left, 12, 12)
         image = transforms.functional.hflip(image) if flips[i] else image
-        assert torch.equal(ours[i], transforms.functional.pil_to_tensor(image))
+        assert torch.equal(cropped[i], transforms.functional.pil_to_tensor(image))
 
 
 def test_normalisation_equals_torchvisions():
@@ -208,7 +208,7 @@ def test_normalisation_equals_torchvisions():
     assert torch.equal(labels, data.labels)
 
 
-def test_each_image_has_its_own_draw_which_follows_from_seed_and_epoch():
+def test_each_image_is_augmented_by_seed_and_epoch():
     same = random_set(1).images.expand(64, -1, -1, -1).contiguous()
     data = ImageSet(same, torch.zeros(64, dtype=torch.int64), ["0"])
 
@@ -216,13 +216,13 @@ def test_each_image_has_its_own_draw_which_follows_from_seed_and_epoch():
         return next(training(data, 64, flip=True, crop_padding=0.25, seed=seed).epoch(epoch))[0]
 
     first = images(0, 0)
-    assert len(first.flatten(1).unique(dim=0)) > 20  # of 2 * 5 * 5 possible ones
+    assert len(first.flatten(1).unique(dim=0)) > 20  # of 2 * 5 * 5 possible results
     assert torch.equal(first, images(0, 0))
     assert not torch.equal(first, images(0, 1)) and not torch.equal(first, images(1, 0))
     assert not torch.equal(images(0, 1), images(1, 0))
 
 
-def test_no_augmentation_gives_the_images_themselves():
+def test_without_augmentation_images_are_unchanged():
     data = random_set(6)
     images, labels, weights, count = next(training(data, 6, seed=0).epoch(0))
     order = [int((data.images == image).flatten(1).all(1).nonzero()) for image in images.round().to(torch.uint8)]
@@ -231,25 +231,26 @@ def test_no_augmentation_gives_the_images_themselves():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_every_training_image_is_used_once_whatever_the_number_of_processes(world_size):
+def test_every_training_image_is_used_once_for_any_number_of_ranks(world_size):
     data = numbered_set(22)  # batches of 10, 10 and 2
-    steps = [list(training(data, 10, seed=3, rank=r, world_size=world_size).epoch(4)) for r in range(world_size)]
-    alone = list(training(data, 10, seed=3).epoch(4))
-    seen = []
+    ranks = [list(training(data, 10, seed=3, rank=r, world_size=world_size).epoch(4)) for r in range(world_size)]
+    single_rank = list(training(data, 10, seed=3).epoch(4))
+    used = []
     for step in range(3):
-        labels = torch.cat([steps[r][step][1][steps[r][step][2] > 0] for r in range(world_size)])
-        assert torch.equal(labels, alone[step][1])
-        assert all(len(steps[r][step][1]) >= 1 for r in range(world_size))
-        seen += labels.tolist()
-    assert sorted(seen) == list(range(22))
+        parts = [steps[step] for steps in ranks]
+        labels = torch.cat([labels[weights > 0] for _, labels, weights, _ in parts])
+        assert torch.equal(labels, single_rank[step][1])
+        assert all(len(labels) >= 1 for _, labels, _, _ in parts)
+        used += labels.tolist()
+    assert sorted(used) == list(range(22))
 
 
-def test_an_epoch_can_be_entered_at_any_step():
+def test_an_epoch_can_start_at_any_step():
     batches = training(random_set(30), 8, flip=True, crop_padding=0.25, seed=1)
-    whole, rest = list(batches.epoch(2)), list(batches.epoch(2, first_step=2))
+    epoch, rest = list(batches.epoch(2)), list(batches.epoch(2, first_step=2))
     assert len(rest) == 2
-    for (images, *_), (again, *_) in zip(whole[2:], rest, strict=True):
-        assert torch.equal(images, again)
+    for (images, *_), (repeated, *_) in zip(epoch[2:], rest, strict=True):
+        assert torch.equal(images, repeated)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -259,7 +260,7 @@ def test_every_evaluation_image_is_counted_once_in_the_same_batches(world_size):
     assert sorted(parts) == [list(range(i, min(i + 5, 23))) for i in range(0, 23, 5)]
 
 
-def test_a_limit_takes_the_same_images_of_all_classes():
+def test_a_subset_has_the_same_images_each_time_and_all_classes():
     data = random_set(300)
     subset = data.subset(60)
     assert len(subset) == 60 and subset.labels.bincount().min() > 10

@@ -1,7 +1,8 @@
-"""Data sets that stay on disk, and their batches."""
+"""Data sets on disk, and their batches."""
 
 import gc
 import multiprocessing
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from torchvision import transforms
 
 import train_s3net
-from data.batches import Decoder, DiskEvaluationBatches, DiskTrainingBatches
+from data.batches import Decoder, DiskEvaluationBatches, DiskTrainingBatches, random_crop
 from data.datasets import load_dataset
 from s3net_common.errors import InputError, LocalError
 from train_s3net import Args
@@ -40,24 +41,24 @@ def test_folders_give_labels_and_classes(halves):
     assert np.bincount(train.source.labels).tolist() == [4] * 10
 
 
-def test_batches_depend_on_seed_epoch_and_step_alone(halves):
+def test_batches_depend_on_seed_epoch_and_step_only(halves):
     train, _ = halves
     batches = training(train)
-    whole = list(batches.epoch(1))
-    assert [images.shape[0] for images, *_ in whole] == [8] * 5 and [batch[3] for batch in whole] == [8] * 5
+    full_epoch = list(batches.epoch(1))
+    assert [images.shape[0] for images, *_ in full_epoch] == [8] * 5 and [batch[3] for batch in full_epoch] == [8] * 5
     with_workers = training(train, workers=2)
-    for again in (list(with_workers.epoch(1)), list(with_workers.epoch(1))):
-        for one, other in zip(whole, again, strict=True):
-            assert all(torch.equal(one[i], other[i]) for i in range(3))
+    for repeated in (list(with_workers.epoch(1)), list(with_workers.epoch(1))):
+        for batch, repeated_batch in zip(full_epoch, repeated, strict=True):
+            assert all(torch.equal(batch[i], repeated_batch[i]) for i in range(3))
     late = list(batches.epoch(1, first_step=3))
-    assert all(torch.equal(one[0], other[0]) for one, other in zip(whole[3:], late, strict=True))
+    assert all(torch.equal(batch[0], late_batch[0]) for batch, late_batch in zip(full_epoch[3:], late, strict=True))
     parts = [list(training(train, rank=rank, world_size=3).epoch(1)) for rank in range(3)]
-    for step, (images, labels, _, _) in enumerate(whole):
+    for step, (images, labels, _, _) in enumerate(full_epoch):
         assert torch.equal(images, torch.cat([part[step][0] for part in parts]))
         assert torch.equal(labels, torch.cat([part[step][1] for part in parts]))
-    assert not torch.equal(whole[0][0], next(batches.epoch(2))[0])
-    every = torch.cat([labels for _, labels, _, _ in whole])
-    assert every.bincount().tolist() == [4] * 10
+    assert not torch.equal(full_epoch[0][0], next(batches.epoch(2))[0])
+    all_labels = torch.cat([labels for _, labels, _, _ in full_epoch])
+    assert all_labels.bincount().tolist() == [4] * 10
 
 
 def test_workers_end_with_the_batches(halves):
@@ -72,7 +73,7 @@ def test_workers_end_with_the_batches(halves):
 
 
 def test_a_run_and_an_evaluation_leave_no_workers(tree, tmp_path):
-    """Those that are left to the interpreter's end it kills, and PyTorch then prints a traceback."""
+    """The interpreter would kill them at exit, and PyTorch would print a traceback."""
     flags = {"dataset": "imagenet", "data_dir": tree, "model": "s3net_cifar", "growth_rate": 4, "depth": 7}
     flags |= {"image_size": 16, "device": "cpu", "workers": 1}
     gc.disable()
@@ -86,7 +87,7 @@ def test_a_run_and_an_evaluation_leave_no_workers(tree, tmp_path):
         gc.enable()
 
 
-def test_reading_leaves_the_random_state_alone(halves):
+def test_reading_does_not_change_the_random_state(halves):
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -94,53 +95,53 @@ def test_reading_leaves_the_random_state_alone(halves):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_random_crops_are_torchvisions(halves):
+def test_random_crops_equal_torchvisions(halves):
     train, _ = halves
-    decoder = Decoder(train.source, 24, flip=False)
+    decoder = Decoder(train.source, partial(random_crop, size=24, flip=False))
     for index in range(10):
         pixels, _, problem = decoder[index, 100 + index]
         torch.manual_seed(100 + index)
         image = Image.open(train.source.name(index))
         expected = transforms.RandomResizedCrop(24, antialias=True)(image)
         difference = np.abs(np.asarray(expected, dtype=int) - pixels.permute(1, 2, 0).numpy())
-        assert problem is None and difference.mean() < 2  # a crop that is resized in one go has no seam at its edge
+        assert problem is None and difference.mean() < 2  # torchvision crops before it resizes: edges differ
 
 
 def test_half_of_the_images_are_mirrored(halves):
     train, _ = halves
-    straight, either = Decoder(train.source, 24, flip=False), Decoder(train.source, 24, flip=True)
-    mirrored = [not torch.equal(straight[0, seed][0], either[0, seed][0]) for seed in range(200)]
+    original, flipped = (Decoder(train.source, partial(random_crop, size=24, flip=flip)) for flip in (False, True))
+    mirrored = [not torch.equal(original[0, seed][0], flipped[0, seed][0]) for seed in range(200)]
     assert 70 < sum(mirrored) < 130
 
 
-def test_evaluation_takes_the_centre_of_every_image_once(halves):
+def test_evaluation_uses_the_centre_crop_of_every_image_once(halves):
     _, val = halves
     preprocess = transforms.Compose([transforms.Resize(27), transforms.CenterCrop(24), transforms.PILToTensor()])
     expected = torch.stack([preprocess(Image.open(val.source.name(i))) for i in range(20)]).float()
     for workers, world_size in ((0, 1), (2, 2)):
         batches = DiskEvaluationBatches(val, 6, workers=workers, **PLAIN)
         parts = [list(batches.part(rank, world_size)) for rank in range(world_size)]
-        got = [parts[step % world_size][step // world_size] for step in range(4)]
-        assert torch.equal(torch.cat([images for images, _ in got]), expected)
-        assert torch.cat([labels for _, labels in got]).tolist() == val.source.labels.tolist()
+        in_order = [parts[step % world_size][step // world_size] for step in range(4)]
+        assert torch.equal(torch.cat([images for images, _ in in_order]), expected)
+        assert torch.cat([labels for _, labels in in_order]).tolist() == val.source.labels.tolist()
 
 
-def test_chosen_images(halves):
+def test_hold_out_and_subset(halves):
     train, _ = halves
-    kept, held = train.hold_out(10)
-    assert sorted(torch.cat([kept.chosen, held.chosen]).tolist()) == list(range(40))
-    assert sorted(train.source.labels[held.chosen]) == list(range(10))
-    assert len(train.subset(7)) == 7 and len(set(train.subset(7).chosen.tolist())) == 7
-    ((_, labels),) = DiskEvaluationBatches(held, 10, workers=0, **PLAIN).part()
+    train_part, val_part = train.hold_out(10)
+    assert sorted(torch.cat([train_part.indices, val_part.indices]).tolist()) == list(range(40))
+    assert sorted(train.source.labels[val_part.indices]) == list(range(10))
+    assert len(train.subset(7)) == 7 and len(set(train.subset(7).indices.tolist())) == 7
+    ((_, labels),) = DiskEvaluationBatches(val_part, 10, workers=0, **PLAIN).part()
     assert sorted(labels.tolist()) == list(range(10))
     with pytest.raises(InputError, match="--hold-out 5 is not possible: give a number from 10"):
         train.hold_out(5)
 
 
-def test_an_unreadable_image_stops_or_counts_nothing(tmp_path):
+def test_an_unreadable_image_is_an_error_or_has_no_weight(tmp_path):
     tree = make_imagenet(tmp_path, digit_photos(30, (50, 40)))
-    for half in ("train", "val"):
-        (tree / half / "class3" / "broken.JPEG").write_bytes(b"?")
+    for split in ("train", "val"):
+        (tree / split / "class3" / "broken.JPEG").write_bytes(b"?")
     train, val = load_dataset("imagenet", tree)
     for workers in (0, 1):
         with pytest.raises(LocalError, match=r"class3/broken.JPEG cannot be read as an image") as error:
@@ -153,7 +154,7 @@ def test_an_unreadable_image_stops_or_counts_nothing(tmp_path):
     assert sum(map(len, evaluated)) == 10 and len(val) == 11
 
 
-def test_a_half_is_missing_or_another(tmp_path, tree):
+def test_missing_or_different_training_and_validation_images(tmp_path, tree):
     with pytest.raises(InputError, match=r"has neither train.lmdb nor train/<class>/\*"):
         load_dataset("imagenet", tmp_path)
     (tmp_path / "train").symlink_to(tree / "train")

@@ -1,4 +1,4 @@
-"""Tiny ImageNet as its zip unpacks, and getting the zip."""
+"""Tiny ImageNet: reading its folder, downloading and unpacking its zip."""
 
 import hashlib
 import http.server
@@ -26,7 +26,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture
 def archive(tree, tmp_path, monkeypatch):
-    """The tree as a zip elsewhere, whose checksum is the expected one."""
+    """The folder as a zip in another place, with the expected checksum."""
     path = tmp_path / "server" / "tiny-imagenet-200.zip"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as content:
@@ -45,8 +45,8 @@ def test_labels_come_from_the_folders_and_the_annotations(tree):
     assert train.labels.tolist() == sorted(2 * list(range(10)))
 
 
-def test_images_are_enlarged_to_what_the_network_sees(tree):
-    _, val = load_dataset("tinyimagenet", tree.parent)  # the folder above will do
+def test_images_are_resized_to_the_networks_input(tree):
+    _, val = load_dataset("tinyimagenet", tree.parent)  # the parent folder also works
     batches = EvaluationBatches(val, 20, torch.device("cpu"), (0.0,) * 3, (1 / 255,) * 3, image_size=96)
     ((images, _),) = batches.part()
     expected = F.interpolate(val.images.float(), (96, 96), mode="bilinear", align_corners=False)
@@ -70,7 +70,7 @@ def test_a_zip_is_checked_and_unpacked(archive, tree):
     assert sorted(path.name for path in archive.parent.iterdir()) == ["tiny-imagenet-200", "tiny-imagenet-200.zip"]
 
 
-def test_it_is_fetched_where_asked(archive, tmp_path, monkeypatch):
+def test_the_zip_is_downloaded_on_request(archive, tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), lambda *args: QuietHandler(*args, directory=archive.parent)
     )
@@ -80,7 +80,7 @@ def test_it_is_fetched_where_asked(archive, tmp_path, monkeypatch):
         train, val = load_dataset("tinyimagenet", tmp_path / "data", download=True)
         assert len(train) == 20 and len(val) == 20
         monkeypatch.setattr(tiny_imagenet, "URL", f"http://127.0.0.1:{server.server_port}/absent.zip")
-        with pytest.raises(InputError, match=r"could not be fetched .*404.*some other way"):
+        with pytest.raises(InputError, match=r"could not be downloaded .*404.*in another way"):
             load_dataset("tinyimagenet", tmp_path / "other", download=True)
     finally:
         server.shutdown()
@@ -100,7 +100,7 @@ def test_a_wrong_checksum(archive):
     assert [path.name for path in archive.parent.iterdir()] == ["tiny-imagenet-200.zip"]
 
 
-def test_a_zip_of_something_else(archive, monkeypatch):
+def test_a_file_that_is_no_zip(archive, monkeypatch):
     archive.write_bytes(b"no zip")
     monkeypatch.setattr(tiny_imagenet, "MD5", hashlib.md5(b"no zip").hexdigest())
     with pytest.raises(InputError, match="cannot be unpacked"):
@@ -108,18 +108,18 @@ def test_a_zip_of_something_else(archive, monkeypatch):
     assert [path.name for path in archive.parent.iterdir()] == ["tiny-imagenet-200.zip"]
 
 
-def test_a_file_where_the_folder_should_be(tmp_path):
+def test_a_data_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"could not be fetched .*Not a directory.*some other way"):
+    with pytest.raises(InputError, match=r"could not be downloaded .*Not a directory.*in another way"):
         load_dataset("tinyimagenet", tmp_path / "file", download=True)
 
 
 def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
-    def begin(url, folder, name):
+    def interrupted_download(url, folder, name):
         (tmp_path / name).write_bytes(b"PK")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tiny_imagenet, "download_url", begin)
+    monkeypatch.setattr(tiny_imagenet, "download_url", interrupted_download)
     with pytest.raises(KeyboardInterrupt):
         load_dataset("tinyimagenet", tmp_path, download=True)
     assert not list(tmp_path.iterdir())
@@ -129,7 +129,7 @@ def test_validation_images_or_their_annotations_cannot_be_read(tmp_path):
     tree = make_tiny_imagenet(tmp_path, digit_photos(40, (64, 64)))
     annotations = tree / "val" / "val_annotations.txt"
     annotations.write_bytes(b"\xff\xfe\0")
-    with pytest.raises(InputError, match=r"val_annotations.txt is no text file: unpack tiny-imagenet-200.zip again"):
+    with pytest.raises(InputError, match=r"val_annotations.txt is not a text file: unpack tiny-imagenet-200.zip again"):
         load_dataset("tinyimagenet", tree)
     annotations.unlink()
     with pytest.raises(InputError, match=r"val_annotations.txt cannot be read \(No such file or directory\): unpack"):
@@ -140,7 +140,7 @@ def test_validation_images_or_their_annotations_cannot_be_read(tmp_path):
         load_dataset("tinyimagenet", tree)
 
 
-def test_it_is_not_there(tmp_path):
+def test_missing_data(tmp_path):
     with pytest.raises(InputError, match=r"Tiny ImageNet is not in .*: pass --download"):
         load_dataset("tinyimagenet", tmp_path)
 
@@ -148,12 +148,12 @@ def test_it_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("absent.JPEG\tn00000000\t0\t0\t1\t1\n", "line 21: there is no .*absent.JPEG"),
+        ("absent.JPEG\tn00000000\t0\t0\t1\t1\n", "line 21: .*absent.JPEG is missing"),
         ("val_1.JPEG n00000000\n", "line 21: expected a file name, a tab and a wnid"),
         ("{first}\tn00000077\t0\t0\t1\t1\n", "class 'n00000077' is in .*val_annotations.txt but not in .*train"),
     ],
 )
-def test_annotations_that_do_not_fit(tmp_path, line, message):
+def test_wrong_annotations(tmp_path, line, message):
     tree = make_tiny_imagenet(tmp_path, digit_photos(40, (64, 64)))
     annotations = tree / "val" / "val_annotations.txt"
     text = annotations.read_text()
