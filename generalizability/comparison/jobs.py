@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +31,10 @@ class Job:
     folder: Path
     settings: dict[str, str | int | float | Path | None]
 
-    def flags(self) -> list[str]:
-        """Return the trainer's flags, except --out."""
-        given = {name: value for name, value in self.settings.items() if value is not None}
+    def flags(self, excluded: Collection[str] = ()) -> list[str]:
+        """Return the flags for these settings, without the excluded ones."""
+        given = {name: value for name, value in self.settings.items() if value is not None and name not in excluded}
         return [word for name, value in given.items() for word in (flag_name(name), str(value))]
-
-    def recorded_flags(self) -> list[str]:
-        """Return the flags that decide what the run computes."""
-        settings = {name: value for name, value in self.settings.items() if name not in ENVIRONMENT_SETTINGS}
-        return Job(self.folder, settings).flags()
 
     def finished(self) -> bool:
         """Return whether the run has reached its last epoch.
