@@ -262,7 +262,7 @@ def crop_rows(path: Path) -> list[Row]:
 
 
 def paper_row(quoted: PaperRow) -> Row:
-    """Return the row of a row of the paper's tables."""
+    """Return a row of the paper's tables as a row of the comparison."""
     return Row(
         dataset=quoted.dataset,
         network=quoted.network,
