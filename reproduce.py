@@ -1,13 +1,13 @@
-"""The whole story with one command: runs the experiments' scripts and writes one HTML page on what they found.
+"""Run all three experiments and write one HTML page with their results.
 
-    python reproduce.py                                       # quick: all three experiments, minutes, no download
-    python reproduce.py --budget cpu                          # the real thing on a few CPU cores: days
-    python reproduce.py --budget gpu                          # the paper's recipes: days on a GPU; uses all there are
+    python reproduce.py                                       # quick: minutes, no download
+    python reproduce.py --budget cpu                          # the full experiments on a few CPU cores: days
+    python reproduce.py --budget gpu                          # the paper's recipes on all GPUs: days
     python reproduce.py --budget cpu --only expressibility    # one experiment
 
-Everything goes into --out: a folder for each step, logs/, and index.html, a page that needs no other file and no
-network. It is written anew after every step. Finished steps are not repeated: after Ctrl-C, a kill or a failure the
-same command goes on where it was. A step that fails is reported, and the others go on.
+Writes to --out: a folder for each step, logs/, and index.html, a page that needs no other file and no network. The page
+is written again after every step. After Ctrl-C, a kill or a failure, the same command runs only the steps that are not
+finished. A failed step is reported, and the other steps still run.
 """
 
 import contextlib
@@ -19,85 +19,75 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Literal
+from typing import IO, Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from reproduction.page import duration, write_page
-from reproduction.record import (
-    FAILED,
-    FINISHED,
-    LEFT_OUT,
-    Record,
-    logs_folder,
-    machine,
-    read_record,
-    versions,
-    write_record,
-)
+from reproduction.record import FAILED, FINISHED, LEFT_OUT, Record, logs_folder, read_record, write_record
 from reproduction.steps import EXPERIMENTS, Step, steps_of
-from s3net_common.command_line import run_script, sigterm_as_exit
+from s3net_common.command_line import flag, run_script, sigterm_as_exit
 from s3net_common.errors import InputError
-from s3net_common.output_files import ROOT, lock_exclusively
+from s3net_common.output_files import ROOT, default_out, lock_exclusively, machine, versions
 
-SAVE_EVERY = 10.0  # seconds between notes of how long a step has been running, for the case of a kill
+SAVE_SECONDS = 10.0  # interval at which a running step's time is saved, in case this program is killed
 
 
 @dataclass
 class Args:
-    """Run all three experiments and write one page."""
+    """Run all three experiments and write one HTML page with their results."""
 
     budget: Literal["quick", "cpu", "gpu"] = "quick"
-    """How much to run: minutes on embedded data, or the real thing on CPUs or GPUs."""
+    """How much to run: quick (minutes, without downloads), or the full experiments on CPUs or GPUs (days)."""
     only: tuple[Literal["expressibility", "generalizability", "interpretability"], ...] = EXPERIMENTS
-    """The experiments to run; the page shows what there is of all of them."""
-    out: Annotated[
-        Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/reproduce-<budget>)")
-    ] = None
-    """Folder for everything that is written."""
+    """Experiments to run. The page shows the results of all experiments in --out."""
+    out: flag(Path, "DIR", "runs/reproduce-<budget>") = None
+    """Folder for all results."""
 
 
 def main(args: Args, steps: Sequence[Step] | None = None) -> int:
-    """Run what is not finished, write the page, and return 1 where a step failed.
+    """Run the steps that are not finished, write the page, and return 1 if a step failed, else 0.
 
     Args:
         args: the command line.
-        steps: instead of the budget's own.
+        steps: steps to run instead of the budget's.
 
     Raises:
-        InputError: there is nothing to run or no GPU to run it on, or the folder cannot be written or is in use.
-        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, when the step under way has ended and the page is written.
+        InputError: no experiment is selected, the GPU is missing, or --out cannot be written or is in use.
+        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, after the active step has ended and the page is written.
     """
     gpus = torch.cuda.device_count()
     if args.budget == "gpu" and gpus == 0:
         raise InputError("--budget gpu needs a GPU, and PyTorch finds none: pass --budget cpu, or quick")
     if not args.only:
         raise InputError(f"--only needs one or more of {', '.join(EXPERIMENTS)}")
-    out = (args.out or ROOT / "runs" / f"reproduce-{args.budget}").resolve()
+    out = (args.out or default_out(f"reproduce-{args.budget}")).resolve()
     steps = steps_of(args.budget, gpus) if steps is None else steps
-    wanted = [step for step in steps if step.experiment in args.only]
+    selected = [step for step in steps if step.experiment in args.only]
     failed = 0
-    with sigterm_as_exit(), writable(out), locked(out) as lock, tqdm(wanted, unit="step", disable=None) as bar:
+    with sigterm_as_exit(), write_errors(out), locked(out) as lock, tqdm(selected, unit="step", disable=None) as bar:
         for step in bar:
             bar.set_description(step.name)
             try:
                 if is_finished(step, out):
-                    bar.write(f"{step.name}: finished before")
+                    bar.write(f"{step.name}: already finished")
                     continue
                 record = run_step(step, out, lock)
                 failed += record.status == FAILED
                 bar.write(f"{step.name}: {record.status}, {record.reason or duration(record.seconds)}")
             finally:
                 write_page(out / "index.html", args.budget, steps, out)
-    print(f"written to {shorter(out / 'index.html')}" + (f"; {failed} of {len(wanted)} steps failed" if failed else ""))
+    print(
+        f"written to {from_root(out / 'index.html')}"
+        + (f"; {failed} of {len(selected)} steps failed" if failed else "")
+    )
     return 1 if failed else 0
 
 
 @contextlib.contextmanager
-def writable(out: Path) -> Iterator[None]:
-    """Turn what goes wrong in writing there, at the start or later, into one line.
+def write_errors(out: Path) -> Iterator[None]:
+    """Turn an OSError that concerns the output folder into an InputError.
 
     Raises:
         InputError: the folder, or a file in it, cannot be written.
@@ -105,17 +95,17 @@ def writable(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = Path(error.filename or out)
-        if not (where.is_relative_to(out) or out.is_relative_to(where)):  # a part of the repository that is missing
+        path = Path(error.filename or out)
+        if not (path.is_relative_to(out) or out.is_relative_to(path)):  # a missing file of the repository
             raise
-        raise InputError(f"{shorter(out)} cannot be written ({error.strerror}): pass another --out") from error
+        raise InputError(f"{from_root(out)} cannot be written ({error.strerror}): pass another --out") from error
 
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[IO]:
-    """Make the folder and hold its lock; the steps hold it, too, so that one that outlives a kill is noticed.
+    """Create the folder and lock it. Steps inherit the lock, so a step that outlives this program keeps it.
 
-    Meanwhile the file says how to end the step under way (see `run_command`), for the error.
+    While a step runs, the file contains the command that ends the step, for the error message (see `run_command`).
 
     Raises:
         InputError: another process holds the lock.
@@ -125,8 +115,8 @@ def locked(out: Path) -> Iterator[IO]:
         if not lock_exclusively(lock.fileno()):
             lock.seek(0)
             raise InputError(
-                f"{shorter(out)} is in use by another reproduce.py, or by a step that a killed one has left running: "
-                f"wait for it, end it ({lock.read() or 'it is just beginning'}), or pass another --out"
+                f"{from_root(out)} is in use by another reproduce.py, or by a step that still runs after a kill: "
+                f"wait for it, end it ({lock.read() or 'no step has started yet'}), or pass another --out"
             )
         lock.truncate(0)
         yield lock
@@ -136,41 +126,41 @@ def locked(out: Path) -> Iterator[IO]:
 
 
 def command_of(step: Step, out: Path) -> list[str]:
-    """The command line for people: `python` or `torchrun`, the script and its arguments, seen from the root."""
+    """Return the step's command as typed in the repository's root: `python` or `torchrun`, script and arguments."""
     program = ["python"] if step.processes == 1 else ["torchrun", "--standalone", f"--nproc_per_node={step.processes}"]
-    for word in step.words(shorter(out)):
+    for word in step.words(from_root(out)):
         program += matching(word, out) if "*" in word else [word]
     return program
 
 
 def matching(pattern: str, out: Path) -> list[str]:
-    """The paths in `out` that a pattern of a command matches, seen from the root."""
-    inside = Path(pattern).relative_to(shorter(out))
-    return [str(shorter(path)) for path in sorted(out.glob(str(inside)))]
+    """Return the paths in `out` that match a pattern of a command, relative to the repository's root."""
+    inside = Path(pattern).relative_to(from_root(out))
+    return [str(from_root(path)) for path in sorted(out.glob(str(inside)))]
 
 
 def is_finished(step: Step, out: Path) -> bool:
-    """Whether this very command has been run to its end, and its results are still there."""
+    """Return whether the step has finished with the same command, and its results still exist."""
     record = read_record(out, step.name)
     if record is None or record.status != FINISHED or step.repeated or record.command != command_of(step, out):
         return False
     return (out / step.name).is_dir() or "{here}" not in step.command
 
 
-def why_left_out(step: Step, out: Path) -> str:
-    """What is missing that the step needs; empty where nothing is."""
+def missing_input(step: Step, out: Path) -> str:
+    """Return a line that says which input of the step is missing, or an empty text if none is."""
     if step.needs and not (ROOT / step.needs).exists():
-        return f"{step.needs} is not there: {step.otherwise}"
-    patterns = [word for word in step.words(shorter(out)) if "*" in word]
+        return f"{step.needs} is missing: {step.otherwise}"
+    patterns = [word for word in step.words(from_root(out)) if "*" in word]
     if patterns and not any(matching(pattern, out) for pattern in patterns):
-        return f"there is nothing yet in {' or '.join(patterns)}"
+        return f"no results yet in {' or '.join(patterns)}"
     return ""
 
 
 def run_step(step: Step, out: Path, lock: IO) -> Record:
-    """Run the step's script to its end, its output going to its log; returns what happened, which is also on disk."""
+    """Run the step's script with its output in the step's log. Write and return the record."""
     record = Record(command_of(step, out), machine=machine(), versions=versions())
-    if reason := why_left_out(step, out):
+    if reason := missing_input(step, out):
         record.status, record.reason = LEFT_OUT, reason
         write_record(out, step.name, record)
         return record
@@ -179,21 +169,21 @@ def run_step(step: Step, out: Path, lock: IO) -> Record:
         if before.command == record.command:
             record.seconds = before.seconds
         else:
-            set_aside(out / step.name)
+            move_to_former(out / step.name)
     log = logs_folder(out) / f"{step.name}.log"
     with log.open("w") as file:
         code = run_command(step, record, out, file, lock)
     if code == 0:
         record.status = FINISHED
     else:
-        lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        record.status, record.reason = FAILED, f"exit code {code}: {lines[-1]} (log: {shorter(log)})"
+        lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
+        record.status, record.reason = FAILED, f"exit code {code}: {lines[-1]} (log: {from_root(log)})"
     write_record(out, step.name, record)
     return record
 
 
-def set_aside(folder: Path) -> None:
-    """Move what another command has left in a step's folder to former/, so that no results are mixed and none lost."""
+def move_to_former(folder: Path) -> None:
+    """Move the results of another command to former/, so that results are neither mixed nor lost."""
     if folder.exists():
         former = folder.parent / "former"
         former.mkdir(exist_ok=True)
@@ -202,7 +192,7 @@ def set_aside(folder: Path) -> None:
 
 
 def run_command(step: Step, record: Record, out: Path, log: IO, lock: IO) -> int:
-    """Run it in a process group of its own, which ends when this program is ended; returns the exit code."""
+    """Run the step in a new process group, which is ended if this program is ended. Return the exit code."""
     program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
     process = subprocess.Popen(
         program[record.command[0]] + record.command[1:],
@@ -219,7 +209,7 @@ def run_command(step: Step, record: Record, out: Path, log: IO, lock: IO) -> int
     try:
         while True:
             try:
-                return process.wait(timeout=SAVE_EVERY)
+                return process.wait(timeout=SAVE_SECONDS)
             except subprocess.TimeoutExpired:
                 pass
             finally:
@@ -227,12 +217,12 @@ def run_command(step: Step, record: Record, out: Path, log: IO, lock: IO) -> int
                 write_record(out, step.name, record)
     finally:
         if process.poll() is None:
-            end(process)
+            end_group(process)
         lock.truncate(0)
 
 
-def end(process: subprocess.Popen) -> None:
-    """Ask the process and its children to end (a training run then saves itself), and wait until it has."""
+def end_group(process: subprocess.Popen) -> None:
+    """Send SIGTERM to the process and its children, and wait for the process. A training run then saves itself."""
     if hasattr(os, "killpg"):
         os.killpg(process.pid, signal.SIGTERM)
     else:
@@ -240,8 +230,8 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def shorter(path: Path) -> Path:
-    """The path as seen from the root, if it is inside."""
+def from_root(path: Path) -> Path:
+    """Return the path relative to the repository's root, where the steps run, if it lies inside."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 

@@ -1,51 +1,56 @@
-"""One table of finished runs beside the paper's, each row marked as measured here or quoted.
+"""Compare runs with the results printed in the paper, in one table. Each row is marked as measured here or quoted.
 
-    python compare_results.py runs/cifar100-s3net_cifar-s*
-    python compare_results.py runs/imagenet-* runs/validate_10crop/*.json --out runs/imagenet-comparison
+    python generalizability/compare_results.py runs/cifar100-s3net_cifar-s*
+    python generalizability/compare_results.py runs/imagenet-* runs/validate_10crop/*.json --out runs/imagenet
 
-A RUN is the folder of a run of train_s3net.py, or a file of results of validate_10crop.py. Runs that differ in nothing
-but their seed become one row (mean ± standard deviation). Of a run the table shows the last epoch's error, since
-choosing an epoch by its error on the test images flatters; the best one stands beside it. Prints Markdown, and writes
-table.md, table.csv, comparison.json and scatter.png.
+A RUN is the folder of a run of train_s3net.py, or a results file of validate_10crop.py. Runs that differ only in their
+seed become one row (mean ± standard deviation). The table shows the error after the last epoch, because an epoch chosen
+by its error on the test images gives an error that is too low. The lowest error has a column of its own. Prints
+Markdown, and writes table.md, table.csv, comparison.json and scatter.png.
 """
 
 import json
-import shlex
 import statistics
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from comparison.comparison_table import MEASURED, QUOTED_THERE, TRAINED_THERE, Row, csv_text, markdown_section, title
+from comparison.comparison_table import CITED_PAPER, MEASURED, PAPER, Row, csv_text, markdown_section, title
 from comparison.error_scatter import Point, draw_scatter
 from comparison.paper_tables import PAPER_ROWS, PaperRow
 from models import NETWORKS
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
-from s3net_common.output_files import ROOT, make_folder, relative, write_atomically
+from s3net_common.output_files import (
+    default_out,
+    make_folder,
+    relative,
+    save_figure,
+    shell_command,
+    write_atomically,
+    write_json,
+)
 from s3net_networks.size import network_size
 
 
 @dataclass
 class Args:
-    """One table of finished runs beside the paper's, each row marked as measured here or quoted."""
+    """Compare runs with the results printed in the paper, in one table."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
-    """Folders of runs, and results of validate_10crop.py."""
-    out: Path = ROOT / "runs" / "comparison"
-    """Folder for the table and the picture; what a former comparison left there is replaced."""
+    """Folders of runs of train_s3net.py, and results files of validate_10crop.py."""
+    out: Path = field(default_factory=lambda: default_out("comparison"))
+    """Folder for the table and the figure. The files of an earlier comparison are replaced."""
 
 
 def main(args: Args) -> None:
-    """Read, compare, print and write.
+    """Read the runs, then print and write the comparison.
 
     Raises:
-        InputError: something given is neither a run nor results, or is damaged; or one run is given twice.
+        InputError: a path is neither a run nor a results file, a file is damaged, or a run is given twice.
     """
     paths = list(dict.fromkeys(path.resolve() for path in args.runs))
     if not paths:
@@ -56,121 +61,117 @@ def main(args: Args) -> None:
     make_folder(args.out)
     markdown = "\n\n".join(markdown_section(dataset, rows) for dataset, rows in tables.items()) + "\n"
     every_row = [row for rows in tables.values() for row in rows]
-    comparison = {"command": shlex.join(["python", *sys.argv]), "rows": [asdict(row) for row in every_row]}
-    written: dict[str, Callable[[Path], object]] = {
-        "table.md": lambda path: path.write_text(markdown),
-        "table.csv": lambda path: path.write_text(csv_text(every_row)),
-        "comparison.json": lambda path: path.write_text(json.dumps(comparison, indent=2) + "\n"),
-        "scatter.png": lambda path: draw_scatter({title(d): scatter_points(rows) for d, rows in tables.items()}, path),
-    }
-    for name, write in written.items():
-        write_atomically(args.out / name, write)
+    figure = draw_scatter({title(dataset): scatter_points(rows) for dataset, rows in tables.items()})
+    write_atomically(args.out / "table.md", lambda path: path.write_text(markdown, encoding="utf-8"))
+    write_atomically(args.out / "table.csv", lambda path: path.write_text(csv_text(every_row), encoding="utf-8"))
+    write_json(args.out / "comparison.json", {"command": shell_command(), "rows": [asdict(row) for row in every_row]})
+    save_figure(args.out / "scatter.png", figure, figure.dpi)
     print(markdown)
-    print(f"written to {relative(args.out)}: {', '.join(written)}")
+    print(f"written to {relative(args.out)}: table.md, table.csv, comparison.json, scatter.png")
 
 
 # ---- Reading ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class ReadRun:
-    """A run's folder: its configuration, the metrics of its epochs so far, and its network's size."""
+class Run:
+    """A run as read from its folder: configuration, errors of its finished epochs, and the size of its network."""
 
     path: Path
     config: dict
     history: list[dict]
-    facts: dict[str, int]
+    size: dict[str, int]
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its last epoch."""
+        """Whether the run reached its last epoch."""
         return len(self.history) >= self.config["epochs"]
 
     def recipe(self) -> str:
-        """Everything that decides the result but the seed, as a text that equal runs share."""
+        """Return all settings except the seed as text, which is the same for runs that differ only in the seed."""
         return json.dumps({key: value for key, value in self.config.items() if key != "seed"}, sort_keys=True)
 
 
 SIZES = ("parameters", "multiply_adds")
-NEEDED = {  # of a run's config.json, with their types
+REQUIRED_SETTINGS = {  # in a run's config.json, with their types
     **dict.fromkeys(("dataset", "model"), str),
     **dict.fromkeys(("num_classes", "image_size", "epochs", "seed"), int),
     "model_options": dict,
 }
 
 
-def read_run(folder: Path) -> ReadRun:
+def read_run(folder: Path) -> Run:
     """Read a run's folder.
 
     Raises:
-        InputError: it is not there, no run's folder, or damaged.
+        InputError: the folder is missing, is not a run's, or has a damaged file.
     """
     if not folder.exists():
         raise InputError(f"there is no {relative(folder)}: give the folder of a run")
     if not (folder / "config.json").is_file():
-        raise InputError(f"{relative(folder)} is no folder of a run: it has no config.json")
+        raise InputError(f"{relative(folder)} is not the folder of a run: it has no config.json")
     config = read_json(folder / "config.json")
-    for name, kind in NEEDED.items():
+    for name, kind in REQUIRED_SETTINGS.items():
         if not isinstance(config.get(name), kind):
             raise InputError(
-                f"{relative(folder / 'config.json')} is not of a run of train_s3net.py: it has no valid {name}"
+                f"{relative(folder / 'config.json')} was not written by train_s3net.py: it has no valid {name}"
             )
     metrics = folder / "metrics.jsonl"
     try:
         history = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
         history = [{name: float(row[name]) for name in ("val_error", "val_top5_error")} for row in history]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{relative(metrics)} is damaged: resume the run, which writes it anew") from error
+        raise InputError(f"{relative(metrics)} is damaged: resume the run, which writes it again") from error
     summary = folder / "summary.json"
-    facts = read_json(summary) if summary.is_file() else {}
-    if not facts.keys() >= set(SIZES):
-        facts = network_size(config["model"], config["num_classes"], config["model_options"], config["image_size"])
-    return ReadRun(folder, config, history, {name: facts[name] for name in SIZES})
+    size = read_json(summary) if summary.is_file() else {}
+    if not size.keys() >= set(SIZES):
+        size = network_size(config["model"], config["num_classes"], config["model_options"], config["image_size"])
+    return Run(folder, config, history, {name: size[name] for name in SIZES})
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object.
+    """Return the JSON object in a file.
 
     Raises:
-        InputError: the file holds none.
+        InputError: the file is damaged or contains no JSON object.
     """
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{relative(path)} is damaged, or no JSON file") from error
+        raise InputError(f"{relative(path)} is damaged or not a JSON file") from error
     if not isinstance(content, dict):
-        raise InputError(f"{relative(path)} holds no JSON object")
+        raise InputError(f"{relative(path)} contains no JSON object")
     return content
 
 
 # ---- Rows ---------------------------------------------------------------------------------------------------------
 
 
-def run_rows(runs: list[ReadRun]) -> list[Row]:
-    """A row for each set of finished runs that differ in the seed only, and for each unfinished run.
+def run_rows(runs: list[Run]) -> list[Row]:
+    """Return a row for each group of finished runs that differ only in the seed, and for each unfinished run.
 
     Raises:
-        InputError: two finished runs have the same configuration and seed: counting both would feign a second seed.
+        InputError: two finished runs have the same settings and seed. They would count as two seeds.
     """
-    groups: dict[tuple, list[ReadRun]] = {}
+    groups: dict[tuple, list[Run]] = {}
     for run in runs:
         key = (run.recipe(),) if run.finished else (run.recipe(), run.path)
         groups.setdefault(key, []).append(run)
     rows = []
     for group in groups.values():
         group.sort(key=lambda run: run.config["seed"])
-        for one, other in pairwise(group):
-            if one.config["seed"] == other.config["seed"]:
+        for first, second in pairwise(group):
+            if first.config["seed"] == second.config["seed"]:
                 raise InputError(
-                    f"{relative(one.path)} and {relative(other.path)} are the same run (seed {one.config['seed']}): "
-                    "leave one of them out"
+                    f"{relative(first.path)} and {relative(second.path)} are the same run "
+                    f"(seed {first.config['seed']}): leave one of them out"
                 )
         rows.append(run_row(group, differing_settings(group[0], runs)))
     return rows
 
 
-def run_row(group: list[ReadRun], differing: list[str]) -> Row:
-    """The row of runs that differ in the seed only."""
+def run_row(group: list[Run], differing: list[str]) -> Row:
+    """Return the row of runs that differ only in the seed."""
     first = group[0]
     config = first.config
     row = Row(
@@ -178,9 +179,9 @@ def run_row(group: list[ReadRun], differing: list[str]) -> Row:
         network=config["model"],
         setting=", ".join(network_setting(config["model"], config["model_options"]) + differing),
         source=MEASURED,
-        parameters=first.facts["parameters"],
-        code_parameters=first.facts["parameters"],
-        multiply_adds=first.facts["multiply_adds"],
+        parameters=first.size["parameters"],
+        code_parameters=first.size["parameters"],
+        multiply_adds=first.size["multiply_adds"],
         epochs_done=len(first.history),
         epochs=config["epochs"],
         seeds=[run.config["seed"] for run in group],
@@ -198,53 +199,62 @@ def run_row(group: list[ReadRun], differing: list[str]) -> Row:
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
-    """The mean, and the standard deviation of the population that they are a sample of; None for one value."""
+    """Return the mean and the sample standard deviation, which is None for one value."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def network_setting(model: str, options: dict) -> list[str]:
-    """The network's options in the paper's terms, S3-Net's own where none is given; no graphs or other lists."""
-    options = {
-        key: NETWORKS[model][key] for key in ("growth_rate", "depth") if key in NETWORKS.get(model, {})
-    } | options
+    """Return the network's options in the paper's terms, S3-Net's with their defaults. Lists are left out."""
+    defaults = NETWORKS.get(model, {})
+    options = {key: defaults[key] for key in ("growth_rate", "depth") if key in defaults} | options
     names = {"growth_rate": "k"}
     return [f"{names.get(key, key)}={value}" for key, value in options.items() if not isinstance(value, list | dict)]
 
 
-def differing_settings(run: ReadRun, runs: list[ReadRun]) -> list[str]:
-    """What else tells a run from the others of the same network on the same data, and what limits it."""
+def differing_settings(run: Run, runs: list[Run]) -> list[str]:
+    """Return a run's limits, and its settings that differ between the runs of the same network and data set."""
     limits = {"limit_train": "training images", "limit_val": "validation images"}
-    said = [f"{run.config[key]} {name}" for key, name in limits.items() if run.config.get(key)]
-    same = ("dataset", "model", "model_options")
-    others = [other.config for other in runs if all(other.config[key] == run.config[key] for key in same)]
+    settings = [f"{run.config[key]} {name}" for key, name in limits.items() if run.config.get(key)]
+    shared = ("dataset", "model", "model_options")
+    others = [other.config for other in runs if all(other.config[key] == run.config[key] for key in shared)]
     shown_elsewhere = {"seed", "epochs", "classes", "train_images", "val_images", *limits}
     for key, value in run.config.items():
         if key not in shown_elsewhere and any(other.get(key) != value for other in others):
-            said.append(f"{key}={value}")
-    return said
+            settings.append(f"{key}={value}")
+    return settings
 
 
 def crop_rows(path: Path) -> list[Row]:
-    """The two rows, centre crop and ten crops, of a result of validate_10crop.py.
+    """Return the rows of the centre crop and of the ten crops of a results file of validate_10crop.py.
 
     Raises:
-        InputError: the file is no such result.
+        InputError: the file is no such file, or is damaged.
     """
-    said = read_json(path)
-    if said.get("kind") != "validate_10crop":
-        raise InputError(f"{relative(path)} is neither the folder of a run nor a result of validate_10crop.py")
+    results = read_json(path)
+    if results.get("kind") != "validate_10crop":
+        raise InputError(f"{relative(path)} is neither the folder of a run nor a results file of validate_10crop.py")
     rows = []
     try:
-        setting = network_setting(said["model"], said["model_options"])
-        if said["images"]["limit"]:
-            setting.append(f"{said['images']['count']} images")
+        setting = network_setting(results["model"], results["model_options"])
+        if results["images"]["limit"]:
+            setting.append(f"{results['images']['count']} images")
         for crops, name in (("centre_crop", "centre crop"), ("ten_crops", "10 crops")):
-            found = said[crops]
-            row = Row(said["dataset"], said["model"], ", ".join([*setting, name]), MEASURED, said["parameters"])
-            row.code_parameters, row.multiply_adds = said["parameters"], said["multiply_adds"]
-            row.last_error, row.last_top5_error = float(found["top1_error"]), float(found["top5_error"])
-            row.interval_low, row.interval_high = map(float, found["top1_interval"])
-            row.runs = [str(relative(path))]
+            errors = results[crops]
+            interval_low, interval_high = map(float, errors["top1_interval"])
+            row = Row(
+                dataset=results["dataset"],
+                network=results["model"],
+                setting=", ".join([*setting, name]),
+                source=MEASURED,
+                parameters=results["parameters"],
+                code_parameters=results["parameters"],
+                multiply_adds=results["multiply_adds"],
+                last_error=float(errors["top1_error"]),
+                last_top5_error=float(errors["top5_error"]),
+                interval_low=interval_low,
+                interval_high=interval_high,
+                runs=[str(relative(path))],
+            )
             rows.append(row)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{relative(path)} is damaged: run validate_10crop.py again") from error
@@ -252,12 +262,12 @@ def crop_rows(path: Path) -> list[Row]:
 
 
 def paper_row(quoted: PaperRow) -> Row:
-    """A row of one of the paper's tables."""
+    """Return a row of the paper's tables as a row of the comparison."""
     return Row(
         dataset=quoted.dataset,
         network=quoted.network,
         setting=quoted.setting,
-        source=TRAINED_THERE if quoted.measured else QUOTED_THERE,
+        source=PAPER if quoted.measured else CITED_PAPER,
         parameters=quoted.parameters or quoted.code_parameters,
         code_parameters=quoted.code_parameters,
         multiply_adds=quoted.multiply_adds,
@@ -267,7 +277,7 @@ def paper_row(quoted: PaperRow) -> Row:
 
 
 def by_dataset(rows: list[Row]) -> dict[str | None, list[Row]]:
-    """The rows of each data set with the paper's, by error; unfinished runs last."""
+    """Return the rows of each data set and those of the paper, sorted by error, with unfinished runs at the end."""
     tables: dict[str | None, list[Row]] = {}
     for row in rows:
         tables.setdefault(row.dataset, []).append(row)
@@ -277,11 +287,11 @@ def by_dataset(rows: list[Row]) -> dict[str | None, list[Row]]:
     return tables
 
 
-# ---- The picture --------------------------------------------------------------------------------------------------
+# ---- The figure ---------------------------------------------------------------------------------------------------
 
 
 def scatter_points(rows: list[Row]) -> list[Point]:
-    """The rows that have an error, as points; the paper's networks at the parameters that their code has."""
+    """Return the points of the rows that have an error. Parameters are those of the code, if known."""
     return [
         Point(
             label=" ".join([row.network, row.setting.replace(", ", " ").replace("depth=", "d=")]).strip()

@@ -1,30 +1,32 @@
-"""S3-Net, a ResNet and a DenseNet of its size under one budget, and S3-Net without its shortcuts or with dense ones.
+"""Compare S3-Net with a ResNet and a DenseNet of its size under one budget, and ablate its shortcuts.
 
-    python same_budget.py --jobs 2                  # all of it on CIFAR-100: about 10 hours on 2 cores
-    python same_budget.py --only search comparison --seeds 1
-    python same_budget.py --dataset digits --hold-out 300 --epochs 4 --search-epochs 1 --ablation-epochs 2 --seeds 1
+    python generalizability/same_budget.py --jobs 2         # everything, on CIFAR-100: about 10 hours on 2 cores
+    python generalizability/same_budget.py --only search comparison --seeds 1
+    python generalizability/same_budget.py --dataset digits --hold-out 300 --seeds 1
 
-Three parts, each made of runs of train_s3net.py that are resumed where they stand; a finished one is not repeated, and
-one in the same folder that had other flags is an error. On Ctrl-C and SIGTERM the runs save themselves and end.
+The three parts consist of runs of train_s3net.py. Interrupted runs are resumed and finished runs are not repeated. A
+finished run with other flags in the same folder is an error. On Ctrl-C and SIGTERM the runs save themselves and end.
 
-    search      each network, one short run for each peak learning rate, on a part of the training images, judged on
-                training images that were held out: the test images are not looked at.
-    comparison  each network with its own best peak: the same images, augmentation, batch, epochs, one-cycle schedule.
-    ablation    S3-Net's layers with its shortcuts, with none (a chain) and with dense connections, at the same width
-                and at about the same number of parameters; on a part of the training images, each with two peaks.
+    search      One short run for each network and peak learning rate, on a part of the training images. The runs are
+                judged on held-out training images, so the test images have no influence on the choice.
+    comparison  Each network with its best peak. Images, augmentation, batch size, epochs and one-cycle schedule are
+                the same for all.
+    ablation    S3-Net's layers with its shortcuts, with no shortcuts (a chain) and with dense connections, at the same
+                width and at about the same number of parameters. Each runs on a part of the training images, at two
+                peaks.
 
-Writes results.json, tables.md, curves.png, search.png and ablation.png into --out, beside the runs.
+Writes results.json, tables.md, curves.png, search.png and ablation.png to --out, next to the runs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from comparison.budget_report import write_report
-from comparison.jobs import Job, read_summary, run_jobs
-from s3net_common.command_line import run_script
+from comparison.jobs import Job, flag_name, run_jobs
+from s3net_common.command_line import flag, run_script
 from s3net_common.errors import InputError
-from s3net_common.output_files import ROOT, make_folder
+from s3net_common.output_files import default_out, make_folder
 from s3net_networks.size import count_parameters
 
 PARTS = ("search", "comparison", "ablation")
@@ -32,147 +34,151 @@ PARTS = ("search", "comparison", "ablation")
 
 @dataclass
 class Args:
-    """S3-Net, a ResNet and a DenseNet of its size under one budget, and an ablation of the shortcuts."""
+    """Compare S3-Net with a ResNet and a DenseNet of its size under one budget, and ablate its shortcuts."""
 
     only: tuple[Literal["search", "comparison", "ablation"], ...] = PARTS
-    """The parts to run; `comparison` and `ablation` need the runs of `search`."""
+    """Parts to run. `comparison` and `ablation` need the runs of `search`."""
     dataset: Literal["cifar100", "digits"] = "cifar100"
-    """Images to train on."""
-    data_dir: Path | None = None
-    """Where they are; data/<dataset> by default."""
+    """Data set to train on."""
+    data_dir: flag(Path, "DIR", "data/<dataset>") = None
+    """Folder of the data set."""
     growth_rate: int = 12
-    """S3-Net's growth rate."""
+    """Growth rate of S3-Net."""
     depth: int = 40
-    """S3-Net's depth."""
+    """Depth of S3-Net."""
     seeds: int = 3
-    """Runs of each network in the comparison: seeds 0, 1, ..."""
+    """Runs of each network in the comparison, with seeds 0, 1, ..."""
     epochs: int = 30
-    """Epochs of the comparison."""
+    """Epochs of each run of the comparison."""
     batch_size: int = 128
-    """Images a step, everywhere."""
+    """Images per step in all runs."""
     peaks: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-    """Peak learning rates that the search tries with each network."""
+    """Peak learning rates that the search tries for each network."""
     search_epochs: int = 8
     """Epochs of each run of the search."""
     search_images: int | None = 10_000
-    """Training images of the search; None for all."""
+    """Training images of each run of the search; None for all."""
     hold_out: int = 5_000
-    """Training images that judge the search's runs."""
+    """Training images that the search holds out and validates on."""
     ablation_epochs: int = 20
     """Epochs of each run of the ablation."""
     ablation_images: int | None = 10_000
-    """Training images of the ablation; None for all."""
+    """Training images of each run of the ablation; None for all."""
     ablation_peaks: tuple[float, ...] = (0.2, 1.6)
-    """Its peak learning rates: the paper's learning rate, and what the search finds best for S3-Net on CIFAR-100."""
+    """Peak learning rates of the ablation: the paper's learning rate, and S3-Net's best in the search on CIFAR-100."""
     jobs: int = 1
-    """Runs at a time; with more than 1, each computes in one thread on a CPU."""
-    device: str | None = None
-    """Where to compute; a GPU if there is one by default."""
-    out: Path = ROOT / "runs" / "same_budget"
+    """Runs at a time. If there are several, each computes with one thread on a CPU."""
+    device: flag(str, "DEVICE", "a GPU if there is one") = None
+    """Device to train on: cpu, cuda or mps."""
+    out: Path = field(default_factory=lambda: default_out("same_budget"))
     """Folder for the runs and the results."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """One side: what it is called, and the flags that choose it."""
+    """A network of the comparison or the ablation: its title, and the trainer's settings that build it."""
 
     title: str
-    flags: tuple[str, ...]
+    settings: dict[str, str | int]
 
     @property
     def folder(self) -> str:
-        """Its part of a run folder's name."""
-        return "-".join(flag.removeprefix("--") for flag in self.flags)
+        """The network's part of a run folder's name."""
+        return "-".join(f"{name.replace('_', '-')}-{value}" for name, value in self.settings.items())
 
 
 def main(args: Args) -> None:
-    """Run what is missing, then write the report on what there is.
+    """Run the jobs that are not finished, then write the report on all finished ones.
 
     Raises:
-        InputError: a flag is out of its range, a run fails, or the search is missing.
+        InputError: a flag is out of range, a run fails, or the search is not finished.
     """
-    check(args)
+    check_flags(args)
     make_folder(args.out)
     networks = compared_networks(args)
-    report = {"search": search_jobs(args, networks)}
+    jobs = {"search": search_jobs(args, networks)}
     if "search" in args.only:
-        run_jobs(report["search"].values(), args.jobs, "search")
-    peaks = best_peaks(networks, report["search"])
-    report["comparison"] = comparison_jobs(args, networks, peaks)
-    report["ablation"] = ablation_jobs(args)
+        run_jobs(jobs["search"].values(), args.jobs, "search")
+    peaks = best_peaks(networks, jobs["search"])
+    jobs["comparison"] = comparison_jobs(args, networks, peaks)
+    jobs["ablation"] = ablation_jobs(args)
     if "comparison" in args.only:
-        first_seeds = [job for (_, seed), job in report["comparison"].items() if seed == 0]
-        run_jobs(first_seeds, args.jobs, "comparison, seed 0")
+        first_seed = [job for (_, seed), job in jobs["comparison"].items() if seed == 0]
+        run_jobs(first_seed, args.jobs, "comparison, seed 0")
     if "ablation" in args.only:
-        run_jobs(report["ablation"].values(), args.jobs, "ablation")
+        run_jobs(jobs["ablation"].values(), args.jobs, "ablation")
     if "comparison" in args.only:
-        run_jobs(report["comparison"].values(), args.jobs, "comparison, other seeds")
-    write_report(args.out, report, peaks)
+        run_jobs(jobs["comparison"].values(), args.jobs, "comparison, other seeds")
+    write_report(args.out, jobs, peaks)
 
 
-def check(args: Args) -> None:
-    """Raises InputError for a number out of its range."""
+def check_flags(args: Args) -> None:
+    """Raise an InputError if a flag is out of range."""
     numbers = ("seeds", "epochs", "batch_size", "search_epochs", "search_images", "hold_out", "ablation_epochs")
     for name in (*numbers, "ablation_images", "jobs"):
         if (value := getattr(args, name)) is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value} is not possible: give 1 or more")
-    for flag, peaks in (("--peaks", args.peaks), ("--ablation-peaks", args.ablation_peaks)):
+            raise InputError(f"{flag_name(name)} {value} is not possible: give 1 or more")
+    for name in ("peaks", "ablation_peaks"):
+        peaks = getattr(args, name)
         if not peaks or not all(peak > 0 for peak in peaks):
-            raise InputError(f"{flag} needs one or more learning rates above 0")
+            raise InputError(f"{flag_name(name)} needs one or more learning rates above 0")
     if not args.only:
         raise InputError(f"--only needs one or more of {', '.join(PARTS)}")
 
 
-# ---- What is compared ---------------------------------------------------------------------------------------------
+# ---- The networks -------------------------------------------------------------------------------------------------
 
 
 def compared_networks(args: Args) -> list[Network]:
-    """S3-Net, ResNet-20, and the DenseNet of S3-Net's growth rate that is nearest to it in parameters."""
+    """Return S3-Net, ResNet-20, and the DenseNet with S3-Net's growth rate that is closest to it in parameters."""
     k, depth = args.growth_rate, args.depth
     target = count_parameters("s3net_cifar", growth_rate=k, depth=depth)
-    dense = min(
+    dense_depth = min(
         range(7, depth + 1, 3), key=lambda d: abs(count_parameters("densenet_cifar", growth_rate=k, depth=d) - target)
     )
     return [
-        Network(f"S3-Net k={k}, depth={depth}", s3net_flags(k, depth)),
-        Network("ResNet-20", ("--model", "resnet20_cifar")),
+        Network(f"S3-Net k={k}, depth={depth}", s3net_settings(k, depth)),
+        Network("ResNet-20", {"model": "resnet20_cifar"}),
         Network(
-            f"DenseNet k={k}, depth={dense}",
-            ("--model", "densenet_cifar", "--growth-rate", str(k), "--depth", str(dense)),
+            f"DenseNet k={k}, depth={dense_depth}",
+            {"model": "densenet_cifar", "growth_rate": k, "depth": dense_depth},
         ),
     ]
 
 
 def ablated_networks(args: Args) -> list[Network]:
-    """S3-Net, and its layers as a chain and densely connected: at its growth rate, and with about its parameters."""
+    """Return S3-Net, and its layers as a chain and densely connected, at its growth rate and at about its size."""
     k, depth = args.growth_rate, args.depth
     target = count_parameters("s3net_cifar", growth_rate=k, depth=depth)
-    networks = [Network(f"sparse shortcuts, k={k}", s3net_flags(k, depth))]
+    networks = [Network(f"sparse shortcuts, k={k}", s3net_settings(k, depth))]
     for connections, title in (("chain", "no shortcuts"), ("dense", "dense connections")):
-        same_size = min(
-            range(1, 4 * k),
-            key=lambda width, c=connections: abs(
-                count_parameters("s3net_cifar", growth_rate=width, depth=depth, connections=c) - target
-            ),
-        )
+        parameters = {
+            width: count_parameters("s3net_cifar", growth_rate=width, depth=depth, connections=connections)
+            for width in range(1, 4 * k)
+        }
+        same_size = min(parameters, key=lambda width, counts=parameters: abs(counts[width] - target))
         for width in sorted({k, same_size}):
-            flags = (*s3net_flags(width, depth), "--connections", connections)
-            networks.append(Network(f"{title}, k={width}", flags))
+            settings = s3net_settings(width, depth) | {"connections": connections}
+            networks.append(Network(f"{title}, k={width}", settings))
     return networks
 
 
-def s3net_flags(growth_rate: int, depth: int) -> tuple[str, ...]:
-    """The flags of an S3-Net."""
-    return ("--model", "s3net_cifar", "--growth-rate", str(growth_rate), "--depth", str(depth))
+def s3net_settings(growth_rate: int, depth: int) -> dict[str, str | int]:
+    """Return the trainer's settings for an S3-Net."""
+    return {"model": "s3net_cifar", "growth_rate": growth_rate, "depth": depth}
 
 
 # ---- The runs -----------------------------------------------------------------------------------------------------
 
 
 def search_jobs(args: Args, networks: list[Network]) -> dict[tuple[str, float], Job]:
-    """A short run for every network and peak learning rate."""
-    budget = ["--hold-out", str(args.hold_out), "--epochs", str(args.search_epochs), "--seed", "1000"]
-    budget += ["--limit-train", str(args.search_images)] if args.search_images else []
+    """Return a short run for every network and peak learning rate."""
+    budget = {
+        "hold_out": args.hold_out,
+        "epochs": args.search_epochs,
+        "seed": 1000,
+        "limit_train": args.search_images,
+    }
     return {
         (network.title, peak): make_job(args, f"search/{network.folder}-lr-{peak:g}", network, peak, budget)
         for network in networks
@@ -181,14 +187,14 @@ def search_jobs(args: Args, networks: list[Network]) -> dict[tuple[str, float], 
 
 
 def comparison_jobs(args: Args, networks: list[Network], peaks: dict[str, float]) -> dict[tuple[str, int], Job]:
-    """The full run of every network and seed, with the network's best peak."""
+    """Return the full run of every network and seed, with the network's best peak."""
     return {
         (network.title, seed): make_job(
             args,
             f"comparison/{network.folder}-s{seed}",
             network,
             peaks[network.title],
-            ["--epochs", str(args.epochs), "--seed", str(seed)],
+            {"epochs": args.epochs, "seed": seed, "limit_train": None},
         )
         for seed in range(args.seeds)
         for network in networks
@@ -196,9 +202,8 @@ def comparison_jobs(args: Args, networks: list[Network], peaks: dict[str, float]
 
 
 def ablation_jobs(args: Args) -> dict[tuple[str, float], Job]:
-    """A run of every kind of connections with every peak learning rate."""
-    budget = ["--epochs", str(args.ablation_epochs), "--seed", "0"]
-    budget += ["--limit-train", str(args.ablation_images)] if args.ablation_images else []
+    """Return a run for every kind of connections and peak learning rate."""
+    budget = {"epochs": args.ablation_epochs, "seed": 0, "limit_train": args.ablation_images}
     return {
         (network.title, peak): make_job(args, f"ablation/{network.folder}-lr-{peak:g}", network, peak, budget)
         for peak in args.ablation_peaks
@@ -206,28 +211,26 @@ def ablation_jobs(args: Args) -> dict[tuple[str, float], Job]:
     }
 
 
-def make_job(args: Args, name: str, network: Network, peak: float, budget: list[str]) -> Job:
-    """The command line of one run."""
-    folder = args.out / name
-    flags = ["--dataset", args.dataset, *network.flags, "--schedule", "onecycle", "--lr", f"{peak:g}"]
-    flags += ["--batch-size", str(args.batch_size), *budget, "--out", str(folder)]
-    flags += ["--data-dir", str(args.data_dir)] if args.data_dir else []
-    flags += ["--device", args.device] if args.device else []
-    return Job(folder, tuple(flags))
+def make_job(args: Args, folder: str, network: Network, peak: float, budget: dict[str, int | None]) -> Job:
+    """Return the run of a network with a peak learning rate and a budget, in a folder below --out."""
+    settings = {"dataset": args.dataset, **network.settings, "schedule": "onecycle", "lr": peak}
+    settings |= {"batch_size": args.batch_size, **budget, "data_dir": args.data_dir, "device": args.device}
+    return Job(args.out / folder, settings)
 
 
 def best_peaks(networks: list[Network], search: dict[tuple[str, float], Job]) -> dict[str, float]:
-    """The peak learning rate of each network whose last error on the held-out images is lowest.
+    """Return the peak learning rate of each network with the lowest last error on the held-out images.
 
     Raises:
-        InputError: a run of the search isn't finished.
+        InputError: a run of the search is not finished.
     """
     if any(not job.finished() for job in search.values()):
         raise InputError("the search for the learning rates is not finished: run it first, with --only search")
-    errors = {key: read_summary(job.folder)["last_val_error"] for key, job in search.items()}
+    errors = {key: job.summary()["last_val_error"] for key, job in search.items()}
     return {
         network.title: min(
-            (peak for title, peak in search if title == network.title), key=lambda p: errors[network.title, p]
+            (peak for title, peak in search if title == network.title),
+            key=lambda peak, title=network.title: errors[title, peak],
         )
         for network in networks
     }

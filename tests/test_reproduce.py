@@ -1,4 +1,4 @@
-"""reproduce.py: steps that are skipped, fail, are left out and go on; and its page, on results like the scripts'."""
+"""reproduce.py: steps that are skipped, failed, left out and resumed; and the page with their results."""
 
 import errno
 import functools
@@ -25,89 +25,89 @@ page = importlib.import_module("reproduction.page")
 from reproduction.record import Record, read_record, write_record  # noqa: E402
 from reproduction.steps import EXPERIMENTS, LOG, Step, Table, steps_of  # noqa: E402
 
-SCRIPT = """
+WORKING_SCRIPT = """
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[1])
 out.mkdir(parents=True, exist_ok=True)
 (out / "times").open("a").write("x")
-(out / "found.json").write_text(json.dumps({"errors": {"S3-Net": 29.8125, "ResNet": 31}}))
+(out / "errors.json").write_text(json.dumps({"errors": {"S3-Net": 29.8125, "ResNet": 31}}))
 (out / "tables.md").write_text("## Runs\\n\\n| name | error |\\n|---|--:|\\n| A & B | **12.5** |\\n\\nMade up.\\n")
 print("two lines", "of log", sep="\\n")
 """
-FAIL = "import sys; sys.exit('error: CIFAR-100 is not there: <download> it')"
+FAILING_SCRIPT = "import sys; sys.exit('error: CIFAR-100 is missing: <download> it')"
 
 
 @pytest.fixture
 def scripts(tmp_path) -> Path:
-    (tmp_path / "works.py").write_text(SCRIPT)
-    (tmp_path / "fails.py").write_text(FAIL)
+    (tmp_path / "works.py").write_text(WORKING_SCRIPT)
+    (tmp_path / "fails.py").write_text(FAILING_SCRIPT)
     return tmp_path
 
 
-def step(name: str, command: str, shows: tuple = (), **more: str) -> Step:
-    experiment = more.pop("experiment", "expressibility")
-    return Step(name, experiment, f"Title of {name}", f"About {name}.", command, shows, **more)
+def make_step(name: str, command: str, shows: tuple = (), **options: str) -> Step:
+    experiment = options.pop("experiment", "expressibility")
+    return Step(name, experiment, f"Title of {name}", f"About {name}.", command, shows, **options)
 
 
 def run(folder: Path, steps: list[Step], **args: object) -> int:
     return reproduce.main(reproduce.Args(out=folder / "out", **args), steps)
 
 
-def rows(found: dict) -> list[dict]:
-    return [{"network": name, "error_in_%": error} for name, error in found["errors"].items()]
+def error_rows(results: dict) -> list[dict]:
+    return [{"network": name, "error_in_%": error} for name, error in results["errors"].items()]
 
 
 def test_a_finished_step_is_skipped_until_its_command_changes(scripts, capsys):
-    first = step("one", f"{scripts}/works.py {{here}}")
+    first = make_step("one", f"{scripts}/works.py {{here}}")
     assert run(scripts, [first]) == 0
     assert run(scripts, [first]) == 0
-    assert "one: finished before" in capsys.readouterr().out
+    assert "one: already finished" in capsys.readouterr().out
     assert (scripts / "out" / "one" / "times").read_text() == "x"
     (scripts / "out" / "one").rename(scripts / "elsewhere")
-    assert run(scripts, [first]) == 0  # results that are gone are made again
+    assert run(scripts, [first]) == 0  # missing results are computed again
     assert (scripts / "out" / "one" / "times").read_text() == "x"
     record = read_record(scripts / "out", "one")
     assert (record.status, record.command) == ("finished", ["python", f"{scripts}/works.py", f"{scripts}/out/one"])
-    assert record.seconds > 0 and "cores" in record.machine and record.versions["Python"] == sys.version.split()[0]
-    assert run(scripts, [step("one", f"{scripts}/works.py {{here}} more")]) == 0
-    assert (scripts / "out" / "one" / "times").read_text() == "x"  # in a new folder; the former results are kept
+    assert record.seconds > 0 and "cores" in record.machine and record.versions["python"] == sys.version.split()[0]
+    assert run(scripts, [make_step("one", f"{scripts}/works.py {{here}} more")]) == 0
+    assert (scripts / "out" / "one" / "times").read_text() == "x"  # in a new folder; the earlier results are kept
     assert (scripts / "out" / "former" / "one-1" / "times").read_text() == "x"
 
 
-def test_a_failure_is_one_line_and_the_others_go_on(scripts, capsys):
-    steps = [step("bad", f"{scripts}/fails.py"), step("good", f"{scripts}/works.py {{here}}", (LOG,))]
+def test_a_failure_is_one_line_and_the_other_steps_run(scripts, capsys):
+    steps = [make_step("bad", f"{scripts}/fails.py"), make_step("good", f"{scripts}/works.py {{here}}", (LOG,))]
     assert run(scripts, steps) == 1
-    said = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
     log = scripts / "out" / "logs" / "bad.log"
-    assert f"bad: failed, exit code 1: error: CIFAR-100 is not there: <download> it (log: {log})" in said
-    assert said[-1] == f"written to {scripts / 'out' / 'index.html'}; 1 of 2 steps failed"
+    assert f"bad: failed, exit code 1: error: CIFAR-100 is missing: <download> it (log: {log})" in printed
+    assert printed[-1] == f"written to {scripts / 'out' / 'index.html'}; 1 of 2 steps failed"
     text = (scripts / "out" / "index.html").read_text()
-    assert "Failed: exit code 1: error: CIFAR-100 is not there: &lt;download&gt; it" in text
+    assert "Failed: exit code 1: error: CIFAR-100 is missing: &lt;download&gt; it" in text
     assert "<pre>two lines\nof log</pre>" in text
     (scripts / "fails.py").write_text("")
-    assert run(scripts, steps) == 0  # what failed is tried again
+    assert run(scripts, steps) == 0  # a failed step runs again
     assert "Failed" not in (scripts / "out" / "index.html").read_text()
 
 
-def test_what_is_missing_leaves_a_step_out(scripts, capsys):
-    needing = step("tiny", f"{scripts}/fails.py", needs="data/nowhere", otherwise="download it")
-    table = step("table", f"{scripts}/works.py {{here}} {{out}}/run_* {{out}}/other_*")
-    assert run(scripts, [needing, table]) == 0
-    said = capsys.readouterr().out
-    assert "tiny: left out, data/nowhere is not there: download it" in said
-    assert f"table: left out, there is nothing yet in {scripts}/out/run_* or {scripts}/out/other_*" in said
+def test_a_step_whose_input_is_missing_is_left_out(scripts, capsys):
+    tiny = make_step("tiny", f"{scripts}/fails.py", needs="data/nowhere", otherwise="download it")
+    table = make_step("table", f"{scripts}/works.py {{here}} {{out}}/run_* {{out}}/other_*")
+    assert run(scripts, [tiny, table]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny: left out, data/nowhere is missing: download it" in printed
+    assert f"table: left out, no results yet in {scripts}/out/run_* or {scripts}/out/other_*" in printed
     for name in ("run_b", "run_a"):
         (scripts / "out" / name).mkdir()
-    for _ in range(2):  # what reads others' results is repeated every time
+    for _ in range(2):  # a step that reads the results of others runs every time
         assert run(scripts, [table]) == 0
     assert (scripts / "out" / "table" / "times").read_text() == "xx"
     assert read_record(scripts / "out", "table").command[-2:] == [f"{scripts}/out/run_a", f"{scripts}/out/run_b"]
 
 
-def test_only_one_experiment_runs_and_the_page_keeps_the_others(scripts):
+def test_one_experiment_runs_and_the_page_keeps_the_results_of_the_others(scripts):
     steps = [
-        step("a", f"{scripts}/works.py {{here}}", (Table("found.json", "Errors.", rows),)),
-        step("b", f"{scripts}/works.py {{here}}", experiment="interpretability"),
+        make_step("a", f"{scripts}/works.py {{here}}", (Table("errors.json", "Errors.", error_rows),)),
+        make_step("b", f"{scripts}/works.py {{here}}", experiment="interpretability"),
     ]
     assert run(scripts, steps, only=("expressibility",)) == 0
     assert not (scripts / "out" / "b").exists()
@@ -116,8 +116,8 @@ def test_only_one_experiment_runs_and_the_page_keeps_the_others(scripts):
     assert "29.81" in text and "not run yet" not in text
 
 
-def test_a_terminated_run_ends_its_step_and_the_next_one_goes_on(scripts):
-    """Also: two at a time are refused, and the time of both attempts is counted."""
+def test_sigterm_ends_the_step_and_the_next_run_resumes_it(scripts):
+    """Also: a second run of reproduce.py is an error, and the time of both attempts is counted."""
     (scripts / "slow.py").write_text(
         "import pathlib, subprocess, sys, time\n"
         "if not pathlib.Path(sys.argv[1]).exists():\n"
@@ -125,7 +125,7 @@ def test_a_terminated_run_ends_its_step_and_the_next_one_goes_on(scripts):
         "    pathlib.Path(sys.argv[1]).write_text(str(child.pid))\n"
         "    time.sleep(60)\n"
     )
-    slow = step("slow", f"{scripts}/slow.py {scripts}/child")
+    slow = make_step("slow", f"{scripts}/slow.py {scripts}/child")
     (scripts / "driver.py").write_text(
         f"import pathlib, reproduce, reproduction.steps as s\n"
         f"step = s.Step('slow', 'expressibility', '', '', {slow.command!r})\n"
@@ -147,7 +147,7 @@ def test_a_terminated_run_ends_its_step_and_the_next_one_goes_on(scripts):
 
 
 def without_spans(text: str) -> str:
-    """A command's words stand in spans, where lines may be broken."""
+    """Return the page's text without the spans around the words of commands."""
     return re.sub("</?span>", "", text)
 
 
@@ -166,24 +166,26 @@ def ended(pid: int) -> bool:
 # ---- The page -----------------------------------------------------------------------------------------------------
 
 
-def test_the_page_needs_nothing_else_and_has_figures_tables_and_commands(scripts):
-    (scripts / "draws.py").write_text(SCRIPT)
-    shows = ("figure.png", Table("found.json", "Errors, in <percent>.", rows), Table("tables.md"), "absent.png")
-    drawn = step("drawn", f"{scripts}/draws.py {{here}}", shows)
+def test_the_page_needs_no_other_file_and_contains_figures_tables_and_commands(scripts):
+    (scripts / "draws.py").write_text(WORKING_SCRIPT)
+    shows = ("figure.png", Table("errors.json", "Errors, in <percent>.", error_rows), Table("tables.md"), "absent.png")
+    drawn = make_step("drawn", f"{scripts}/draws.py {{here}}", shows)
     here = scripts / "out" / "drawn"
     here.mkdir(parents=True)
     Image.fromarray(np.zeros((3, 5, 3), np.uint8)).save(here / "figure.png")
-    assert run(scripts, [drawn, step("later", "x.py", experiment="interpretability")], only=("expressibility",)) == 0
+    assert (
+        run(scripts, [drawn, make_step("later", "x.py", experiment="interpretability")], only=("expressibility",)) == 0
+    )
     text = (scripts / "out" / "index.html").read_text()
     sources = re.findall(r'\b(?:src|href)="([^"]*)"', text)
     assert sum(source.startswith("data:image/png;base64,") for source in sources) == 1
     assert sum(source.startswith("data:image/svg+xml;base64,") for source in sources) == 1
-    outside = [source for source in sources if not source.startswith(("data:", "#"))]
-    assert outside == ["https://arxiv.org/abs/1811.09003"]  # a link to click, not something that the page loads
+    remote = [source for source in sources if not source.startswith(("data:", "#"))]
+    assert remote == ["https://arxiv.org/abs/1811.09003"]  # a link; the page does not load it
     assert not re.search(r"<(script|link|iframe)|@import|url\(", text)
     anchors = {source[1:] for source in sources if source.startswith("#")}
     assert anchors == {"drawn", "later"} <= set(re.findall(r'id="([^"]*)"', text))
-    assert '<th>network</th><th class="number">error in %</th>' in text
+    assert '<tr><th>network</th><th class="number">error in %</th></tr>' in text
     assert '<tr><td>S3-Net</td><td class="number">29.81</td></tr>' in text
     assert "Errors, in &lt;percent&gt;." in text
     assert "<h4>Runs</h4>" in text and '<td>A &amp; B</td><td class="number"><b>12.5</b></td>' in text
@@ -192,29 +194,35 @@ def test_the_page_needs_nothing_else_and_has_figures_tables_and_commands(scripts
     assert [text.index(f'id="{name}"') for name in EXPERIMENTS] == sorted(text.index(f'id="{e}"') for e in EXPERIMENTS)
 
 
-def test_damaged_results_are_said_and_spare_the_rest_of_the_page(scripts):
-    shows = ("x.png", Table("found.json", "", rows), Table("tables.md"))
-    damaged = step("damaged", f"{scripts}/works.py {{here}}", shows)
+def test_damaged_results_are_named_and_the_rest_of_the_page_is_written(scripts):
+    shows = ("x.png", Table("errors.json", "", error_rows), Table("tables.md"))
+    damaged = make_step("damaged", f"{scripts}/works.py {{here}}", shows)
     assert run(scripts, [damaged]) == 0
-    (scripts / "out" / "damaged" / "found.json").write_text('{"errors": ')
+    (scripts / "out" / "damaged" / "errors.json").write_text('{"errors": ')
     (scripts / "out" / "damaged" / "x.png").write_bytes(b"no picture")
     assert run(scripts, [damaged]) == 0
     text = (scripts / "out" / "index.html").read_text()
     assert "x.png is damaged" in text
-    assert "found.json is damaged: delete the folder damaged and run again" in text and "<h4>Runs</h4>" in text
+    assert "errors.json is damaged: delete the folder damaged and run again" in text and "<h4>Runs</h4>" in text
 
 
-def test_pictures_of_several_panels_can_scroll(tmp_path):
+def test_wide_pictures_are_marked_as_panels(tmp_path):
     for size, panels in (((2, 5, 3), True), ((3, 5, 3), False)):
         Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / "x.png")
-        assert ('class="panels"' in page.inline_picture(tmp_path / "x.png", "")) == panels
+        assert page.picture(tmp_path / "x.png", "")["panels"] == panels
 
 
-def test_tables_that_follow_each_other_without_a_blank_line_are_kept_apart():
-    html = page.markdown_tables("| a |\n|---|\n| 1 |\n| b | c |\n|---|--:|\n| x | y |\n| z | 1.5 ± 0.2 |\n")
-    assert html.count("<table>") == 2
-    assert "<tr><th>b</th><th>c</th></tr><tr><td>x</td><td>y</td></tr>" in html
-    assert '<tr><th class="number">a</th></tr><tr><td class="number">1</td></tr>' in html
+def test_consecutive_tables_without_a_blank_line_are_separated():
+    tables = page.markdown_blocks("| a |\n|---|\n| 1 |\n| b | c |\n|---|--:|\n| x | y |\n| z | 1.5 ± 0.2 |\n")
+    assert [(table["head"], table["rows"], table["numeric"]) for table in tables] == [
+        (["a"], [["1"]], [True]),
+        (["b", "c"], [["x", "y"], ["z", "1.5 ± 0.2"]], [False, False]),
+    ]
+
+
+def test_rows_of_different_lengths_are_damage():
+    with pytest.raises(ValueError):
+        page.markdown_blocks("| a | b |\n|---|---|\n| 1 |\n")
 
 
 @pytest.mark.parametrize(
@@ -238,37 +246,37 @@ def test_durations(seconds, text):
 
 @functools.cache
 def arguments_of(script: str) -> type:
-    """The dataclass of a script's command line."""
+    """Return the dataclass of a script's command line."""
     spec = importlib.util.spec_from_file_location(script.replace("/", "_").removesuffix(".py"), ROOT / script)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and tyro look for it
+    sys.modules[spec.name] = module  # dataclasses and tyro look for the module there
     spec.loader.exec_module(module)
     return getattr(module, "Args", None) or module.Arguments
 
 
 @pytest.mark.parametrize("budget", ["quick", "cpu", "gpu"])
-def test_every_budget_covers_the_experiments_with_commands_that_the_scripts_take(budget):
+def test_every_budget_covers_all_experiments_with_valid_commands(budget):
     steps = steps_of(budget, gpus=4)
-    assert {each.experiment for each in steps} == set(EXPERIMENTS)
-    assert len({each.name for each in steps}) == len(steps)
-    for each in steps:
-        script, *words = each.words(Path("runs/x"))
-        assert script.startswith(each.experiment)
-        assert tyro.cli(arguments_of(script), args=words)  # exits where a flag is unknown
+    assert {step.experiment for step in steps} == set(EXPERIMENTS)
+    assert len({step.name for step in steps}) == len(steps)
+    for step in steps:
+        script, *words = step.words(Path("runs/x"))
+        assert script.startswith(step.experiment)
+        assert tyro.cli(arguments_of(script), args=words)  # exits if a flag is unknown
         assert not any("{" in word for word in words)
-        assert (each.processes == 4) == (budget == "gpu" and "train_s3net.py" in script and "--eval-only" not in words)
+        assert (step.processes == 4) == (budget == "gpu" and "train_s3net.py" in script and "--eval-only" not in words)
 
 
 def test_several_gpus_run_under_torchrun(tmp_path):
-    (parallel,) = [each for each in steps_of("gpu", gpus=4) if each.name == "cifar100_k12_d40"]
+    (parallel,) = [step for step in steps_of("gpu", gpus=4) if step.name == "cifar100_k12_d40"]
     words = reproduce.command_of(parallel, tmp_path)
     assert words[:4] == ["torchrun", "--standalone", "--nproc_per_node=4", "generalizability/train_s3net.py"]
-    (single,) = [each for each in steps_of("gpu", gpus=1) if each.name == "cifar100_k12_d40"]
+    (single,) = [step for step in steps_of("gpu", gpus=1) if step.name == "cifar100_k12_d40"]
     assert reproduce.command_of(single, tmp_path)[0] == "python"
 
 
 RESULTS = {
-    "ntk_comparison": ("expressibility/results", "0.7806", "0.7708"),  # ours and the paper's at K = 4
+    "ntk_comparison": ("expressibility/results", "0.7806", "0.7708"),  # computed and printed error at K = 4
     "ntk_sensitivity": ("expressibility/results", "boston, raw", ">16<"),
     "one_neuron": ("expressibility/results", "0.01752", "1.532"),
     "digits": ("generalizability/results/digits", "231,706", "0.83 (epoch 14)"),
@@ -281,22 +289,22 @@ RESULTS = {
 
 
 @pytest.mark.parametrize("name", RESULTS)
-def test_the_scripts_own_results_are_shown(name, tmp_path):
-    """On the results that are kept in the repository, written by the scripts themselves."""
+def test_the_committed_results_are_shown(name, tmp_path):
+    """The results folders of the repository contain what the scripts wrote."""
     folder, *expected = RESULTS[name]
     (tmp_path / name).symlink_to(ROOT / folder)
     (tmp_path / "logs").mkdir()
-    (real,) = [each for each in steps_of("quick") if each.name == name]
+    (real,) = [step for step in steps_of("quick") if step.name == name]
     write_record(tmp_path, name, Record(["python", "x.py"], "finished", 12.0))
     page.write_page(tmp_path / "index.html", "quick", [real], tmp_path)
     text = (tmp_path / "index.html").read_text()
     assert all(number in text for number in expected)
-    pictures = [what for what in real.shows if isinstance(what, str)]
+    pictures = [shown for shown in real.shows if isinstance(shown, str)]
     assert text.count("<img") - 1 == sum((ROOT / folder / picture).is_file() for picture in pictures)
     assert "python x.py</code><br>12 s" in without_spans(text)
 
 
-def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch):
+def test_a_missing_gpu_no_experiment_and_an_unusable_folder_are_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce.torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match="--budget gpu needs a GPU, and PyTorch finds none: pass --budget cpu"):
         reproduce.main(reproduce.Args(budget="gpu", out=tmp_path / "out"))
@@ -308,13 +316,13 @@ def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_that_is_full_is_one_line(scripts, monkeypatch):
+def test_a_full_disk_is_one_line(scripts, monkeypatch):
     def write(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(reproduce, "write_record", write)
     with pytest.raises(InputError, match=r"out cannot be written \(No space left on device\): pass another --out"):
-        run(scripts, [step("one", f"{scripts}/works.py {{here}}")])
+        run(scripts, [make_step("one", f"{scripts}/works.py {{here}}")])
 
 
 def test_the_command_line(tmp_path):

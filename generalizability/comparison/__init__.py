@@ -1,1 +1,1 @@
-"""Results of runs beside the rows of the paper: tables and pictures."""
+"""Results of runs beside the rows of the paper: tables and figures."""

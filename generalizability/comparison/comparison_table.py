@@ -1,4 +1,4 @@
-"""The table of compare_results.py: its rows, and how they look as Markdown and CSV."""
+"""Table of compare_results.py: its rows, and how they are written as Markdown and CSV."""
 
 import csv
 import io
@@ -12,7 +12,8 @@ TITLES = {
     "digits": "scikit-learn's digits",
     "folder": "images in folders",
 }
-MEASURED, TRAINED_THERE, QUOTED_THERE = "measured here", "quoted (paper)", "quoted there from its own paper"
+# Sources of a row: this repository, the paper's authors, or a paper that the authors cite.
+MEASURED, PAPER, CITED_PAPER = "measured here", "quoted (paper)", "quoted (cited in the paper)"
 COLUMNS = (
     "network",
     "setting",
@@ -25,29 +26,29 @@ COLUMNS = (
     "seeds",
     "source",
 )
-RIGHT = slice(2, 9)  # the columns of numbers
+NUMERIC_COLUMNS = slice(2, 9)  # aligned to the right
 
 
 @dataclass
 class Row:
-    """One line of the table. Errors are in percent; None is unknown, or does not apply.
+    """One row of the table. Errors are in percent. None means unknown or not applicable.
 
     Attributes:
-        dataset: as train_s3net.py names it; None where the results do not say.
-        network, setting: what was trained, and what tells it from others of the network.
-        source: MEASURED, TRAINED_THERE or QUOTED_THERE.
-        parameters: as the paper prints them for its rows, else those of the code.
-        code_parameters: those of the code.
+        dataset: name as in train_s3net.py; None if the results do not contain it.
+        network, setting: what was trained, and what distinguishes it from other rows of the network.
+        source: MEASURED, PAPER or CITED_PAPER.
+        parameters: as printed in the paper for its rows, else equal to `code_parameters`.
+        code_parameters: parameters of the network that the code builds.
         multiply_adds: for one image.
-        last_error, last_top5_error: after the last epoch, the mean over seeds; the only error of a quoted network.
-        best_error, best_top5_error: at the epoch of the lowest top-1 error.
+        last_error, last_top5_error: after the last epoch, mean over seeds; for a quoted network its only error.
+        best_error, best_top5_error: at the epoch with the lowest top-1 error.
         last_error_std, best_error_std: standard deviation over seeds, for two or more.
-        interval_low, interval_high: the 95% interval of `last_error` over images, of a validate_10crop.py result.
-        epochs_done, epochs: of a run.
-        seeds: of the runs in this row.
-        finished: whether the run came to its last epoch.
-        prints_fewer: whether the paper prints fewer parameters than its code has.
-        runs: where it was read.
+        interval_low, interval_high: 95% interval of `last_error` over images, of a validate_10crop.py result.
+        epochs_done, epochs: finished and planned epochs of a run.
+        seeds: seeds of the runs in this row.
+        finished: whether the run reached its last epoch.
+        prints_fewer: whether the paper prints fewer parameters than its code builds.
+        runs: paths of the runs or results.
     """
 
     dataset: str | None
@@ -74,13 +75,13 @@ class Row:
 
 
 def title(dataset: str | None) -> str:
-    """A data set's name for people."""
-    return TITLES.get(dataset, dataset or "images of no named data set")
+    """Return the title of a data set."""
+    return TITLES.get(dataset, dataset or "unnamed data set")
 
 
 @dataclass(frozen=True)
 class Footnote:
-    """A remark on the cells of one column: on which rows, and its text for those rows."""
+    """A remark on the cells of one column: which rows it applies to, and its text for those rows."""
 
     column: str
     applies: Callable[[Row], bool]
@@ -92,7 +93,7 @@ FOOTNOTES = [
         "parameters",
         lambda row: row.prints_fewer,
         lambda rows: (
-            "The paper prints fewer parameters than its code, and ours, builds: "
+            "The paper prints fewer parameters than the published code and this repository build: "
             + "; ".join(f"{row.setting}: {row.code_parameters:,}" for row in rows)
             + "."
         ),
@@ -100,12 +101,12 @@ FOOTNOTES = [
     Footnote(
         "parameters",
         lambda row: row.source != MEASURED and row.parameters is not None and row.parameters == row.code_parameters,
-        lambda rows: "Counted in the network that the published code builds, with 1000 outputs.",
+        lambda rows: "Not printed in the paper: counted in the network that the published code builds, 1000 outputs.",
     ),
     Footnote(
         "multiply-adds",
         lambda row: row.source != MEASURED and row.multiply_adds is not None,
-        lambda rows: "Not the paper's: counted here, in our network of the same setting.",
+        lambda rows: "Not printed in the paper: counted in this repository's network of the same setting.",
     ),
     Footnote(
         "error %",
@@ -116,32 +117,36 @@ FOOTNOTES = [
 
 
 def markdown_section(dataset: str | None, rows: list[Row]) -> str:
-    """A data set's heading, table and footnotes."""
+    """Return a data set's heading, table and footnotes."""
     used = [note for note in FOOTNOTES if any(note.applies(row) for row in rows)]
     rules = ["---"] * len(COLUMNS)
-    rules[RIGHT] = ["--:"] * len(rules[RIGHT])
+    rules[NUMERIC_COLUMNS] = ["--:"] * len(rules[NUMERIC_COLUMNS])
     lines = [f"## {title(dataset)}", "", f"| {' | '.join(COLUMNS)} |", f"|{'|'.join(rules)}|"]
     for row in rows:
-        shown = cells(row)
+        cells = row_cells(row)
         for number, note in enumerate(used, start=1):
-            shown[note.column] += f" [{number}]" if note.applies(row) else ""
-        lines.append(f"| {' | '.join(shown[column] for column in COLUMNS)} |")
-    lines += ["", "Errors of runs: after the last epoch, and at the epoch of the lowest; mean ± deviation over seeds."]
+            cells[note.column] += f" [{number}]" if note.applies(row) else ""
+        lines.append(f"| {' | '.join(cells[column] for column in COLUMNS)} |")
+    lines += [
+        "",
+        "Runs: the error is that after the last epoch, the best error that at the epoch with the lowest top-1 error. "
+        "Several seeds: mean ± standard deviation.",
+    ]
     for number, note in enumerate(used, start=1):
         lines += ["", f"[{number}] {note.text([row for row in rows if note.applies(row)])}"]
     return "\n".join(lines)
 
 
-def cells(row: Row) -> dict[str, str]:
-    """A row as the table shows it, by column."""
+def row_cells(row: Row) -> dict[str, str]:
+    """Return the text of a row's cells, by column."""
     error = percent(row.last_error, row.last_error_std)
     if row.interval_low is not None:
         error += f" ({row.interval_low:.2f} to {row.interval_high:.2f})"
     return {
         "network": row.network,
         "setting": row.setting,
-        "parameters": count(row.parameters),
-        "multiply-adds": count(row.multiply_adds),
+        "parameters": large_number(row.parameters),
+        "multiply-adds": large_number(row.multiply_adds),
         "error %": error,
         "best error %": percent(row.best_error, row.best_error_std),
         "top-5 error %": percent(row.last_top5_error),
@@ -152,14 +157,14 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def percent(value: float | None, deviation: float | None = None) -> str:
-    """An error, with its standard deviation where there is one."""
+    """Return an error with its standard deviation, if there is one."""
     if value is None:
         return ""
     return f"{value:.2f}" if deviation is None else f"{value:.2f} ± {deviation:.2f}"
 
 
-def count(value: float | None) -> str:
-    """A large number in thousands, millions or billions."""
+def large_number(value: float | None) -> str:
+    """Return a number in thousands (k), millions (M) or billions (G)."""
     if value is None:
         return ""
     if value < 1e5:
@@ -168,7 +173,7 @@ def count(value: float | None) -> str:
 
 
 def csv_text(rows: list[Row]) -> str:
-    """Every attribute of every row; lists with spaces between their items."""
+    """Return all attributes of all rows as CSV. The items of a list are separated by spaces."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [f.name for f in fields(Row)], lineterminator="\n")
     writer.writeheader()

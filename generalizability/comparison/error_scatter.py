@@ -1,10 +1,9 @@
-"""Error against the size of networks, every point labelled and no label on another."""
+"""Scatter plot of the error against the size of networks, with labels that do not overlap."""
 
 import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-STYLES = {  # measured here?: how such a point looks
+STYLES = {  # by `Point.measured_here`
     True: {"marker": "o", "color": "tab:red", "markersize": 8, "label": "measured here"},
     False: {"marker": "D", "color": "tab:blue", "markersize": 6, "markerfacecolor": "white", "label": "quoted"},
 }
@@ -23,7 +22,7 @@ LABEL_SIZE = 8.5  # points
 
 @dataclass(frozen=True)
 class Point:
-    """A network: its label, top-1 error in percent, its sizes (None where unknown), and who measured it."""
+    """A network: label, top-1 error in percent, sizes (None if unknown), and whether this repository measured it."""
 
     label: str
     error: float
@@ -32,10 +31,10 @@ class Point:
     measured_here: bool
 
 
-def draw_scatter(data_sets: dict[str, Sequence[Point]], path: Path) -> None:
-    """Draw two panels for each data set, by its title: error against parameters and against multiply-adds."""
+def draw_scatter(data_sets: dict[str, Sequence[Point]]) -> Figure:
+    """Draw the error against parameters and against multiply-adds, two panels for each data set (title -> points)."""
     figure = Figure(figsize=(15, 6.4 * len(data_sets)), layout="constrained")
-    FigureCanvasAgg(figure)  # knows how large a text is
+    FigureCanvasAgg(figure)  # measures the size of texts
     grid = figure.subplots(len(data_sets), 2, squeeze=False)
     panels = []
     for (title, points), row in zip(data_sets.items(), grid, strict=True):
@@ -43,17 +42,17 @@ def draw_scatter(data_sets: dict[str, Sequence[Point]], path: Path) -> None:
             known = [p for p in points if getattr(p, quantity)]
             unknown = ", ".join(p.label for p in points if p not in known)
             axes.set(title=title, ylabel="top-1 error (%)")
-            remark = textwrap.fill(f"(not known of {unknown})", 105) if unknown else ""
+            remark = textwrap.fill(f"(unknown for {unknown})", 105) if unknown else ""
             axes.set_xlabel(f"{name}\n{remark}", fontsize="small")
             _draw_panel(axes, known, quantity)
             panels.append((axes, [(getattr(p, quantity), p.error, p.label) for p in known]))
     handles = [Line2D([], [], linestyle="", **style) for style in STYLES.values()]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
-    figure.draw_without_rendering()  # places the axes: what is a pixel's place now stays so
+    figure.draw_without_rendering()  # places the axes, which stay where they are from here on
     figure.set_layout_engine("none")
     for axes, labelled in panels:
         _place_labels(axes, labelled)
-    figure.savefig(path, dpi=figure.dpi)
+    return figure
 
 
 def _draw_panel(axes: Axes, points: Sequence[Point], quantity: str) -> None:
@@ -70,7 +69,7 @@ def _draw_panel(axes: Axes, points: Sequence[Point], quantity: str) -> None:
     smallest, largest = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if largest > 5 * smallest else range(1, 10)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if min(errors) > 0 and max(errors) > 2 * min(errors):  # one bad run must not press the others together
+    if min(errors) > 0 and max(errors) > 2 * min(errors):  # one large error would squeeze the others together
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -80,7 +79,7 @@ def _draw_panel(axes: Axes, points: Sequence[Point], quantity: str) -> None:
 
 
 def _place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each label at the nearest place around its point that is free, with a line to it where that is far."""
+    """Write each label at the nearest free place around its point, with a line between them if they are far apart."""
     if not points:
         return
     renderer, pixel = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
@@ -93,7 +92,7 @@ def _place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> Non
         box = min(_boxes_around(x, y, size.width, size.height, pixel), key=lambda box: _overlap(box, taken, inside))
         taken.append(box)
         middle = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
-        text.set_transform(axes.transData)  # the file may have another resolution
+        text.set_transform(axes.transData)  # a file may have another resolution
         text.set_position(axes.transData.inverted().transform(middle))
         end = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
         if math.dist((x, y), end) > 12 * pixel:
@@ -102,7 +101,7 @@ def _place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> Non
 
 
 def _boxes_around(x: float, y: float, width: float, height: float, pixel: float) -> list[Bbox]:
-    """Boxes of a label's size around a point, the nearest first, in pixels."""
+    """Return boxes of a label's size around a point, the nearest first, in pixels."""
     boxes = []
     for distance in range(7, 100, 6):
         for turn in range(16):
@@ -114,12 +113,12 @@ def _boxes_around(x: float, y: float, width: float, height: float, pixel: float)
 
 
 def _overlap(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
-    """How many square pixels of a box are on others, or outside of the axes."""
+    """Return the area of a box that covers other boxes or lies outside the axes, in square pixels."""
     shared = sum(_shared_area(box, other) for other in taken)
     return shared + box.width * box.height - _shared_area(box, inside)
 
 
-def _shared_area(one: Bbox, other: Bbox) -> float:
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+def _shared_area(first: Bbox, second: Bbox) -> float:
+    width = min(first.x1, second.x1) - max(first.x0, second.x0)
+    height = min(first.y1, second.y1) - max(first.y0, second.y0)
     return max(0.0, width) * max(0.0, height)

@@ -1,10 +1,10 @@
-"""Runs of train_s3net.py as subprocesses: started some at a time, resumed where they stand, skipped if finished."""
+"""Runs of train_s3net.py as subprocesses: several at a time, resumed if interrupted, skipped if finished."""
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,102 +13,110 @@ from tqdm import tqdm
 
 from s3net_common.command_line import sigterm_as_exit
 from s3net_common.errors import InputError
+from s3net_common.output_files import ROOT
 
-TRAINER = Path(__file__).resolve().parents[1] / "train_s3net.py"
-ELSEWHERE = {"out", "data_dir", "device"}  # flags that decide where a run is, not what it computes
+TRAINER = ROOT / "generalizability" / "train_s3net.py"
+ENVIRONMENT_SETTINGS = {"data_dir", "device"}  # they do not change what a run computes
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of train_s3net.py."""
+    """One run of train_s3net.py.
+
+    Attributes:
+        folder: the run's folder, passed as --out.
+        settings: the trainer's other flags by field name, with their values; None leaves the flag out.
+    """
 
     folder: Path
-    flags: tuple[str, ...]
+    settings: dict[str, str | int | float | Path | None]
+
+    def flags(self, excluded: Collection[str] = ()) -> list[str]:
+        """Return the flags for these settings, without the excluded ones."""
+        given = {name: value for name, value in self.settings.items() if value is not None and name not in excluded}
+        return [word for name, value in given.items() for word in (flag_name(name), str(value))]
 
     def finished(self) -> bool:
-        """Whether it has been run to its end.
+        """Return whether the run has reached its last epoch.
 
         Raises:
-            InputError: what has been run there had other flags.
+            InputError: the folder holds a finished run with other settings.
         """
         if not (self.folder / "summary.json").is_file():
             return False
         config = json.loads((self.folder / "config.json").read_text())
         config |= config.pop("model_options")
-        whole = {"--limit-train": "None"}  # where the flag is not given
-        for flag, asked in (whole | dict(zip(self.flags[::2], self.flags[1::2], strict=True))).items():
-            name = flag.removeprefix("--").replace("-", "_")
-            if name not in ELSEWHERE and not same(config.get(name), asked):
+        for name, value in self.settings.items():
+            if name not in ENVIRONMENT_SETTINGS and config.get(name) != value:
                 raise InputError(
-                    f"{self.folder} holds a finished run with {flag} {config.get(name)} instead of {asked}: "
+                    f"{self.folder} holds a finished run with {flag_name(name)} {config.get(name)} instead of {value}: "
                     "pass another --out"
                 )
         return True
 
+    def summary(self) -> dict:
+        """Return the summary.json of the finished run."""
+        return json.loads((self.folder / "summary.json").read_text())
 
-def same(saved: object, flag: str) -> bool:
-    """Whether a run's saved setting is what a flag asks for."""
-    return float(flag) == saved if isinstance(saved, float) else flag == str(saved)
+
+def flag_name(setting: str) -> str:
+    """Return the flag of the trainer that sets a field of its arguments."""
+    return f"--{setting.replace('_', '-')}"
 
 
-def run_jobs(jobs: Iterable[Job], at_once: int, what: str) -> None:
-    """Run the jobs that aren't finished, some at a time.
+def run_jobs(jobs: Iterable[Job], parallel_runs: int, description: str) -> None:
+    """Run the jobs that are not finished, `parallel_runs` at a time, with a progress bar.
 
     Raises:
-        InputError: one of them failed; the others that had begun are finished first.
-        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, when the runs under way have saved themselves and ended.
+        InputError: a run failed. The other runs that had started are finished first.
+        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, after the active runs have saved themselves and ended.
     """
     missing = [job for job in jobs if not job.finished()]
-    under_way: set[subprocess.Popen] = set()
+    active: set[subprocess.Popen] = set()
     with (
         sigterm_as_exit(),
-        tqdm(total=len(missing), desc=what, unit="run", disable=None) as bar,
-        ThreadPoolExecutor(at_once) as pool,
+        tqdm(total=len(missing), desc=description, unit="run", disable=None) as bar,
+        ThreadPoolExecutor(parallel_runs) as pool,
     ):
 
-        def one(job: Job) -> None:
-            run_training(job, at_once > 1, under_way)
+        def run(job: Job) -> None:
+            run_training(job, parallel_runs > 1, active)
             bar.update()
 
         try:
-            for future in [pool.submit(one, job) for job in missing]:
+            for future in [pool.submit(run, job) for job in missing]:
                 future.result()
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             if not isinstance(error, Exception):  # Ctrl-C or SIGTERM, which may have reached only this process
-                for process in under_way.copy():
+                for process in active.copy():
                     process.terminate()
             raise
 
 
-def run_training(job: Job, one_thread: bool, under_way: set[subprocess.Popen]) -> None:
-    """Train to the end, from where it stands; the output goes to log.txt in the run's folder.
+def run_training(job: Job, single_thread: bool, active: set[subprocess.Popen]) -> None:
+    """Train to the last epoch, or resume an interrupted run. The output goes to log.txt in the run's folder.
 
     Args:
         job: the run.
-        one_thread: whether it computes in one thread.
-        under_way: holds the process as long as it runs.
+        single_thread: whether the run computes with one thread on a CPU.
+        active: contains the process while it runs.
 
     Raises:
-        InputError: the run failed; the message ends with its last line.
+        InputError: the run failed; the message ends with the last line of its output.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": "1"} if one_thread else {}
-    command = [sys.executable, str(TRAINER), *job.flags, "--resume"]
+    threads = {"OMP_NUM_THREADS": "1"} if single_thread else {}
+    command = [sys.executable, str(TRAINER), *job.flags(), "--out", str(job.folder), "--resume"]
     log = job.folder / "log.txt"
     with log.open("a") as file:
-        # Inherited files stay open: reproduce.py's lock among them, which so notices a run that outlives a kill.
+        # The run inherits open files, such as the lock of reproduce.py, which thus notices a run that outlives it.
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads, close_fds=False
         )
-    under_way.add(process)
+    active.add(process)
     code = process.wait()
-    under_way.remove(process)
+    active.remove(process)
     if code:
-        lines = log.read_text().strip().splitlines() or ["it said nothing"]
+        lines = log.read_text().strip().splitlines() or ["no output"]
         raise InputError(f"the run in {job.folder} ended with exit code {code}: {lines[-1]}")
-
-
-def read_summary(folder: Path) -> dict:
-    """A finished run's summary.json."""
-    return json.loads((folder / "summary.json").read_text())

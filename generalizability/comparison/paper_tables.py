@@ -1,7 +1,6 @@
-"""The tables of the paper (arXiv 1811.09003) that our runs are held against: the numbers as it prints them.
+"""Tables of the paper (arXiv 1811.09003) that runs are compared with: the numbers as printed.
 
-`measured` marks the rows that the paper's authors trained themselves; the others stand in its tables with the error
-that their own papers gave.
+The paper's authors trained the networks of some rows. The other rows cite the errors given in other papers.
 """
 
 from dataclasses import dataclass
@@ -9,16 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One line of one of the tables.
+    """One row of one of the tables.
 
     Attributes:
-        dataset: as train_s3net.py names it.
-        network, setting: as the paper names them.
+        dataset: name as in train_s3net.py.
+        network, setting: names as in the paper.
         error: top-1 error in percent.
-        measured: whether the paper's authors trained it.
-        parameters: as the table prints them; None where it prints none.
-        code_parameters: of the network that the published code builds, where there is one.
-        multiply_adds: for one image, counted here in our network of the same setting, where there is one.
+        measured: whether the paper's authors trained the network.
+        parameters: as printed; None if the table prints none.
+        code_parameters: parameters of the network that the published code builds; None if it builds none.
+        multiply_adds: for one image, counted in this repository's network of the same setting; None if it has none.
     """
 
     dataset: str
@@ -32,13 +31,13 @@ class PaperRow:
 
     @property
     def prints_fewer(self) -> bool:
-        """Whether the table prints fewer parameters than the code has, by more than it rounds."""
+        """Whether the table prints fewer parameters than the code builds, by more than rounding explains."""
         known = self.parameters is not None and self.code_parameters is not None
         return known and self.code_parameters - self.parameters > 0.05e6
 
 
 PAPER_ROWS = [
-    # CIFAR-100. The code's networks have 100 outputs.
+    # CIFAR-100. The networks of the published code have 100 outputs.
     PaperRow("cifar100", "S3-Net", "k=12, depth=40", 29.80, True, 0.2e6, 272_836, 42_780_192),
     PaperRow("cifar100", "S3-Net", "k=24, depth=40", 26.46, True, 0.8e6, 927_244, 156_207_840),
     PaperRow("cifar100", "S3-Net", "k=40, depth=40", 24.16, True, 2.2e6, 2_400_556, 418_663_392),
@@ -54,7 +53,7 @@ PAPER_ROWS = [
     PaperRow("cifar100", "DenseNet", "k=12, depth=40", 27.55, False, 1.0e6, None, 227_448_576),
     PaperRow("cifar100", "DenseNet", "k=12, depth=100", 23.79, False, 7.0e6),
     PaperRow("cifar100", "DenseNet", "k=24, depth=100", 23.42, False, 27.2e6),
-    # Tiny ImageNet, every network trained with one script. The code's networks have 1000 outputs.
+    # Tiny ImageNet: one script trained all networks. The networks of the published code have 1000 outputs.
     PaperRow("tinyimagenet", "MobileNetV2", "lr 0.1", 43.76, True, None, 3_504_872, 300_774_272),
     PaperRow("tinyimagenet", "EfficientNet-B0", "lr 0.1", 42.91, True, None, 5_288_548, 385_814_752),
     PaperRow("tinyimagenet", "OctResNet-50", "lr 0.1", 47.45, True, None, 25_557_032, 2_367_143_936),
@@ -67,7 +66,7 @@ PAPER_ROWS = [
     PaperRow("tinyimagenet", "RandWire-WS", "regular, lr 0.01", 42.11, True, None, 31_619_209, 3_904_995_340),
     PaperRow("tinyimagenet", "S3-Net", "k=96, lr 0.1", 43.02, True, 5.0e6, 5_021_608, 4_838_509_248),
     PaperRow("tinyimagenet", "S3-Net B", "k=108, lr 0.1", 41.98, True, 10.6e6, 10_600_800, 11_996_583_632),
-    # ImageNet, networks of few parameters
+    # ImageNet: networks with few parameters.
     PaperRow("imagenet", "S3-Net", "k=96, depth=45", 25.2, True, 9.2e6, 9_405_560, 8_026_999_808),
     PaperRow("imagenet", "DenseNet-121", "", 25.4, False, 7.98e6),
     PaperRow("imagenet", "MobileNetV2", "", 25.3, False, 6.9e6),

@@ -1,4 +1,4 @@
-"""What the benchmark compares is the same function, and it writes what it says."""
+"""benchmark.py: the published formulation equals S3-Net, and the measurements are printed and written."""
 
 import json
 import subprocess
@@ -23,19 +23,19 @@ def published_formulation(**options):
     return module.PublishedFormulation(**options)
 
 
-def test_the_published_formulation_is_the_same_function():
+def test_the_published_formulation_computes_the_same_function():
     torch.manual_seed(0)
-    theirs = published_formulation(growth_rate=4, layers=3, num_classes=10)
+    published = published_formulation(growth_rate=4, layers=3, num_classes=10)
     ours = create_model("s3net_cifar", growth_rate=4, depth=13, num_classes=10)
 
-    def in_order(model):  # theirs registers all transitions after all blocks, as ours does
+    def in_order(model):  # both networks register all transitions after all blocks
         return [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
 
-    for mine, other in zip(in_order(ours), in_order(theirs), strict=True):
-        mine.load_state_dict(other.state_dict())
+    for module, published_module in zip(in_order(ours), in_order(published), strict=True):
+        module.load_state_dict(published_module.state_dict())
     images = torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(ours(images), theirs(images), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours(images), published(images), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.eval()(images), published.eval()(images), atol=1e-4, rtol=1e-4)
 
 
 def test_the_data_benchmark_writes_its_rates(tmp_path):

@@ -1,4 +1,4 @@
-"""Runs in one table beside the paper's rows."""
+"""compare_results.py: runs and the paper's rows in one table."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parents[2] / "generalizability" / "compare_results.py"
 
 
 def write_run(folder, errors=(40.0, 30.0, 31.0), seed=0, dataset="cifar100", epochs=None, **config):
-    """A run's folder with the top-1 errors of its epochs; unfinished where there are fewer of them than epochs."""
+    """Write a run's folder with the top-1 errors of its epochs. With fewer errors than epochs it is unfinished."""
     epochs = epochs or len(errors)
     config = {
         "dataset": dataset,
@@ -47,7 +47,7 @@ def write_run(folder, errors=(40.0, 30.0, 31.0), seed=0, dataset="cifar100", epo
 
 
 def compare(tmp_path, *runs):
-    """The CSV's rows measured here, all rows, and the Markdown."""
+    """Return the rows of the CSV measured here, all its rows, and the Markdown."""
     compare_results.main(Args(runs, tmp_path / "out"))
     with (tmp_path / "out" / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -69,30 +69,30 @@ def test_seeds_are_aggregated_with_mean_and_deviation(tmp_path, capsys):
     assert row["runs"].split() == [str(run) for run in runs]
 
 
-def test_the_papers_rows_of_the_data_set_stand_beside_in_order(tmp_path):
+def test_the_papers_rows_of_the_data_set_are_added_in_order_of_error(tmp_path):
     _, rows, markdown = compare(tmp_path, write_run(tmp_path / "run", (25.0,)))
     assert len(rows) == 16 and {row["dataset"] for row in rows} == {"cifar100"}
     errors = [float(row["last_error"]) for row in rows]
     assert errors == sorted(errors) and 25.0 in errors
     sources = [row["source"] for row in rows]
-    assert sources.count("quoted (paper)") == 5 and sources.count("quoted there from its own paper") == 10
+    assert sources.count("quoted (paper)") == 5 and sources.count("quoted (cited in the paper)") == 10
     assert (
         markdown.startswith("## CIFAR-100\n") and "| S3-Net | k=64, depth=70 | 15.4M | 2.4G [2] | 22.76 |" in markdown
     )
 
 
-def test_a_footnote_tells_where_the_paper_prints_fewer_parameters(tmp_path):
+def test_a_footnote_marks_rows_for_which_the_paper_prints_fewer_parameters(tmp_path):
     _, _, markdown = compare(tmp_path, write_run(tmp_path / "run"))
     (note,) = [line for line in markdown.splitlines() if line.startswith("[1]")]
     assert note == (
-        "[1] The paper prints fewer parameters than its code, and ours, builds: k=40, depth=40: 2,400,556; "
-        "k=24, depth=40: 927,244; k=12, depth=40: 272,836."
+        "[1] The paper prints fewer parameters than the published code and this repository build: "
+        "k=40, depth=40: 2,400,556; k=24, depth=40: 927,244; k=12, depth=40: 272,836."
     )
     marked = [line.split(" | ")[1] for line in markdown.splitlines() if "M [1]" in line]
     assert marked == ["k=40, depth=40", "k=24, depth=40", "k=12, depth=40"]
 
 
-def test_other_recipes_are_never_aggregated_and_show_what_differs(tmp_path):
+def test_different_settings_are_never_aggregated_and_are_shown(tmp_path):
     runs = [
         write_run(tmp_path / "a", lr=0.2),
         write_run(tmp_path / "b", lr=0.1, seed=1),
@@ -107,22 +107,22 @@ def test_other_recipes_are_never_aggregated_and_show_what_differs(tmp_path):
     ]
 
 
-def test_unfinished_runs_are_listed_apart_with_their_epoch(tmp_path):
-    whole = write_run(tmp_path / "whole", (50.0, 41.0))
-    begun = write_run(tmp_path / "begun", (20.0,), seed=1, epochs=2)
+def test_unfinished_runs_are_listed_last_with_their_epoch(tmp_path):
+    finished = write_run(tmp_path / "finished", (50.0, 41.0))
+    interrupted = write_run(tmp_path / "interrupted", (20.0,), seed=1, epochs=2)
     empty = write_run(tmp_path / "empty", (), seed=2, epochs=2)
-    rows, every, markdown = compare(tmp_path, whole, begun, empty)
+    rows, all_rows, markdown = compare(tmp_path, finished, interrupted, empty)
     assert [(row["epochs_done"], row["finished"], row["last_error"]) for row in rows] == [
         ("2", "True", "41.0"),
         ("1", "False", "20.0"),
         ("0", "False", ""),
     ]
-    assert every[-2:] == rows[1:]  # at the end, however low the error
+    assert all_rows[-2:] == rows[1:]  # at the end, however low the error
     assert (rows[1]["parameters"], rows[1]["multiply_adds"]) == ("272836", "42780192")  # counted without a summary
     assert markdown.count("| measured here, unfinished |") == 2 and "| 0/2 | 1 |" in markdown
 
 
-def test_a_data_set_that_the_paper_has_not(tmp_path):
+def test_a_data_set_without_rows_in_the_paper(tmp_path):
     runs = [write_run(tmp_path / "run", (0.0,), dataset="digits"), write_run(tmp_path / "other")]
     _, rows, markdown = compare(tmp_path, *runs)
     assert [row["network"] for row in rows if row["dataset"] == "digits"] == ["s3net_cifar"]
@@ -133,9 +133,9 @@ def test_a_data_set_that_the_paper_has_not(tmp_path):
     assert Image.open(single / "scatter.png").size == (double[0], double[1] // 2)
 
 
-def test_results_of_the_crops_stand_beside_the_papers(tmp_path):
+def test_results_of_validate_10crop_are_compared_with_the_papers(tmp_path):
     (tmp_path / "crops.json").write_text(json.dumps(crop_results()))
-    rows, every, markdown = compare(tmp_path, tmp_path / "crops.json")
+    rows, all_rows, markdown = compare(tmp_path, tmp_path / "crops.json")
     assert [(row["setting"], row["last_error"]) for row in rows] == [
         ("k=96, 10 crops", "25.0"),
         ("k=96, centre crop", "26.0"),
@@ -143,7 +143,7 @@ def test_results_of_the_crops_stand_beside_the_papers(tmp_path):
     assert (rows[0]["interval_low"], rows[0]["interval_high"], rows[0]["last_top5_error"]) == ("24.5", "25.5", "8.0")
     assert "| 25.00 (24.50 to 25.50) [3] |" in markdown
     assert "[3] With the 95% interval over the images (Wilson score)." in markdown
-    assert len(every) == 2 + sum(row.dataset == "imagenet" for row in PAPER_ROWS)
+    assert len(all_rows) == 2 + sum(row.dataset == "imagenet" for row in PAPER_ROWS)
 
 
 def crop_results():
@@ -151,13 +151,20 @@ def crop_results():
         name: {"top1_error": error, "top1_interval": [error - 0.5, error + 0.5], "top5_error": 8.0}
         for name, error in (("centre_crop", 26.0), ("ten_crops", 25.0))
     }
-    about = {"kind": "validate_10crop", "dataset": "imagenet", "model": "s3net_imagenet_small", "model_options": {}}
+    description = {
+        "kind": "validate_10crop",
+        "dataset": "imagenet",
+        "model": "s3net_imagenet_small",
+        "model_options": {},
+    }
     return (
-        about | {"parameters": 9405560, "multiply_adds": 8026999808, "images": {"limit": None, "count": 50000}} | crops
+        description
+        | {"parameters": 9405560, "multiply_adds": 8026999808, "images": {"limit": None, "count": 50000}}
+        | crops
     )
 
 
-def test_json_holds_every_row(tmp_path):
+def test_the_json_file_contains_all_rows(tmp_path):
     compare(tmp_path, write_run(tmp_path / "run"))
     rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
     assert len(rows) == 16
@@ -168,7 +175,7 @@ def test_json_holds_every_row(tmp_path):
 # -- The paper's numbers --
 
 
-def test_the_tables_are_whole():
+def test_the_papers_tables_are_complete():
     by_dataset = {
         name: [row for row in PAPER_ROWS if row.dataset == name] for name in ("cifar100", "tinyimagenet", "imagenet")
     }
@@ -203,29 +210,31 @@ def test_the_tables_are_whole():
         ("randwire_ws", {}, "RandWire-WS", 224),
     ],
 )
-def test_parameters_and_multiply_adds_are_those_of_our_networks(model, options, setting, size):
+def test_parameters_and_multiply_adds_equal_those_of_the_networks(model, options, setting, size):
     known = [row for row in PAPER_ROWS if row.code_parameters is not None]
     (row,) = [row for row in known if setting in (row.setting if row.network.startswith("S3-Net") else row.network)]
-    facts = network_size(model, 100 if row.dataset == "cifar100" else 1000, options, size)
-    assert facts == {"parameters": row.code_parameters, "multiply_adds": row.multiply_adds}
+    size_of_network = network_size(model, 100 if row.dataset == "cifar100" else 1000, options, size)
+    assert size_of_network == {"parameters": row.code_parameters, "multiply_adds": row.multiply_adds}
 
 
-# -- The picture --
+# -- The figure --
 
 
-def test_no_label_lies_on_another_or_outside(tmp_path, monkeypatch):
+def test_labels_overlap_neither_each_other_nor_the_frame(tmp_path, monkeypatch):
     runs = [
         write_run(tmp_path / f"lr{lr}", (error,), lr=lr)
         for lr, error in ((0.1, 29.9), (0.2, 30.4), (0.3, 30.6), (0.4, 86.0))
     ]
-    panels, place = [], error_scatter._place_labels
-    monkeypatch.setattr(error_scatter, "_place_labels", lambda axes, points: (place(axes, points), panels.append(axes)))
+    panels, place_labels = [], error_scatter._place_labels
+    monkeypatch.setattr(
+        error_scatter, "_place_labels", lambda axes, points: (place_labels(axes, points), panels.append(axes))
+    )
     compare_results.main(Args(tuple(runs), tmp_path / "out"))
     assert len(panels) == 2 and len(panels[0].texts) == 15  # 11 of the paper's rows have parameters
     for axes in panels:
         assert isinstance(axes, matplotlib.axes.Axes) and axes.get_xscale() == "log"
         boxes = [text.get_window_extent() for text in axes.texts]
-        assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+        assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
         frame = axes.get_window_extent()
         assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1 for b in boxes)
     filled = {line.get_marker(): len(line.get_xdata()) for line in panels[0].lines if line.get_marker() != "None"}
@@ -235,41 +244,41 @@ def test_no_label_lies_on_another_or_outside(tmp_path, monkeypatch):
 # -- Bad input: one line, exit code 2 --
 
 
-def refusal(tmp_path, *runs):
+def error_of(tmp_path, *runs):
     with pytest.raises(InputError) as error:
         compare_results.main(Args(runs, tmp_path / "out"))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
     return str(error.value)
 
 
-def test_what_is_no_run_is_refused(tmp_path):
-    assert refusal(tmp_path, tmp_path / "absent") == f"there is no {tmp_path / 'absent'}: give the folder of a run"
-    assert refusal(tmp_path, tmp_path) == f"{tmp_path} is no folder of a run: it has no config.json"
-    assert refusal(tmp_path).startswith("give one or more runs to compare")
+def test_paths_that_are_no_runs_are_errors(tmp_path):
+    assert error_of(tmp_path, tmp_path / "absent") == f"there is no {tmp_path / 'absent'}: give the folder of a run"
+    assert error_of(tmp_path, tmp_path) == f"{tmp_path} is not the folder of a run: it has no config.json"
+    assert error_of(tmp_path).startswith("give one or more runs to compare")
     (tmp_path / "config.json").write_text('{"dataset": "digits"}')
-    assert refusal(tmp_path, tmp_path).endswith("is not of a run of train_s3net.py: it has no valid model")
+    assert error_of(tmp_path, tmp_path).endswith("was not written by train_s3net.py: it has no valid model")
     config = json.loads((write_run(tmp_path / "run") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"epochs": "200"}))
-    assert refusal(tmp_path, tmp_path).endswith("it has no valid epochs")
+    assert error_of(tmp_path, tmp_path).endswith("it has no valid epochs")
     (tmp_path / "config.json").write_text("{")
-    assert refusal(tmp_path, tmp_path).endswith("config.json is damaged, or no JSON file")
+    assert error_of(tmp_path, tmp_path).endswith("config.json is damaged or not a JSON file")
     (tmp_path / "other.json").write_text('{"kind": "benchmark"}')
-    assert refusal(tmp_path, tmp_path / "other.json").endswith("nor a result of validate_10crop.py")
+    assert error_of(tmp_path, tmp_path / "other.json").endswith("nor a results file of validate_10crop.py")
     (tmp_path / "other.json").write_text('{"kind": "validate_10crop"}')
-    assert refusal(tmp_path, tmp_path / "other.json").endswith("is damaged: run validate_10crop.py again")
+    assert error_of(tmp_path, tmp_path / "other.json").endswith("is damaged: run validate_10crop.py again")
 
 
 def test_damaged_metrics_are_named(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text('{"epoch": 1, "val_')
-    assert refusal(tmp_path, run).endswith("metrics.jsonl is damaged: resume the run, which writes it anew")
+    assert error_of(tmp_path, run).endswith("metrics.jsonl is damaged: resume the run, which writes it again")
 
 
 def test_the_same_run_counts_once(tmp_path):
-    one, copy = write_run(tmp_path / "one"), write_run(tmp_path / "copy")
-    assert len(compare(tmp_path, one, one)[0]) == 1
-    with pytest.raises(InputError, match=r"one and .*copy are the same run \(seed 0\): leave one of them out"):
-        compare_results.main(Args((one, copy), tmp_path / "out"))
+    original, copy = write_run(tmp_path / "original"), write_run(tmp_path / "copy")
+    assert len(compare(tmp_path, original, original)[0]) == 1
+    with pytest.raises(InputError, match=r"original and .*copy are the same run \(seed 0\): leave one of them out"):
+        compare_results.main(Args((original, copy), tmp_path / "out"))
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):

@@ -1,4 +1,4 @@
-"""The comparison under one budget: what it runs, in which order, and what it reports. Training itself is elsewhere."""
+"""same_budget.py: the runs, their order and the report. The tests replace the training itself."""
 
 import json
 import os
@@ -11,30 +11,36 @@ import pytest
 from PIL import Image
 
 from comparison import jobs
+from comparison.budget_report import RECORDED
 from comparison.jobs import Job, run_jobs
 from s3net_common.errors import InputError
 from same_budget import Args, ablated_networks, compared_networks, main
 
+COMMAND = (
+    "python generalizability/train_s3net.py --dataset cifar100 --model s3net_cifar --growth-rate 12 --depth 40 "
+    "--schedule onecycle --lr 0.4 --batch-size 128 --epochs 30 --seed 0"
+)
 SPEED = {"resnet20_cifar": 20.0, "s3net_cifar": 10.0, "densenet_cifar": 5.0}
 
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Instead of training, write what a run writes, with an error that depends on its flags; the runs in order."""
-    runs = []
+    """Replace training: write a run's files with an error that depends on its settings. Return the folders in order."""
+    folders = []
 
-    def train(job, one_thread, under_way):
-        flags = dict(zip(job.flags[::2], job.flags[1::2], strict=True))
-        runs.append(job.folder)
+    def train(job, single_thread, active):
+        settings = job.settings
+        images_per_second = SPEED[settings["model"]]
+        folders.append(job.folder)
         job.folder.mkdir(parents=True)
-        error = 60 + abs(float(flags["--lr"]) - 0.4) * SPEED[flags["--model"]] + int(flags["--seed"]) % 1000
-        error += {"chain": 9, "dense": -4}.get(flags.get("--connections"), 0)
+        error = 60 + abs(settings["lr"] - 0.4) * images_per_second + settings["seed"] % 1000
+        error += {"chain": 9, "dense": -4}.get(settings.get("connections"), 0)
         rows = [
-            {"val_error": error + 5 - i, "train_error": error - i, "images_per_second": SPEED[flags["--model"]]}
+            {"val_error": error + 5 - i, "train_error": error - i, "images_per_second": images_per_second}
             for i in range(6)
         ]
         (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        summary = dict.fromkeys(same_budget_keys(), 1) | {
+        summary = dict.fromkeys(RECORDED, 1) | {
             "last_val_error": error,
             "last_val_top5_error": error / 2,
             "parameters": 272_836,
@@ -42,27 +48,13 @@ def trained(monkeypatch):
             "total_seconds": 7200,
         }
         (job.folder / "summary.json").write_text(json.dumps(summary))
-        config = {flag.removeprefix("--").replace("-", "_"): number(value) for flag, value in flags.items()}
-        (job.folder / "config.json").write_text(json.dumps(config | {"model_options": {}}))
+        (job.folder / "config.json").write_text(json.dumps(settings | {"model_options": {}}))
 
     monkeypatch.setattr(jobs, "run_training", train)
-    return runs
+    return folders
 
 
-def number(value):
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
-def same_budget_keys():
-    from comparison.budget_report import KEPT
-
-    return KEPT
-
-
-def test_the_densenet_is_the_nearest_in_parameters():
+def test_the_compared_densenet_is_the_closest_in_parameters():
     names = [network.title for network in compared_networks(Args())]
     assert names == ["S3-Net k=12, depth=40", "ResNet-20", "DenseNet k=12, depth=22"]  # 272,836; 275,572; 291,676
 
@@ -79,7 +71,7 @@ def test_ablated_networks_have_the_same_width_or_size():
     ]
 
 
-def test_everything_is_run_once_and_reported(trained, tmp_path, capsys):
+def test_every_run_is_made_once_and_reported(trained, tmp_path, capsys):
     args = Args(out=tmp_path, seeds=2, peaks=(0.2, 0.4, 0.8))
     main(args)
     assert len(trained) == len(set(trained)) == 9 + 6 + 10
@@ -90,7 +82,7 @@ def test_everything_is_run_once_and_reported(trained, tmp_path, capsys):
     assert set(results["peaks"].values()) == {0.4} and results["unfinished_runs"] == 0
     first = results["comparison"][0]
     assert first["peak_lr"] == 0.4 and first["val_error"] == [65, 64, 63, 62, 61, 60]
-    assert first["command"].startswith("python train_s3net.py --dataset cifar100 --model s3net_cifar --growth-rate 12")
+    assert first["command"] == COMMAND
     assert str(tmp_path) not in json.dumps(results)
     printed = capsys.readouterr().out
     assert printed.startswith((tmp_path / "tables.md").read_text())
@@ -105,7 +97,7 @@ def test_everything_is_run_once_and_reported(trained, tmp_path, capsys):
     assert trained == []
 
 
-def test_a_finished_run_with_other_flags_is_not_taken_for_this_one(trained, tmp_path):
+def test_a_finished_run_with_other_flags_is_an_error(trained, tmp_path):
     main(Args(out=tmp_path, only=("search",), peaks=(0.4,), search_epochs=2))
     with pytest.raises(InputError, match=r"a finished run with --epochs 2 instead of 3: pass another --out"):
         main(Args(out=tmp_path, only=("search",), peaks=(0.4,), search_epochs=3))
@@ -116,46 +108,46 @@ def test_a_finished_run_with_other_flags_is_not_taken_for_this_one(trained, tmp_
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """Instead of the trainer: a script that is given its code."""
+    """Replace the trainer by a script, and return its path. The test writes the script."""
     monkeypatch.setattr(jobs, "TRAINER", tmp_path / "train_s3net.py")
     return tmp_path / "train_s3net.py"
 
 
-def test_a_termination_reaches_the_runs_under_way_and_starts_no_other(script, tmp_path):
+def test_sigterm_ends_the_active_run_and_starts_no_other(script, tmp_path):
     script.write_text(
         "import pathlib, signal, sys, time\n"
         "folder = pathlib.Path(sys.argv[2])\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit((folder / 'saved').write_text('')))\n"
-        "(folder / 'begun').touch()\n"
+        "(folder / 'started').touch()\n"
         "time.sleep(30)\n"
     )
-    two = [Job(tmp_path / name, ("--out", str(tmp_path / name))) for name in ("a", "b")]
+    two_jobs = [Job(tmp_path / name, {}) for name in ("a", "b")]
 
     def terminate():
-        while not (tmp_path / "a" / "begun").is_file():
+        while not (tmp_path / "a" / "started").is_file():
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=terminate, daemon=True).start()
     with pytest.raises(SystemExit) as stopped:
-        run_jobs(two, 1, "two")
+        run_jobs(two_jobs, 1, "two jobs")
     assert stopped.value.code == 128 + signal.SIGTERM
     assert (tmp_path / "a" / "saved").is_file() and not (tmp_path / "b").exists()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_run_holds_the_files_that_were_passed_on(script, tmp_path):
-    """As reproduce.py's lock is, so that a run that outlives both is noticed."""
+def test_a_run_inherits_open_files(script, tmp_path):
+    """reproduce.py's lock is such a file: a run that outlives it keeps the lock."""
     reading, writing = os.pipe()
     os.set_inheritable(writing, True)
     script.write_text("import os, sys; os.write(int(sys.argv[2]), b'held')")
-    run_jobs([Job(tmp_path / "a", ("--lock", str(writing)))], 1, "one")
+    run_jobs([Job(tmp_path / "a", {"lock": writing})], 1, "one job")
     assert os.read(reading, 4) == b"held"
     os.close(reading), os.close(writing)
 
 
-def test_the_best_peak_is_each_networks_own_and_needs_the_search(trained, tmp_path):
+def test_each_network_gets_its_best_peak_from_the_finished_search(trained, tmp_path):
     with pytest.raises(InputError, match="search for the learning rates is not finished"):
         main(Args(out=tmp_path, only=("comparison",)))
     assert trained == []
@@ -164,12 +156,12 @@ def test_the_best_peak_is_each_networks_own_and_needs_the_search(trained, tmp_pa
     assert set(results["peaks"].values()) == {0.1} and results["comparison"] == []
     assert results["unfinished_runs"] == 9 + 10
     tables = (tmp_path / "tables.md").read_text()
-    assert "Search for the peak" in tables and "Comparison" not in tables  # no heads of tables without rows
+    assert "Search for the peak" in tables and "Comparison" not in tables  # no headings of tables without rows
 
 
-def test_a_run_that_fails_is_named_with_its_last_line(tmp_path, monkeypatch):
+def test_a_failed_run_is_named_with_its_last_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(InputError, match=r"lr-0\.1 ended with exit code 1: it said nothing"):
+    with pytest.raises(InputError, match=r"lr-0\.1 ended with exit code 1: no output"):
         main(Args(out=tmp_path, peaks=(0.1,)))
 
 
@@ -183,7 +175,7 @@ def test_a_run_that_fails_is_named_with_its_last_line(tmp_path, monkeypatch):
         ({"only": ()}, "--only needs one or more of search, comparison, ablation"),
     ],
 )
-def test_numbers_out_of_range(tmp_path, flags, message):
+def test_flags_out_of_range_are_errors(tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
         main(Args(out=tmp_path / "new", **flags))
     assert not (tmp_path / "new").exists()

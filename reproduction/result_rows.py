@@ -1,0 +1,97 @@
+"""Rows of the page's tables, from the scripts' JSON files. A row is a dict by column title."""
+
+import statistics
+
+Row = dict[str, object]
+
+
+def figure_3_rows(results: dict) -> list[Row]:
+    """Return the computed and the printed errors, by K."""
+    columns = {
+        "K": results["K"],
+        "residual": results["residual"],
+        "proposed": results["proposed"],
+        "residual, paper": results["paper"]["residual"],
+        "proposed, paper": results["paper"]["proposed"],
+    }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def sensitivity_rows(results: dict) -> list[Row]:
+    """Return the number of settings in which each topology is better with a 95% interval that excludes zero."""
+    return [
+        {
+            "data": f"{verdict['dataset']}, {verdict['scaling']}",
+            "settings": verdict["settings"],
+            "proposed better": verdict["proposed_surely_better"],
+            "residual better": verdict["residual_surely_better"],
+            "undecided": verdict["settings"] - verdict["proposed_surely_better"] - verdict["residual_surely_better"],
+        }
+        for verdict in results["verdicts"]
+    ]
+
+
+def one_neuron_rows(results: dict) -> list[Row]:
+    """Return the largest error by depth, and its lower bound without shortcuts."""
+    with_shortcuts = zip(results["depths"], results["errors"], strict=True)
+    return [
+        *({"layers": depth, "largest error": error} for depth, error in with_shortcuts),
+        {"layers": "any, without shortcuts", "largest error": results["without_shortcuts"]["bound_at_any_depth"]},
+    ]
+
+
+def run_rows(summary: dict) -> list[Row]:
+    """Return the errors and the size of a training run."""
+    return [
+        {
+            "network": summary["model"],
+            "epochs": summary["epochs"],
+            "error after the last epoch, %": f"{summary['last_val_error']:.2f}",
+            "best error, %": f"{summary['best_val_error']:.2f} (epoch {summary['best_epoch']})",
+            "parameters": summary["parameters"],
+            "multiply-adds": summary["multiply_adds"],
+        }
+    ]
+
+
+def saliency_rows(results: dict) -> list[Row]:
+    """Return the most probable classes of each image, and the completeness error of its map."""
+    return [
+        {
+            "image": saliency["image"],
+            **{
+                f"class {rank}": f"{name} {probability:.2f}"
+                for rank, (name, probability) in enumerate(saliency["most_probable"], start=1)
+            },
+            "completeness error": f"{saliency['completeness_error']:.1e}",
+        }
+        for saliency in results["maps"]
+    ]
+
+
+def score_rows(results: dict) -> list[Row]:
+    """Return the mean scores against the masks, by method."""
+    percentile = f"at the {results['percentile']:g}th percentile"
+    titles = {"dice_at": f"Dice {percentile}", "iou_at": f"IoU {percentile}", "pointing": "pointing game"}
+    return [
+        {
+            "map": f"FullGrad ({method})" if method in results["largest_completeness_error"] else method,
+            **{titles.get(name, name): f"{score:.4f}" for name, score in scores.items()},
+        }
+        for method, scores in results["mean"].items()
+    ]
+
+
+def faithfulness_rows(results: dict) -> list[Row]:
+    """Return the mean areas under the insertion and deletion curves, by method."""
+    ((_, methods),) = results["networks"].items()
+    return [
+        {
+            "map": method,
+            **{
+                f"{kind} ({better} is better)": f"{statistics.mean(curves[f'{kind}_area']):.4f}"
+                for kind, better in (("insertion", "higher"), ("deletion", "lower"))
+            },
+        }
+        for method, curves in methods.items()
+    ]
