@@ -1,6 +1,7 @@
 import pytest
 
-# Imports of torch fail as if it was not installed.
+# Importing torch fails as if it was not installed. sys.modules["torch"] = None would not do: SciPy and tyro take
+# the key's presence to mean that torch is loaded.
 WITHOUT_TORCH = """
 import importlib.abc, runpy
 class NoTorch(importlib.abc.MetaPathFinder):
@@ -18,7 +19,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-def test_the_scripts_run_without_torch(run_python, tmp_path, command):
+def test_a_script_runs_without_torch(run_python, tmp_path, command):
     process = run_python(
         f"""{WITHOUT_TORCH}
 script = sys.path[0] + "/{command[0]}"
