@@ -41,8 +41,9 @@ class Args:
     """Flags of the construction."""
 
     function: str = "sin(2*x)+abs(x)"
-    """Function of x to approximate, from numbers, pi, e, + - * / **, brackets, abs, arctan, cos, cosh, exp, log, sin,
-    sinh, sqrt and tanh. Use an equals sign if it starts with a minus: --function=-x."""
+    """Function of x to approximate.
+    Allowed: numbers, pi, e, + - * / **, brackets, abs, arctan, cos, cosh, exp, log, sin, sinh, sqrt, tanh.
+    If it starts with a minus, use an equals sign: --function=-x."""
     interval: tuple[float, float] = (-3.0, 3.0)
     """Ends of the interval on which to approximate the function."""
     depth: int = 32
@@ -203,7 +204,7 @@ def study(function: Function, low: float, high: float, depth: int) -> tuple[dict
 
 
 def draw(results: dict[str, Any], function: Function, sparse: Chain, plain: Chain) -> plt.Figure:
-    """Draw the neurons' outputs, the two networks beside the function, and the error against the depth."""
+    """Draw the neurons' outputs, the two networks together with the function, and the error against the depth."""
     low, high = results["interval"]
     x = np.linspace(low, high, POINTS + 1)
     figure, (neurons, graphs, decay) = plt.subplots(1, 3, figsize=(14.5, 4.3), layout="constrained")
