@@ -1,15 +1,15 @@
-"""Speed and memory of the closed-form kernels.
+"""Measure speed and memory of the closed-form kernels.
 
     python expressibility/benchmark.py
 
-First, the whole of Figure 3 (14 networks, kernels and predictions) by closed form against the published
-notebook's formulation in neural-tangents, in one process, the first time and again. Then one kernel matrix
-against the number of points, stored whole and streamed in blocks of rows. Writes benchmark.json and
-benchmark.png, and prints the tables.
+1. Figure 3 (14 networks, kernels and predictions) in closed form and with neural-tangents, formulated as in the
+   published notebook. Both run in one process. The first call and the following ones are timed separately.
+2. One kernel matrix for increasing numbers of points: the whole matrix in memory ("stored"), or only one block
+   of rows at a time ("streamed").
+
+Writes benchmark.json and benchmark.png, and prints the tables.
 """
 
-import os
-import platform
 import statistics
 import time
 import tracemalloc
@@ -35,31 +35,36 @@ from scaling_fit import fitted_order
 
 SCALING_DEPTH = 8  # Figure 3's K = 10
 SCALING_FEATURES = 13
-WAYS = ("stored", "streamed")
+MODES = ("stored", "streamed")
 
 
 @dataclass
-class Arguments:
-    """Options of the benchmark."""
+class Args:
+    """Flags of the benchmark."""
 
     out: Path = field(default_factory=lambda: default_out("expressibility_benchmark"))
-    """Folder for benchmark.json and benchmark.png; created if it isn't there."""
+    """Folder for benchmark.json and benchmark.png, created if missing."""
     depths: tuple[int, ...] = FIGURE_3_DEPTHS
-    """Numbers of blocks, each at least 1, of the networks in the comparison."""
+    """Numbers of blocks of the compared networks, each at least 1."""
     repeats: int = 5
-    """Warm runs of each side, at least 1; their median is reported."""
+    """Timed calls after the first one, at least 1. Their median is reported."""
     points: tuple[int, ...] = (500, 1000, 2000, 4000, 8000, 16000)
-    """Numbers of points for time and memory, each at least 1; 16000 need 2 GB."""
+    """Numbers of points for the scaling of time and memory, each at least 1. 16000 points need 2 GB."""
+
+
+# ---- Figure 3 -----------------------------------------------------------------------------------------------------
 
 
 def notebook_network(topology: Topology, depth: int) -> tuple[Callable, Callable, Callable]:
-    """The published notebook's formulation: the proposed topology as separate branches, which share no layer.
+    """Build the network as the published notebook does; return neural-tangents' (init_fn, apply_fn, kernel_fn).
 
-    Branch i holds i + 1 Dense layers of its own, so that the network grows with the square of the depth.
+    The notebook builds the proposed topology from separate branches. Branch i has i + 1 Dense layers and shares none
+    with the others, so the number of layers grows with the square of the depth.
     """
     from neural_tangents_compat import stax
 
-    warnings.filterwarnings("ignore", message="`FanIn` layers assume independent inputs")  # each has its Dense
+    # neural-tangents cannot check this assumption. It holds: no two branches share a Dense layer.
+    warnings.filterwarnings("ignore", message="`FanIn` layers assume independent inputs")
     dense = partial(stax.Dense, 512, W_STD, B_STD)
     layer = stax.serial(stax.Relu(), dense())
     if topology == "residual":
@@ -71,8 +76,8 @@ def notebook_network(topology: Topology, depth: int) -> tuple[Callable, Callable
     return stax.serial(body, stax.Relu(), stax.Dense(1, W_STD, B_STD))
 
 
-def notebook_figure(data: tabular.Split, depths: tuple[int, ...]) -> dict[Topology, list[float]]:
-    """Figure 3's mean squared errors as the published notebook computes them."""
+def notebook_errors(data: tabular.Split, depths: tuple[int, ...]) -> dict[Topology, list[float]]:
+    """Compute Figure 3's mean squared errors as the published notebook does."""
     from neural_tangents_compat import neural_tangents as nt
 
     mse: dict[Topology, list[float]] = {}
@@ -88,23 +93,28 @@ def notebook_figure(data: tabular.Split, depths: tuple[int, ...]) -> dict[Topolo
     return mse
 
 
-def timed(call: Callable[[], Any], repeats: int) -> tuple[float, float, Any]:
-    """Seconds of the first call, median seconds of the `repeats` calls after it, the last one's result."""
+def time_calls(function: Callable[[], Any], repeats: int) -> tuple[float, float, Any]:
+    """Call `function` 1 + `repeats` times.
+
+    Returns:
+        Seconds of the first call, median seconds of the others, and the result of the last.
+    """
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        result = call()
+        result = function()
         seconds.append(time.perf_counter() - start)
     return seconds[0], statistics.median(seconds[1:]), result
 
 
-def figure_3(depths: tuple[int, ...], repeats: int) -> dict[str, Any]:
-    """Times both ways to Figure 3 and compares what they give."""
+def measure_figure_3(depths: tuple[int, ...], repeats: int) -> dict[str, Any]:
+    """Time both computations of Figure 3 and compare their errors."""
     data = tabular.split(tabular.boston(), tabular.PAPER_SEED)
-    closed_first, closed_warm, ours = timed(lambda: compare(data, depths, check=False).mse, repeats)
-    stax_first, stax_warm, theirs = timed(lambda: notebook_figure(data, depths), repeats)
+    closed_first, closed_warm, closed_form = time_calls(lambda: compare(data, depths, check=False).mse, repeats)
+    stax_first, stax_warm, notebook = time_calls(lambda: notebook_errors(data, depths), repeats)
     difference = max(
-        float(np.max(np.abs(np.array(ours[topology]) / np.array(theirs[topology]) - 1))) for topology in TOPOLOGIES
+        float(np.max(np.abs(np.array(closed_form[topology]) / np.array(notebook[topology]) - 1)))
+        for topology in TOPOLOGIES
     )
     return {
         "depths": list(depths),
@@ -116,8 +126,15 @@ def figure_3(depths: tuple[int, ...], repeats: int) -> dict[str, Any]:
     }
 
 
-def kernel_of_points(points: int, stored: bool) -> None:
-    """The proposed topology's kernel of random points; kept, or summed block by block of rows and let go."""
+# ---- Scaling with the number of points ----------------------------------------------------------------------------
+
+
+def compute_kernel(points: int, stored: bool) -> np.ndarray | float:
+    """Compute the proposed topology's kernel of random points in blocks of rows.
+
+    Returns:
+        The (points, points) matrix if `stored`, else only the sum of its entries, to save memory.
+    """
     x = np.random.default_rng(0).normal(size=(points, SCALING_FEATURES))
     matrix = np.empty((points, points)) if stored else None
     total = 0.0
@@ -126,47 +143,54 @@ def kernel_of_points(points: int, stored: bool) -> None:
         if matrix is not None:
             matrix[rows] = block
         total += float(block.sum())
+    return total if matrix is None else matrix
 
 
-def seconds_and_megabytes(call: Callable[[], None]) -> tuple[float, float]:
-    """Time of one call, and the peak of the arrays allocated in another: tracing takes time of its own."""
+def seconds_and_megabytes(function: Callable[[], object]) -> tuple[float, float]:
+    """Return the time of one call, and the peak of allocated memory during a second one.
+
+    The second call is needed because tracing the memory slows the call down.
+    """
     start = time.perf_counter()
-    call()
+    function()
     seconds = time.perf_counter() - start
     tracemalloc.start()
-    call()
+    function()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return seconds, peak / 1e6
 
 
-def scaling(points: tuple[int, ...]) -> dict[str, Any]:
-    """Time and memory against the number of points, with the fitted orders."""
-    found: dict[str, Any] = {"points": list(points), "topology": "proposed", "depth": SCALING_DEPTH}
-    bar = tqdm(total=len(WAYS) * len(points), desc="kernel matrices", disable=None)
-    for way in WAYS:
-        measured = []
+def measure_scaling(points: tuple[int, ...]) -> dict[str, Any]:
+    """Measure time and memory of one kernel matrix by number of points, and fit the orders of growth."""
+    scaling: dict[str, Any] = {"points": list(points), "topology": "proposed", "depth": SCALING_DEPTH}
+    bar = tqdm(total=len(MODES) * len(points), desc="kernel matrices", disable=None)
+    for mode in MODES:
+        measurements = []
         for n in points:
-            measured.append(seconds_and_megabytes(partial(kernel_of_points, n, way == "stored")))
+            measurements.append(seconds_and_megabytes(partial(compute_kernel, n, mode == "stored")))
             bar.update()
-        seconds, megabytes = np.transpose(measured)
-        found[way] = {"seconds": seconds.tolist(), "megabytes": megabytes.tolist()}
+        seconds, megabytes = np.transpose(measurements)
+        scaling[mode] = {"seconds": seconds.tolist(), "megabytes": megabytes.tolist()}
         if len(points) > 1:
-            found[way]["order_of_time"] = fitted_order(np.array(points), seconds)
-            found[way]["order_of_memory"] = fitted_order(np.array(points), megabytes)
+            scaling[mode]["order_of_time"] = fitted_order(np.array(points), seconds)
+            scaling[mode]["order_of_memory"] = fitted_order(np.array(points), megabytes)
     bar.close()
-    return found
+    return scaling
 
 
-def draw(found: dict[str, Any]) -> plt.Figure:
-    """Time and memory against the number of points."""
-    curves = found["scaling"]
+# ---- Results ------------------------------------------------------------------------------------------------------
+
+
+def draw(results: dict[str, Any]) -> plt.Figure:
+    """Draw time and memory against the number of points."""
+    scaling = results["scaling"]
     figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.9), layout="constrained")
     for axes, quantity, unit in zip(panels, ("time", "memory"), ("seconds", "megabytes"), strict=True):
-        for way, marker in (("stored", "o"), ("streamed", "s")):
-            order = curves[way].get(f"order_of_{quantity}")
-            label = way if order is None else f"{way}: points^({order:.2f})"
-            axes.plot(curves["points"], curves[way][unit], marker=marker, label=label)
+        for mode, marker in (("stored", "o"), ("streamed", "s")):
+            order = scaling[mode].get(f"order_of_{quantity}")
+            label = mode if order is None else f"{mode}: points^({order:.2f})"
+            axes.plot(scaling["points"], scaling[mode][unit], marker=marker, label=label)
         axes.set(
             xscale="log",
             yscale="log",
@@ -174,48 +198,50 @@ def draw(found: dict[str, Any]) -> plt.Figure:
             ylabel=unit,
             title=f"{quantity}, one kernel matrix, K = 10",
         )
-        axes.set_xticks(curves["points"], [str(n) for n in curves["points"]], minor=False)
+        axes.set_xticks(scaling["points"], [str(n) for n in scaling["points"]], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
     return figure
 
 
-def tables(found: dict[str, Any]) -> str:
-    """Both measurements as Markdown."""
-    speed, curves = found["figure_3"], found["scaling"]
-    ours, theirs, ratio = speed["closed_form_seconds"], speed["neural_tangents_seconds"], speed["ratio"]
+def format_tables(results: dict[str, Any]) -> str:
+    """Return both measurements as Markdown tables."""
+    figure_3, scaling = results["figure_3"], results["scaling"]
+    closed_form, neural_tangents = figure_3["closed_form_seconds"], figure_3["neural_tangents_seconds"]
     lines = ["| Figure 3 | closed form | neural-tangents | ratio |", "|---|--:|--:|--:|"]
     for call in ("first", "warm"):
-        lines.append(f"| {call} | {1000 * ours[call]:.0f} ms | {theirs[call]:.2f} s | {ratio[call]:.0f} |")
+        lines.append(
+            f"| {call} | {1000 * closed_form[call]:.0f} ms | {neural_tangents[call]:.2f} s "
+            f"| {figure_3['ratio'][call]:.0f} |"
+        )
     lines += ["", "| points | stored | | streamed | |", "|--:|--:|--:|--:|--:|"]
-    for i, n in enumerate(curves["points"]):
-        cells = [f"{curves[way]['seconds'][i]:.2f} s | {curves[way]['megabytes'][i]:,.1f} MB" for way in WAYS]
+    for i, n in enumerate(scaling["points"]):
+        cells = [f"{scaling[mode]['seconds'][i]:.2f} s | {scaling[mode]['megabytes'][i]:,.1f} MB" for mode in MODES]
         lines.append(f"| {n} | {' | '.join(cells)} |")
-    if "order_of_time" in curves["stored"]:
-        orders = [f"{curves[w]['order_of_time']:.2f} | {curves[w]['order_of_memory']:.2f}" for w in WAYS]
+    if "order_of_time" in scaling["stored"]:
+        orders = [f"{scaling[mode]['order_of_time']:.2f} | {scaling[mode]['order_of_memory']:.2f}" for mode in MODES]
         lines.append(f"| order | {' | '.join(orders)} |")
     return "\n".join(lines)
 
 
-def main(arguments: Arguments) -> None:
-    """Measures, prints and writes."""
-    depths = check_depths(arguments.depths)
-    if arguments.repeats < 1:
-        raise InputError(f"--repeats is {arguments.repeats}: it must be at least 1")
-    if not arguments.points or min(arguments.points) < 1:
+def main(args: Args) -> None:
+    """Run the benchmark, print the tables and write the results."""
+    depths = check_depths(args.depths)
+    if args.repeats < 1:
+        raise InputError(f"--repeats is {args.repeats}: it must be at least 1")
+    if not args.points or min(args.points) < 1:
         raise InputError("--points must be one or more numbers of at least 1, such as --points 500 1000")
-    out = make_folder(arguments.out)
-    found = {
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "figure_3": figure_3(depths, arguments.repeats),
-        "scaling": scaling(tuple(sorted(set(arguments.points)))),
+    out = make_folder(args.out)
+    results = {
+        "figure_3": measure_figure_3(depths, args.repeats),
+        "scaling": measure_scaling(tuple(sorted(set(args.points)))),
     }
-    write_json(out / "benchmark.json", run_record() | found)
-    save_figure(out / "benchmark.png", draw(found))
-    print(tables(found))
+    write_json(out / "benchmark.json", run_record() | results)
+    save_figure(out / "benchmark.png", draw(results))
+    print(format_tables(results))
     print(f"Wrote {out / 'benchmark.json'} and {out / 'benchmark.png'}")
 
 
 if __name__ == "__main__":
-    run_script(main, Arguments, __doc__)
+    run_script(main, Args, __doc__)

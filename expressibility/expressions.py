@@ -1,4 +1,4 @@
-"""Functions of x from text such as "sin(2*x)+abs(x)", read by a parser that knows only arithmetic."""
+"""Parse functions of x such as "sin(2*x)+abs(x)". Only arithmetic is allowed, and no code is executed."""
 
 import ast
 from collections.abc import Callable
@@ -33,24 +33,23 @@ MAX_LENGTH = 1000
 
 
 def parse(text: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Reads an expression in x: numbers, pi, e, + - * / **, brackets and the functions of `FUNCTIONS`.
+    """Parse an expression in x: numbers, pi, e, + - * / **, brackets and the functions of `FUNCTIONS`.
 
-    All of these are continuous wherever they are finite, which is what the theorem asks of a function.
-    Nothing is executed: the text is parsed, and every part that isn't on the list is refused.
+    All of these are continuous wherever they are finite. Theorem 1 requires a continuous function.
 
     Returns:
-        A function of x, (n,) in rising order, that returns (n,) float64 and raises InputError where it is not
-        finite on the interval that x spans.
+        A function that maps x, (n,) in ascending order, to (n,) float64. It raises InputError if its value is not
+        finite somewhere on the interval that x spans.
 
     Raises:
-        InputError: the text isn't such an expression.
+        InputError: the text contains anything else, or cannot be parsed.
     """
     if len(text) > MAX_LENGTH:
         raise InputError(f"the expression has {len(text)} characters: at most {MAX_LENGTH} are read")
     try:
         body = ast.parse(text.strip(), mode="eval").body
-        _refuse_unknown(body)
-    except InputError:  # a ValueError, too
+        _check_allowed(body)
+    except InputError:  # before its base class ValueError
         raise
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         shown = text if len(text) <= 60 else f"{text[:60]}..."
@@ -61,39 +60,41 @@ def parse(text: str) -> Callable[[np.ndarray], np.ndarray]:
         with np.errstate(all="ignore"):
             y = np.broadcast_to(_evaluate(body, x), x.shape).astype(np.float64)
         if not np.isfinite(y).all():
-            raise _not_finite(x[~np.isfinite(y)][0])
+            raise _not_finite_at(x[~np.isfinite(y)][0])
         return y
 
     return function
 
 
-def _not_finite(x: float) -> InputError:
+def _not_finite_at(x: float) -> InputError:
     return InputError(f"the expression is not finite at x = {x:.6g}: choose another --interval or --function")
 
 
-def _refuse_unknown(node: ast.expr) -> None:
+def _check_allowed(node: ast.expr) -> None:
     match node:
         case ast.Constant(value=bool()):
-            raise InputError(f"the expression has {node.value}: only numbers are known")
+            raise InputError(f"the expression contains {node.value}: only numbers are allowed")
         case ast.Constant(value=int() | float()):
             pass
         case ast.Name(id=name):
             if name != "x" and name not in CONSTANTS:
-                known = ", ".join(["x", *CONSTANTS, *FUNCTIONS])
-                raise InputError(f"the expression has the unknown name {name!r}: known are {known}")
+                allowed = ", ".join(["x", *CONSTANTS, *FUNCTIONS])
+                raise InputError(f"the expression contains the unknown name {name!r}: use only {allowed}")
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            _refuse_unknown(left)
-            _refuse_unknown(right)
+            _check_allowed(left)
+            _check_allowed(right)
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
-            _refuse_unknown(operand)
+            _check_allowed(operand)
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
-            _refuse_unknown(argument)
+            _check_allowed(argument)
         case ast.Call(func=ast.Name(id=name)):
-            what = "takes one argument" if name in FUNCTIONS else f"is unknown: known are {', '.join(FUNCTIONS)}"
-            raise InputError(f"the expression calls {name}(), which {what}")
+            reason = "takes one argument" if name in FUNCTIONS else f"is unknown: use only {', '.join(FUNCTIONS)}"
+            raise InputError(f"the expression calls {name}(), which {reason}")
         case _:
             part = ast.unparse(node)
-            raise InputError(f"the expression has {part!r}, which is not arithmetic: use + - * / ** and functions of x")
+            raise InputError(
+                f"the expression contains {part!r}, which is not arithmetic: use + - * / ** and functions of x"
+            )
 
 
 def _evaluate(node: ast.expr, x: np.ndarray) -> np.ndarray:
@@ -109,16 +110,16 @@ def _evaluate(node: ast.expr, x: np.ndarray) -> np.ndarray:
         case ast.BinOp(left=left, op=op, right=right):
             first, second = _evaluate(left, x), _evaluate(right, x)
             if isinstance(op, ast.Div):
-                _refuse_zero(second, x)
+                _check_no_zero(second, x)
             if isinstance(op, ast.Pow) and np.any(second < 0):
-                _refuse_zero(first, x)
+                _check_no_zero(first, x)
             return _OPERATORS[type(op)](first, second)
-    raise AssertionError(f"{ast.dump(node)} passed the check and can't be evaluated")
+    raise AssertionError(f"_check_allowed accepted {ast.dump(node)}, which cannot be evaluated")
 
 
-def _refuse_zero(divisor: np.ndarray, x: np.ndarray) -> None:
-    """A continuous divisor that changes its sign between two points is 0 somewhere between them."""
+def _check_no_zero(divisor: np.ndarray, x: np.ndarray) -> None:
+    """Raise InputError if the divisor is 0 at a point or, since it changes its sign, between two points."""
     sign = np.sign(np.broadcast_to(divisor, x.shape))
-    zero = np.flatnonzero((sign == 0) | (sign != sign[0]))
-    if len(zero):
-        raise _not_finite(x[zero[0]])
+    zeros = np.flatnonzero((sign == 0) | (sign != sign[0]))
+    if len(zeros):
+        raise _not_finite_at(x[zeros[0]])

@@ -1,8 +1,8 @@
-"""Finite networks against their kernel: the empirical NTK approaches the limit as 1 / sqrt(width).
+"""Measure how the empirical NTK of finite networks approaches the infinite-width limit, as 1 / sqrt(width).
 
-Called by `ntk_comparison.py --finite-width`. The networks are those of `kernels.stax_network`, in which every
-layer exists once; that they approach the kernel confirms that sharing the chain's weights doesn't change the
-limit.
+Called by `ntk_comparison.py --finite-width`. The networks are those of `kernels.stax_network`: a chain in which
+every layer exists once. Convergence confirms that their limit is the closed-form kernel, although the branches of
+the proposed topology share the chain's weights.
 """
 
 from collections.abc import Callable
@@ -26,50 +26,51 @@ POINTS = 6
 FEATURES = 8
 
 
-def _distance(apply_fn: Callable, x: np.ndarray, limit: np.ndarray, params: Any) -> jax.Array:
+def _relative_error(apply_fn: Callable, x: np.ndarray, limit: np.ndarray, params: Any) -> jax.Array:
     return jnp.linalg.norm(empirical_ntk(apply_fn, params, x) - limit) / jnp.linalg.norm(limit)
 
 
 def relative_errors(topology: Topology, widths: tuple[int, ...], seeds: int, progress: bool = True) -> np.ndarray:
-    """|empirical NTK - NTK| / |NTK| in the Frobenius norm, for random networks on random points.
+    """Compute |empirical NTK - NTK| / |NTK| (Frobenius norm) of networks with random weights, on random points.
 
     Returns:
-        (widths, seeds), each network with its own weights.
+        (widths, seeds), one network per width and seed.
     """
     x = np.random.default_rng(0).normal(size=(POINTS, FEATURES))
     limit = closed_form_kernels(x, None, topology, DEPTH)[DEPTH].ntk
     errors = np.empty((len(widths), seeds))
     for i, width in enumerate(tqdm(widths, desc=f"finite {topology}", disable=None if progress else True)):
         init_fn, apply_fn, _ = stax_network(topology, DEPTH, width)
-        distance = jax.jit(partial(_distance, apply_fn, x, limit))
-        for seed in range(seeds):  # drawing the weights outside of jit saves compiling the random numbers
+        relative_error = jax.jit(partial(_relative_error, apply_fn, x, limit))
+        for seed in range(seeds):
+            # Outside of jit, since compiling the random numbers would take longer than drawing them.
             _, params = init_fn(jax.random.PRNGKey(seed), (-1, FEATURES))
-            errors[i, seed] = distance(params)
+            errors[i, seed] = relative_error(params)
     return errors
 
 
 def measure(widths: tuple[int, ...] = WIDTHS, seeds: int = 40, progress: bool = True) -> dict[str, Any]:
-    """Mean error, its standard error over the seeds and the fitted order of its fall, by topology."""
-    found: dict[str, Any] = {"widths": list(widths), "seeds": seeds, "depth": DEPTH, "points": POINTS}
+    """Return by topology the mean error, its standard error over the seeds, and the fitted power of the width."""
+    results: dict[str, Any] = {"widths": list(widths), "seeds": seeds, "depth": DEPTH, "points": POINTS}
     for topology in TOPOLOGIES:
         errors = relative_errors(topology, widths, seeds, progress)
-        found[topology] = {
+        results[topology] = {
             "mean": errors.mean(axis=1).tolist(),
             "standard_error": (errors.std(axis=1, ddof=1) / np.sqrt(seeds)).tolist(),
             "order": fitted_order(np.array(widths), errors.mean(axis=1)),
         }
-    return found
+    return results
 
 
-def draw(found: dict[str, Any]) -> plt.Figure:
-    """The error against the width, log-log, with the fitted orders and a line of slope -1/2."""
+def draw(results: dict[str, Any]) -> plt.Figure:
+    """Draw the error against the width on logarithmic axes, with a line of slope -1/2."""
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    widths = np.array(found["widths"], dtype=float)
+    widths = np.array(results["widths"], dtype=float)
     for topology, colour, marker in (("residual", "#c0392b", "s"), ("proposed", "#1f5fa8", "o")):
-        one = found[topology]
-        axes.errorbar(widths, one["mean"], yerr=one["standard_error"], color=colour, marker=marker, capsize=3,
-                      label=f"{topology}: width^({one['order']:.2f})")  # fmt: skip
-    start = np.mean([found[topology]["mean"][0] for topology in TOPOLOGIES])
+        curve = results[topology]
+        axes.errorbar(widths, curve["mean"], yerr=curve["standard_error"], color=colour, marker=marker, capsize=3,
+                      label=f"{topology}: width^({curve['order']:.2f})")  # fmt: skip
+    start = np.mean([results[topology]["mean"][0] for topology in TOPOLOGIES])
     axes.plot(widths, start * np.sqrt(widths[0] / widths), ":", color="0.4", label="1 / sqrt(width)")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -77,7 +78,7 @@ def draw(found: dict[str, Any]) -> plt.Figure:
     axes.set(
         xlabel="width of every hidden layer",
         ylabel="relative distance of a finite network's\nNTK from the infinite one's",
-        title=f"Finite networks approach the kernel\n({found['depth']} blocks, {found['seeds']} networks)",
+        title=f"Finite networks approach the kernel\n({results['depth']} blocks, {results['seeds']} networks)",
     )
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
@@ -85,10 +86,10 @@ def draw(found: dict[str, Any]) -> plt.Figure:
 
 
 def measure_and_save(out: Path) -> None:
-    """Writes finite_width.json and finite_width.png into `out`."""
-    found = measure()
-    write_json(out / "finite_width.json", run_record() | found)
-    save_figure(out / "finite_width.png", draw(found))
+    """Write finite_width.json and finite_width.png into the folder `out`, and print the fitted powers."""
+    results = measure()
+    write_json(out / "finite_width.json", run_record() | results)
+    save_figure(out / "finite_width.png", draw(results))
     for topology in TOPOLOGIES:
-        print(f"Finite {topology} networks approach their NTK as width^({found[topology]['order']:.2f})")
+        print(f"Finite {topology} networks approach their NTK as width^({results[topology]['order']:.2f})")
     print(f"Wrote {out / 'finite_width.json'} and {out / 'finite_width.png'}")

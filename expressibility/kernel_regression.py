@@ -1,4 +1,4 @@
-"""Prediction with a neural tangent kernel: the mean of infinitely wide networks, fully trained."""
+"""Predict with a neural tangent kernel, as the average of fully trained networks of infinite width does."""
 
 from collections.abc import Collection
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from kernels import Backend, Topology, kernel_row_blocks
 
 
 class NtkMatrices(NamedTuple):
-    """The two matrices that a prediction needs."""
+    """Kernel matrices for a prediction from n training points at m test points."""
 
     train: np.ndarray
-    """(n, n), lower triangle; zeros above the diagonal blocks."""
+    """(n, n). Only the lower triangle and the diagonal are valid."""
     test: np.ndarray
-    """(m, n), test points by training points."""
+    """(m, n), test points in rows."""
 
 
 def ntk_matrices(
@@ -27,10 +27,9 @@ def ntk_matrices(
     h0_shortcut: bool = False,
     backend: Backend | None = None,
 ) -> dict[int, NtkMatrices]:
-    """The neural tangent kernels of (n, d) training and (m, d) test points, by depth, in closed form.
+    """Compute the neural tangent kernels of (n, d) training and (m, d) test points in closed form.
 
-    Raises:
-        ValueError: see `kernels.kernel_row_blocks`.
+    Takes the arguments of `kernels.kernel_row_blocks` and raises its errors. Returns the matrices by depth.
     """
     n, m = len(x_train), len(x_test)
     matrices = {depth: NtkMatrices(np.zeros((n, n)), np.empty((m, n))) for depth in depths}
@@ -45,26 +44,26 @@ def ntk_matrices(
 
 
 def predict(matrices: NtkMatrices, y_train: np.ndarray, diag_reg: float) -> np.ndarray:
-    """Mean prediction after gradient descent on the squared error has converged (section 6.2).
+    """Return the mean prediction after gradient descent on the squared error has converged (section 6.2).
 
-    K_test (K_train + diag_reg * mean(diag K_train) * I)^-1 y, as neural-tangents'
-    `gradient_descent_mse_ensemble(..., diag_reg=diag_reg)` has it for infinite time.
+    Computes K_test (K_train + diag_reg * mean(diag K_train) * I)^-1 y. This equals the result of neural-tangents'
+    `gradient_descent_mse_ensemble(..., diag_reg=diag_reg)` for infinite time.
 
     Args:
         matrices: kernels of n training and m test points.
         y_train: (n,) targets.
-        diag_reg: regulariser, relative to the mean of the kernel's diagonal; above 0.
+        diag_reg: regulariser relative to the mean of the kernel's diagonal, above 0.
 
     Returns:
         (m,) predictions, in the target's unit.
 
     Raises:
-        ValueError: diag_reg is so small that the matrix isn't positive definite in float64.
+        ValueError: diag_reg is so small that the matrix is not positive definite in float64.
     """
     system = matrices.train.copy()
     diagonal = np.einsum("ii->i", system)
     diagonal += diag_reg * diagonal.mean()
-    # The transpose has Fortran's order without a copy, and makes the lower triangle the upper one.
+    # LAPACK expects column-major order. The transpose has it without a copy; its upper triangle is our lower one.
     _, weights, info = lapack.dposv(system.T, y_train, lower=False, overwrite_a=True)
     if info != 0:
         raise ValueError(f"diag_reg {diag_reg:g} leaves the kernel matrix singular in float64: choose a larger one")
@@ -72,5 +71,5 @@ def predict(matrices: NtkMatrices, y_train: np.ndarray, diag_reg: float) -> np.n
 
 
 def mean_squared_error(prediction: np.ndarray, target: np.ndarray) -> float:
-    """Mean over the test points of the squared difference, in the target's unit squared."""
+    """Return the mean of the squared differences, in the target's unit squared."""
     return float(np.mean((prediction - target) ** 2))

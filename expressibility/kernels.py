@@ -1,15 +1,18 @@
-"""The paper's two topologies as infinitely wide networks: their NNGP and neural tangent kernels, in two ways.
+"""NNGP and neural tangent kernels of the residual and the proposed topology, for networks of infinite width.
 
-`closed_form_kernels` is the arc-cosine recursion written out: every depth in one pass, rows in blocks, on CPU
-or GPU. `stax_network` is the same network in `neural_tangents.stax`, which also gives it a finite width.
+The kernels are computed in two independent ways:
 
-Figure 2 of arXiv 1811.09003; every Dense layer has W_std 1.5 and b_std 0.05 and the activation is ReLU:
+- `closed_form_kernels` evaluates the arc-cosine recursion, all depths in one pass, on CPU or GPU.
+- `stax_network` builds the network in `neural_tangents.stax`, which derives the kernels from it. The same network
+  also exists at finite width.
 
-    residual, depth d:  h = Dense(x);   d times  h <- h + Dense(ReLU(h));         out = Dense_1(ReLU(h))
+The topologies (Figure 2 of the paper). All Dense layers have W_std 1.5 and b_std 0.05:
+
+    residual, depth d:  h = Dense(x);  d times  h <- h + Dense(ReLU(h));  out = Dense_1(ReLU(h))
     proposed, depth d:  h_0 = Dense(x);  h_i = Dense(ReLU(h_{i-1}));  out = Dense_1(ReLU(h_1 + ... + h_d))
 
-Both have d + 2 Dense layers, which is what Figure 3 calls K. Importing this file switches JAX to float64: the
-kernel matrices are close to singular, and in float32 the two ways agree to three or four digits only.
+Both have d + 2 Dense layers. Figure 3 calls this number K. Importing this module switches JAX to float64: the
+kernel matrices are close to singular, and in float32 the two computations agree to only three or four digits.
 """
 
 import warnings
@@ -25,7 +28,7 @@ jax.config.update("jax_enable_x64", True)
 
 W_STD = 1.5
 B_STD = 0.05
-DENSE_LAYERS_BESIDE_DEPTH = 2  # the first and the last: Figure 3's K = depth + 2
+DENSE_LAYERS_BESIDE_DEPTH = 2  # the first and the last layer: Figure 3's K = depth + 2
 
 Topology = Literal["residual", "proposed"]
 TOPOLOGIES: tuple[Topology, ...] = get_args(Topology)
@@ -33,24 +36,24 @@ Backend = Literal["numpy", "jax"]
 
 
 class Kernel(NamedTuple):
-    """The two kernels of one network between two sets of points, each of shape (n1, n2)."""
+    """NNGP and neural tangent kernel of a network between n1 and n2 points, each of shape (n1, n2)."""
 
     nngp: np.ndarray
     """Covariance of the network's output over random weights."""
     ntk: np.ndarray
-    """Neural tangent kernel: expected inner product of the output's gradients by the weights."""
+    """Expected inner product of the output's gradients with respect to the weights."""
 
 
 class _Signal(NamedTuple):
-    """A layer's pre-activation between points 1 and 2: a Gaussian process in the limit of infinite width."""
+    """Covariance and NTK of a layer's pre-activation, a Gaussian process at infinite width, at two sets of points."""
 
-    cov: Any  # (n1, n2)
-    var1: Any  # (n1,)
-    var2: Any  # (n2,)
+    cov: Any  # (n1, n2) covariance between the sets
+    var1: Any  # (n1,) variance at the first set
+    var2: Any  # (n2,) variance at the second set
     ntk: Any  # (n1, n2)
 
     def __add__(self, other: "_Signal") -> "_Signal":
-        """The sum of the outputs of two different Dense layers: uncorrelated in the limit, so kernels add."""
+        """Add the outputs of two different Dense layers. They are uncorrelated in the limit, so the kernels add."""
         return _Signal(*(a + b for a, b in zip(self, other, strict=True)))
 
 
@@ -63,7 +66,7 @@ def _first_dense(x1: Any, x2: Any) -> _Signal:
 
 
 def _dense_of_relu(h: _Signal, xp: Any) -> _Signal:
-    """Dense(ReLU(h)): the arc-cosine kernels of order 1 and 0 (Cho and Saul 2009), then the weights."""
+    """Return Dense(ReLU(h)), by the arc-cosine kernels of order 1 and 0 (Cho and Saul 2009)."""
     scale = xp.sqrt(h.var1)[:, None] * xp.sqrt(h.var2)
     cos = xp.clip(h.cov / scale, -1.0, 1.0)
     sin = xp.sqrt(1.0 - cos * cos)
@@ -73,9 +76,8 @@ def _dense_of_relu(h: _Signal, xp: Any) -> _Signal:
     return _Signal(cov, var1, var2, ntk=cov + weight * h.ntk)
 
 
-# NumPy needs no compilation and its arc-cosine is vectorised, so on a CPU it beats XLA; on a GPU it is XLA's
-# turn.
-_BACKENDS: dict[str, tuple[Callable, Callable, int]] = {  # conversion, Dense(ReLU(h)), elements in a block
+# On a CPU, NumPy is faster than XLA: it needs no compilation, and its arc-cosine is vectorised.
+_BACKENDS: dict[str, tuple[Callable, Callable, int]] = {  # conversion of arrays, Dense(ReLU(h)), elements per block
     "numpy": (np.asarray, partial(_dense_of_relu, xp=np), 2**15),
     "jax": (jnp.asarray, jax.jit(partial(_dense_of_relu, xp=jnp)), 2**24),
 }
@@ -84,13 +86,13 @@ _BACKENDS: dict[str, tuple[Callable, Callable, int]] = {  # conversion, Dense(Re
 def _outputs(
     x1: Any, x2: Any, topology: Topology, depths: Collection[int], h0_shortcut: bool, dense_of_relu: Callable
 ) -> Iterator[tuple[int, _Signal]]:
-    """Walks down the network once and yields its output signal at every depth wanted."""
+    """Yield the output signal of the network of each requested depth, in one pass over the layers."""
     h = _first_dense(x1, x2)
     if topology == "residual":
         branch = dense_of_relu(h)
         for depth in range(1, max(depths) + 1):
             h = h + branch
-            branch = dense_of_relu(h)  # what the next block adds is what the last layer would give here
+            branch = dense_of_relu(h)  # added by the next block; also the output, if the network ends here
             if depth in depths:
                 yield depth, branch
     else:
@@ -107,15 +109,13 @@ def _check(topology: str, depths: Collection[int]) -> None:
         raise ValueError(f"topology is {topology!r}: choose one of {', '.join(TOPOLOGIES)}")
     for depth in depths:
         if depth < 1:
-            raise ValueError(
-                f"depth is {depth}: it must be at least 1, the number of blocks between first and last layer"
-            )
+            raise ValueError(f"depth is {depth}: it must be at least 1, since it counts the blocks")
 
 
 def _points(x: np.ndarray, name: str) -> np.ndarray:
     x = np.asarray(x, dtype=np.float64)
     if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(f"{name} has shape {x.shape}: it must be (points, features), neither of them 0")
+        raise ValueError(f"{name} has shape {x.shape}: it must be (points, features), both at least 1")
     return x
 
 
@@ -130,33 +130,34 @@ def kernel_row_blocks(
     lower_triangle: bool = False,
     block_rows: int | None = None,
 ) -> Iterator[tuple[slice, dict[int, Kernel]]]:
-    """Yields the kernels' rows block by block: memory grows with `block_rows * n2` and not with `n1 * n2`.
+    """Compute the kernels in blocks of rows. Memory grows with `block_rows * n2` instead of `n1 * n2`.
 
     Args:
         x1: (n1, features) points, any real numbers.
-        x2: (n2, features) points; None stands for x1.
+        x2: (n2, features) points, or None for x1.
         topology: "residual" or "proposed".
-        depths: the numbers of blocks wanted, each at least 1.
-        h0_shortcut: for the proposed topology, whether h_0 too has a shortcut to the sum (Figure 2(a) draws
-            it, the published notebook leaves it out). The residual topology has it in any case.
-        backend: "numpy" or "jax"; by default numpy, unless JAX has a GPU.
-        lower_triangle: with x2 None, leave out the columns right of a block, which symmetry makes redundant:
-            the block of rows a to b has the columns 0 to b.
-        block_rows: rows of x1 in a block; by default as many as keep a block in cache, or fill a GPU.
+        depths: numbers of blocks, each at least 1.
+        h0_shortcut: whether h_0 of the proposed topology also has a shortcut to the sum, as Figure 2(a) shows. The
+            published notebook omits it. The residual topology always has it.
+        backend: "numpy" or "jax". The default is jax if JAX has a GPU, else numpy.
+        lower_triangle: skip entries that symmetry makes redundant: the block of rows a to b gets the columns 0 to b
+            only. Requires x2 to be None.
+        block_rows: rows of x1 per block. The default fits the processor's cache, or fills a GPU.
 
     Yields:
-        The rows as a slice of x1, and by depth their kernels, (rows, n2) in float64.
+        The rows as a slice of x1, and their kernels by depth, (rows, n2) in float64.
 
     Raises:
-        ValueError: unknown topology, a depth below 1, no points, or different numbers of features.
+        ValueError: the topology is unknown, a depth is below 1, a set of points is empty, the numbers of features
+            differ, or `lower_triangle` is used with two sets of points.
     """
     _check(topology, depths)
     x1 = _points(x1, "x1")
     x2 = x1 if x2 is None else _points(x2, "x2")
     if x1.shape[1] != x2.shape[1]:
-        raise ValueError(f"x1 has {x1.shape[1]} features and x2 has {x2.shape[1]}: they must agree")
+        raise ValueError(f"x1 has {x1.shape[1]} features and x2 has {x2.shape[1]}: they must be equal")
     if lower_triangle and x2 is not x1:
-        raise ValueError("lower_triangle is for the kernel of one set of points with itself: leave x2 None")
+        raise ValueError("lower_triangle needs the kernel of one set of points with itself: leave x2 None")
     backend = backend or ("numpy" if jax.default_backend() == "cpu" else "jax")
     convert, dense_of_relu, block_elements = _BACKENDS[backend]
     block_rows = block_rows or max(1, block_elements // len(x2))
@@ -165,7 +166,7 @@ def kernel_row_blocks(
         rows = slice(start, min(start + block_rows, len(x1)))
         columns = x2[: rows.stop] if lower_triangle else x2
         outputs = _outputs(x1[rows], columns, topology, depths, h0_shortcut, dense_of_relu)
-        yield rows, {depth: Kernel(np.asarray(out.cov), np.asarray(out.ntk)) for depth, out in outputs}
+        yield rows, {depth: Kernel(np.asarray(output.cov), np.asarray(output.ntk)) for depth, output in outputs}
 
 
 def closed_form_kernels(
@@ -178,60 +179,60 @@ def closed_form_kernels(
     backend: Backend | None = None,
     block_rows: int | None = None,
 ) -> dict[int, Kernel]:
-    """The kernels of every depth from 1 to `max_depth`, in one pass over the depths (Figures 2 and 3).
+    """Compute the kernels of all depths from 1 to `max_depth` in one pass (Figures 2 and 3).
 
-    Takes 16 * n1 * n2 * max_depth bytes in main memory; `kernel_row_blocks` is for sets of points where that
-    is too much. Arguments and errors are those of `kernel_row_blocks`.
+    Needs 16 * n1 * n2 * max_depth bytes of memory. For more points use `kernel_row_blocks`, which has the same
+    arguments and errors.
 
     Returns:
-        By depth, the kernels (n1, n2) in float64.
+        Kernels (n1, n2) in float64, by depth.
     """
     _check(topology, [max_depth])
     depths = range(1, max_depth + 1)
     shape = (len(x1), len(x1 if x2 is None else x2))
-    whole = {depth: Kernel(np.empty(shape), np.empty(shape)) for depth in depths}
+    matrices = {depth: Kernel(np.empty(shape), np.empty(shape)) for depth in depths}
     for rows, kernels in kernel_row_blocks(
         x1, x2, topology, depths, h0_shortcut=h0_shortcut, backend=backend, block_rows=block_rows
     ):
         for depth, kernel in kernels.items():
-            whole[depth].nngp[rows] = kernel.nngp
-            whole[depth].ntk[rows] = kernel.ntk
-    return whole
+            matrices[depth].nngp[rows] = kernel.nngp
+            matrices[depth].ntk[rows] = kernel.ntk
+    return matrices
 
 
 def stax_network(
     topology: Topology, depth: int, width: int = 512, *, h0_shortcut: bool = False
 ) -> tuple[Callable, Callable, Callable]:
-    """The network in `neural_tangents.stax`: one chain of depth + 2 Dense layers, each of which exists once.
+    """Build the network in `neural_tangents.stax`, as one chain of depth + 2 different Dense layers.
 
     Args:
         topology: "residual" or "proposed".
         depth: number of blocks, at least 1.
-        width: neurons of every hidden layer; the kernel function is that of infinite width whatever it is.
+        width: neurons of every hidden layer, at least 1. The kernel function is always that of infinite width.
         h0_shortcut: see `kernel_row_blocks`.
 
     Returns:
-        `(init_fn, apply_fn, kernel_fn)`: `init_fn(key, (-1, features)) -> (shape, params)`,
-        `apply_fn(params, x) -> (n, 1)` and `kernel_fn(x1, x2, "ntk")`, as everywhere in neural-tangents.
+        `(init_fn, apply_fn, kernel_fn)` with neural-tangents' usual signatures: `init_fn(key, (-1, features)) ->
+        (shape, params)`, `apply_fn(params, x) -> (n, 1)` and `kernel_fn(x1, x2, "ntk")`.
 
     Raises:
-        ValueError: unknown topology, or a depth or width below 1.
-        ImportError: neural-tangents is not installed, or can't run on the installed JAX.
+        ValueError: the topology is unknown, or a depth or width is below 1.
+        ImportError: neural-tangents is not installed, or cannot run on the installed JAX.
     """
-    from neural_tangents_compat import stax  # here, so that the closed form runs where neural-tangents can't
+    from neural_tangents_compat import stax  # not at the top: the closed form works without neural-tangents
 
     _check(topology, [depth])
     if width < 1:
         raise ValueError(f"width is {width}: it must be at least 1")
     dense = partial(stax.Dense, W_std=W_STD, b_std=B_STD)
 
-    # Every branch has a Dense of its own, which is what FanInSum asks for without being able to check it.
+    # FanInSum requires that no two summed branches end in the same Dense layer. It cannot check this; it holds here.
     warnings.filterwarnings("ignore", message="`FanIn` layers assume independent inputs")
     layer, carry = stax.serial(stax.Relu(), dense(width)), stax.Identity()
     if topology == "residual":
         block = stax.serial(stax.FanOut(2), stax.parallel(carry, layer), stax.FanInSum())
         return stax.serial(dense(width), *[block] * depth, stax.Relu(), dense(1))
-    # Two values go down the chain: the last layer's output h, and the sum of all so far.
+    # Each step passes on two values: the last layer's output h, and the sum of all outputs so far.
     start = stax.FanOut(2) if h0_shortcut else stax.serial(layer, stax.FanOut(2))
     step = stax.serial(
         stax.parallel(stax.serial(layer, stax.FanOut(2)), carry),  # ((h, h), sum)
@@ -243,7 +244,7 @@ def stax_network(
 
 
 def _regroup(order: Callable[[Any], Any]) -> tuple[Callable, Callable, Callable]:
-    """A layer without weights that rearranges its input's branches: shapes, values and kernels alike."""
+    """Build a layer without weights that rearranges its input's branches (shapes, values and kernels)."""
     return (
         lambda rng, shape: (order(shape), ()),
         lambda params, inputs, **_: order(inputs),
@@ -252,22 +253,24 @@ def _regroup(order: Callable[[Any], Any]) -> tuple[Callable, Callable, Callable]
 
 
 def empirical_ntk(apply_fn: Callable, params: Any, x1: np.ndarray, x2: np.ndarray | None = None) -> jax.Array:
-    """The neural tangent kernel of one finite network with one output: J(x1) J(x2)^T with J its Jacobian.
+    """Compute the neural tangent kernel J(x1) J(x2)^T of a finite network with one output and Jacobian J.
+
+    Needs 8 bytes of memory per weight and point.
 
     Args:
         apply_fn: `apply_fn(params, x) -> (n, 1)`.
         params: the network's weights, any tree of arrays.
         x1: (n1, features).
-        x2: (n2, features); None stands for x1.
+        x2: (n2, features), or None for x1.
 
     Returns:
-        (n1, n2). Memory: 8 bytes for every weight and point.
+        (n1, n2).
     """
     jacobian = jax.jacobian(lambda weights, x: apply_fn(weights, x)[:, 0])
 
-    def rows(x: np.ndarray) -> list[jax.Array]:
+    def gradients(x: np.ndarray) -> list[jax.Array]:  # a (n, weights) matrix per array of weights
         return [leaf.reshape(len(x), -1) for leaf in jax.tree.leaves(jacobian(params, x))]
 
-    j1 = rows(x1)
-    j2 = j1 if x2 is None else rows(x2)
+    j1 = gradients(x1)
+    j2 = j1 if x2 is None else gradients(x2)
     return sum(a @ b.T for a, b in zip(j1, j2, strict=True))

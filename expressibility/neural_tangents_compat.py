@@ -1,15 +1,16 @@
-"""Makes neural-tangents 0.6.5, its last release, import on current JAX and without TensorFlow.
+"""Import neural-tangents 0.6.5, its last release, on current JAX and without TensorFlow.
 
     from neural_tangents_compat import neural_tangents as nt, stax
 
-or `import neural_tangents_compat` once, before the first `import neural_tangents`. The installed package is
-not edited. While it is being imported, JAX gets back the names that it has dropped since and that the package
-reads (`_DROPPED` below says of each one why); afterwards JAX is as it was. A release after 0.6.5 is imported
-as it is.
+Alternatively, `import neural_tangents_compat` once before the first `import neural_tangents`.
 
-The kernels were tried with JAX 0.4.38 and every minor release from 0.5 to 0.12, `predict` and the Jacobian
-contraction of `empirical_ntk_fn` with 0.6, 0.10 and 0.12. Its "structured derivatives" read JAX's internals
-as they were in 2023 and are not restored.
+neural-tangents 0.6.5 reads names that JAX has removed since (see `_REMOVED_NAMES`). This module adds them to JAX
+during the import and removes them afterwards. The installed packages are not edited. A release after 0.6.5 is
+imported without changes.
+
+Tested: the kernels with JAX 0.4.38 and every minor release from 0.5 to 0.12; `predict` and the Jacobian
+contraction of `empirical_ntk_fn` with 0.6, 0.10 and 0.12. Not supported: "structured derivatives", which depend on
+internals of JAX from 2023.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ INSTALL_JAX = 'pip install "jax>=0.6,<0.13"'
 
 
 class UnsupportedJaxError(ImportError):
-    """neural-tangents can't be imported on the installed JAX; the message names versions that work."""
+    """neural-tangents cannot be imported with the installed JAX. The message names versions that work."""
 
 
 def _safe_zip(*columns: Any) -> list[tuple]:
@@ -44,20 +45,19 @@ def _from_extend(name: str) -> Callable[[], Any]:
     return lambda: getattr(importlib.import_module("jax.extend.core"), name)
 
 
-# (module, name, what stands in for it, why it is needed)
-_DROPPED: tuple[tuple[str, str, Callable[[], Any], str], ...] = (
-    # Moved to jax.extend.core, dropped from jax.core. They annotate the rules of the structured derivatives,
-    # and annotations are evaluated on import.
+# (module, name, function that returns a replacement, where neural-tangents uses it)
+_REMOVED_NAMES: tuple[tuple[str, str, Callable[[], Any], str], ...] = (
+    # Moved from jax.core to jax.extend.core. neural-tangents uses them in type annotations of its structured
+    # derivatives, which Python evaluates during the import.
     ("jax.core", "Jaxpr", _from_extend("Jaxpr"), "type annotation in empirical.py and rules.py"),
     ("jax.core", "JaxprEqn", _from_extend("JaxprEqn"), "type annotation in empirical.py and rules.py"),
     ("jax.core", "Literal", _from_extend("Literal"), "type annotation in empirical.py and rules.py"),
     ("jax.core", "Primitive", _from_extend("Primitive"), "type annotation, and keys of the table of rules"),
     ("jax.core", "Var", _from_extend("Var"), "type annotation in empirical.py and rules.py"),
-    # The module is gone as a whole; both are ordinary map and zip that insist on equal lengths.
+    # JAX has removed the whole module. These are map and zip that require equal lengths.
     ("jax.util", "safe_map", lambda: _safe_map, "used in empirical.py under the name map"),
     ("jax.util", "safe_zip", lambda: _safe_zip, "used in empirical.py under the name zip"),
-    # JAX no longer has this primitive, so no program holds it: any new primitive will do as the key of its
-    # rule.
+    # No program contains this removed primitive, so any new primitive can be the key of its rule.
     (
         "jax.interpreters.ad",
         "zeros_like_p",
@@ -68,28 +68,28 @@ _DROPPED: tuple[tuple[str, str, Callable[[], Any], str], ...] = (
 
 
 @contextlib.contextmanager
-def _dropped_names() -> Iterator[None]:
-    """Gives JAX the names of `_DROPPED` that it lacks, and takes them away again."""
+def _removed_names_restored() -> Iterator[None]:
+    """Add the missing names of `_REMOVED_NAMES` to JAX inside the context."""
     with contextlib.ExitStack() as undo, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # JAX 0.6 still has jax.util, and warns of its end
-        for module_name, name, stand_in, _ in _DROPPED:
+        warnings.simplefilter("ignore", DeprecationWarning)  # JAX 0.6 still has jax.util, with a warning
+        for module_name, name, replacement, _ in _REMOVED_NAMES:
             try:
                 module = importlib.import_module(module_name)
             except ModuleNotFoundError:
                 module = sys.modules[module_name] = types.ModuleType(module_name)
                 undo.callback(sys.modules.pop, module_name)
             if not hasattr(module, name):
-                setattr(module, name, stand_in())
+                setattr(module, name, replacement())
                 undo.callback(delattr, module, name)
         yield
 
 
 class _WithoutTensorFlow(types.ModuleType):
-    """Stands in for `neural_tangents.experimental`, which imports TensorFlow and which nothing here uses."""
+    """Replacement of `neural_tangents.experimental`, which would import TensorFlow and is not used here."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"neural_tangents.experimental.{name} needs TensorFlow and is left out by neural_tangents_compat"
+            f"neural_tangents.experimental.{name} needs TensorFlow; neural_tangents_compat does not load it"
         )
 
 
@@ -105,10 +105,10 @@ def _installed_release() -> tuple[int, ...]:
 
 
 def load() -> types.ModuleType:
-    """Imports neural-tangents and returns it; a second call returns the same module.
+    """Import neural-tangents and return the module.
 
     Raises:
-        UnsupportedJaxError: the installed JAX lacks more than is restored here.
+        UnsupportedJaxError: the installed JAX lacks other names, too.
         ModuleNotFoundError: neural-tangents is not installed.
     """
     if "neural_tangents" in sys.modules:
@@ -117,15 +117,13 @@ def load() -> types.ModuleType:
         return importlib.import_module("neural_tangents")
     sys.modules["neural_tangents.experimental"] = _WithoutTensorFlow("neural_tangents.experimental")
     try:
-        with _dropped_names():
+        with _removed_names_restored():
             return importlib.import_module("neural_tangents")
     except (ImportError, AttributeError) as error:
         for name in [name for name in sys.modules if name.split(".")[0] == "neural_tangents"]:
-            del sys.modules[name]  # what a failed import leaves behind would hide the cause from the next one
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in (
-            "jax",
-            "jaxlib",
-        ):
+            del sys.modules[name]  # so that the next import fails with the same message
+        is_module_missing = isinstance(error, ModuleNotFoundError)
+        if is_module_missing and (error.name or "").split(".")[0] not in ("jax", "jaxlib"):
             raise
         raise UnsupportedJaxError(
             f"neural-tangents 0.6.5 cannot run on JAX {jax.__version__} ({error}); use {WORKING_JAX}: {INSTALL_JAX}"

@@ -1,13 +1,14 @@
-"""Does "proposed beats residual" survive other splits, scalings, regularisers, depths and data?
+"""Test whether the proposed topology's smaller error in Figure 3 depends on split, scaling, regulariser, depth or data.
 
     python expressibility/ntk_sensitivity.py
     python expressibility/ntk_sensitivity.py --csv houses.csv --target price --splits 200
 
-Figure 3 rests on one split of one data set. Here both topologies are fitted on 100 random splits of Boston
-housing and of diabetes, raw and standardised, for seven depths and five regularisers, and compared split by
-split; the mean, ridge regression and a Gaussian process see the same splits. Writes sensitivity.json,
-sensitivity.png and baselines.png. A run that was stopped goes on where it was when it is started again with
-the same options.
+Figure 3 uses a single split of a single data set. This script evaluates both topologies on 100 random splits of
+Boston housing and of diabetes, with raw and standardised features, seven depths and five regularisers, and compares
+their errors split by split. The training mean, ridge regression and a Gaussian process are evaluated on the same
+splits. Writes sensitivity.json, sensitivity.png and baselines.png.
+
+A run that was interrupted continues if the script is started again with the same flags.
 """
 
 import json
@@ -27,52 +28,59 @@ from baseline_regressors import BASELINES
 from kernel_regression import mean_squared_error, ntk_matrices, predict
 from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES
 from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths
-from s3net_common.command_line import run_script
+from s3net_common.command_line import flag, run_script
 from s3net_common.errors import InputError
-from s3net_common.output_files import default_out, make_folder, run_record, save_figure, write_json
+from s3net_common.output_files import (
+    default_out,
+    make_folder,
+    run_record,
+    save_figure,
+    write_atomically,
+    write_json,
+)
 
 SCALINGS = ("raw", "standardised")
+DEFAULT_DATA = "Boston housing and diabetes"
 
 
 @dataclass
-class Arguments:
-    """Options of the study."""
+class Args:
+    """Flags of the study."""
 
     out: Path = field(default_factory=lambda: default_out("ntk_sensitivity"))
-    """Folder for sensitivity.json, sensitivity.png and baselines.png; created if it isn't there."""
+    """Folder for sensitivity.json, sensitivity.png and baselines.png, created if missing."""
     splits: int = 100
-    """Random splits, at least 2: nine tenths for training, one for testing; their seeds are 0, 1, 2, ..."""
+    """Number of random splits, at least 2, with a tenth of the rows for testing. Their seeds are 0, 1, 2, ..."""
     depths: tuple[int, ...] = FIGURE_3_DEPTHS
-    """Numbers of blocks, each at least 1. Figure 3's K, which counts Dense layers, is two more."""
+    """Numbers of blocks, each at least 1. Figure 3's K counts Dense layers and is larger by 2."""
     diag_regs: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    """Regularisers relative to the mean of the kernel's diagonal, above 0; the paper's is 0.1."""
-    csv: Path | None = None
-    """A comma-separated file to study instead of Boston housing and diabetes: column names, then numbers."""
-    target: str | None = None
-    """The column of --csv to predict; all others are features."""
+    """Regularisers relative to the mean of the kernel's diagonal, above 0. The paper's is 0.1."""
+    csv: flag(Path, "FILE", DEFAULT_DATA) = None
+    """Comma-separated file to study instead: a line of column names, then lines of numbers. Needs --target."""
+    target: flag(str, "COLUMN", "none") = None
+    """Column of --csv to predict. All other columns are features."""
 
 
-def checked(arguments: Arguments) -> tuple[list[tabular.Table], dict[str, Any]]:
-    """The data sets, and the settings that decide every number.
+def check_args(args: Args) -> tuple[list[tabular.Table], dict[str, Any]]:
+    """Return the data sets and the settings of the study.
+
+    The settings determine all results, so a run that was interrupted continues only if they are equal.
 
     Raises:
-        InputError: an option makes no sense, or the CSV can't be used.
+        InputError: a flag has an invalid value, or the CSV file cannot be used.
     """
-    if arguments.splits < 2:
-        raise InputError(f"--splits is {arguments.splits}: at least 2 are needed for an interval")
-    if not arguments.diag_regs or not all(0 < reg < np.inf for reg in arguments.diag_regs):
+    if args.splits < 2:
+        raise InputError(f"--splits is {args.splits}: at least 2 are needed for an interval")
+    if not args.diag_regs or not all(0 < diag_reg < np.inf for diag_reg in args.diag_regs):
         raise InputError("--diag-regs must be one or more numbers above 0, such as --diag-regs 0.01 0.1")
-    if (arguments.csv is None) != (arguments.target is None):
-        raise InputError("--csv and --target go together: --csv FILE --target COLUMN")
-    if arguments.csv is None:
-        tables = [tabular.boston(), tabular.diabetes()]
-    else:
-        tables = [tabular.load_csv(arguments.csv, arguments.target)]
+    if (args.csv is None) != (args.target is None):
+        raise InputError("--csv and --target must be given together: --csv FILE --target COLUMN")
+    tables = [tabular.load_csv(args.csv, args.target)] if args.csv else [tabular.boston(), tabular.diabetes()]
     settings = {
         "datasets": {table.name: _fingerprint(table) for table in tables},
-        "splits": arguments.splits,
-        "depths": list(check_depths(arguments.depths)),
-        "diag_regs": sorted(set(arguments.diag_regs)),
+        "splits": args.splits,
+        "depths": list(check_depths(args.depths)),
+        "diag_regs": sorted(set(args.diag_regs)),
     }
     return tables, settings
 
@@ -83,46 +91,64 @@ def _fingerprint(table: tabular.Table) -> dict[str, int]:
     return {"rows": rows, "features": features, "crc32": checksum}
 
 
+# ---- Errors on every split ----------------------------------------------------------------------------------------
+
+
 def evaluate(split: tabular.Split, depths: list[int], diag_regs: list[float]) -> dict[str, list[list[float]]]:
-    """Test mean squared errors of both topologies, by depth (rows) and regulariser (columns)."""
+    """Return by topology the mean squared errors on the test rows, a row per depth and a column per regulariser.
+
+    Raises:
+        InputError: the smallest regulariser leaves a kernel matrix singular.
+    """
     errors = {}
     for topology in TOPOLOGIES:
         matrices = ntk_matrices(split.x_train, split.x_test, topology, depths)
         try:
             errors[topology] = [
-                [mean_squared_error(predict(matrices[depth], split.y_train, reg), split.y_test) for reg in diag_regs]
+                [
+                    mean_squared_error(predict(matrices[depth], split.y_train, diag_reg), split.y_test)
+                    for diag_reg in diag_regs
+                ]
                 for depth in depths
             ]
         except ValueError as error:
-            raise InputError(f"{error} than the least of --diag-regs") from None
+            raise InputError(f"{error} than the smallest of --diag-regs") from None
     return errors
 
 
-def records(tables: list[tabular.Table], settings: dict[str, Any], partial: Path) -> Iterator[dict[str, Any]]:
-    """Yields the errors on every split of every data set and scaling, taking from `partial` what it has.
+def evaluate_splits(tables: list[tabular.Table], settings: dict[str, Any], partial: Path) -> Iterator[dict[str, Any]]:
+    """Yield a record of errors for every data set, scaling and split.
 
-    `partial` holds the settings in its first line and one record in each other; records are appended as they
-    come.
+    Each record is also appended to the file `partial`, whose first line contains the settings. Records that the file
+    already contains are not computed again if its settings are equal.
     """
-    done = _read_partial(partial, settings)
-    rewritten = partial.with_suffix(".rewritten")  # without the line that a kill cut short
-    rewritten.write_text("".join(json.dumps(line) + "\n" for line in (settings, *done.values())))
-    rewritten.replace(partial)
+    finished = _read_partial(partial, settings)
+    # Without a last line that is incomplete since the process was killed while writing it.
+    text = "".join(json.dumps(line) + "\n" for line in (settings, *finished.values()))
+    write_atomically(partial, lambda temporary: temporary.write_text(text))
     with partial.open("a") as file:
-        keys = [(t, scaling, seed) for t in tables for scaling in SCALINGS for seed in range(settings["splits"])]
+        keys = [
+            (table, scaling, seed) for table in tables for scaling in SCALINGS for seed in range(settings["splits"])
+        ]
         for table, scaling, seed in tqdm(keys, desc="splits", disable=None):
-            record = done.get((table.name, scaling, seed))
+            record = finished.get((table.name, scaling, seed))
             if record is None:
-                raw = tabular.split(table, seed)
-                split = raw if scaling == "raw" else raw.standardised()
-                record = {"dataset": table.name, "scaling": scaling, "seed": seed}
-                record |= evaluate(split, settings["depths"], settings["diag_regs"])
-                if scaling == "standardised":
-                    record["baselines"] = {
-                        name: mean_squared_error(fit(split), split.y_test) for name, fit in BASELINES.items()
-                    }
+                record = _evaluate_split(table, scaling, seed, settings)
                 print(json.dumps(record), file=file, flush=True)
             yield record
+
+
+def _evaluate_split(table: tabular.Table, scaling: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+    split = tabular.split(table, seed)
+    if scaling == "standardised":
+        split = split.standardised()
+    record = {"dataset": table.name, "scaling": scaling, "seed": seed}
+    record |= evaluate(split, settings["depths"], settings["diag_regs"])
+    if scaling == "standardised":
+        record["baselines"] = {
+            name: mean_squared_error(predict_test(split), split.y_test) for name, predict_test in BASELINES.items()
+        }
+    return record
 
 
 def _read_partial(partial: Path, settings: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
@@ -138,12 +164,15 @@ def _read_partial(partial: Path, settings: dict[str, Any]) -> dict[tuple[str, st
     return {(record["dataset"], record["scaling"], record["seed"]): record for record in lines[1:]}
 
 
-def paired_difference(first: np.ndarray, second: np.ndarray, test_share: float) -> dict[str, Any]:
-    """Compares two predictors' errors over the same random splits.
+# ---- Comparison of the errors -------------------------------------------------------------------------------------
 
-    Random splits share most of their rows, so that their differences are not independent: the interval is
-    that of the corrected resampled t-test (Nadeau and Bengio, 2003), whose variance has test / training rows
-    added to 1 / n.
+
+def paired_difference(first: np.ndarray, second: np.ndarray, test_share: float) -> dict[str, Any]:
+    """Compare the errors of two predictors on the same random splits.
+
+    Random splits share most of their rows, so the differences are not independent. The interval is that of the
+    corrected resampled t-test (Nadeau and Bengio, 2003): the factor 1 / n of the variance is replaced by
+    1 / n + test rows / training rows.
 
     Args:
         first: (n,) errors.
@@ -151,34 +180,34 @@ def paired_difference(first: np.ndarray, second: np.ndarray, test_share: float) 
         test_share: share of the rows used for testing, between 0 and 1.
 
     Returns:
-        `difference`: mean of first - second, positive where the second is better; `ci95`: its 95% interval;
-        `percent`: the difference relative to the first's mean error; `win_rate`: share of the splits on which
-        the second has the smaller error.
+        `difference`: mean of first - second, positive if the second predictor is better; `ci95`: its 95% confidence
+        interval; `percent`: the difference relative to the first predictor's mean error; `win_rate`: share of the
+        splits on which the second predictor has the smaller error.
     """
     difference = first - second
     n = len(difference)
-    scale = np.sqrt((1 / n + test_share / (1 - test_share)) * difference.var(ddof=1))
-    half = float(stats.t.ppf(0.975, n - 1) * scale)
+    standard_error = np.sqrt((1 / n + test_share / (1 - test_share)) * difference.var(ddof=1))
+    half_width = float(stats.t.ppf(0.975, n - 1) * standard_error)
     mean = float(difference.mean())
     return {
         "difference": mean,
-        "ci95": [mean - half, mean + half],
+        "ci95": [mean - half_width, mean + half_width],
         "percent": 100 * mean / float(first.mean()),
         "win_rate": float(np.mean(difference > 0)),
     }
 
 
-def cells(found: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """One comparison of the topologies for each data set, scaling, depth and regulariser."""
-    compared = []
+def compare_topologies(records: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a cell for each data set, scaling, depth and regulariser: both topologies' errors and their difference."""
+    cells = []
     for dataset in settings["datasets"]:
         for scaling in SCALINGS:
-            mine = [record for record in found if (record["dataset"], record["scaling"]) == (dataset, scaling)]
-            errors = {topology: np.array([record[topology] for record in mine]) for topology in TOPOLOGIES}
+            selected = [record for record in records if (record["dataset"], record["scaling"]) == (dataset, scaling)]
+            errors = {topology: np.array([record[topology] for record in selected]) for topology in TOPOLOGIES}
             for i, depth in enumerate(settings["depths"]):
                 for j, diag_reg in enumerate(settings["diag_regs"]):
                     residual, proposed = (errors[topology][:, i, j] for topology in ("residual", "proposed"))
-                    compared.append(
+                    cells.append(
                         {
                             "dataset": dataset,
                             "scaling": scaling,
@@ -189,61 +218,62 @@ def cells(found: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[st
                             **paired_difference(residual, proposed, tabular.TEST_SHARE),
                         }
                     )
-    return compared
+    return cells
 
 
-def verdicts(compared: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each data set and scaling: in how many settings which topology is ahead, and how far."""
-    found = []
-    for dataset, scaling in dict.fromkeys((cell["dataset"], cell["scaling"]) for cell in compared):
-        mine = [cell for cell in compared if (cell["dataset"], cell["scaling"]) == (dataset, scaling)]
-        percents = [cell["percent"] for cell in mine]
-        found.append(
+def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Count for each data set and scaling the settings (depth and regulariser) in which either topology is better.
+
+    A topology is "surely" better if the 95% interval of the difference excludes 0.
+    """
+    verdicts = []
+    for dataset, scaling in dict.fromkeys((cell["dataset"], cell["scaling"]) for cell in cells):
+        selected = [cell for cell in cells if (cell["dataset"], cell["scaling"]) == (dataset, scaling)]
+        percents = [cell["percent"] for cell in selected]
+        win_rates = [cell["win_rate"] for cell in selected]
+        verdicts.append(
             {
                 "dataset": dataset,
                 "scaling": scaling,
-                "settings": len(mine),
-                "proposed_better": sum(cell["difference"] > 0 for cell in mine),
-                "proposed_surely_better": sum(cell["ci95"][0] > 0 for cell in mine),
-                "residual_surely_better": sum(cell["ci95"][1] < 0 for cell in mine),
+                "settings": len(selected),
+                "proposed_better": sum(cell["difference"] > 0 for cell in selected),
+                "proposed_surely_better": sum(cell["ci95"][0] > 0 for cell in selected),
+                "residual_surely_better": sum(cell["ci95"][1] < 0 for cell in selected),
                 "percent_range": [min(percents), max(percents)],
-                "win_rate_range": [f(cell["win_rate"] for cell in mine) for f in (min, max)],
+                "win_rate_range": [min(win_rates), max(win_rates)],
             }
         )
-    return found
+    return verdicts
 
 
-def baselines(
-    found: list[dict[str, Any]], compared: list[dict[str, Any]], settings: dict[str, Any]
+def compare_predictors(
+    records: list[dict[str, Any]], cells: list[dict[str, Any]], settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Mean errors of everything on the same splits, by data set, each compared with ridge regression.
+    """Return the mean error of every predictor by data set, and its difference to ridge regression.
 
-    The kernels appear twice: as in Figure 3 (raw features, diag_reg 0.1, the greatest depth) and in the
-    setting with the least mean test error of all, which no one could have chosen without the test rows.
+    Each kernel appears twice: in Figure 3's setting (raw features, diag_reg 0.1, the largest depth), and in the
+    setting with the smallest mean test error. The second choice uses the test rows, so its error is optimistic.
     """
     rows = []
     for dataset in settings["datasets"]:
-        mine = [record for record in found if record["dataset"] == dataset]
-        standard = [record for record in mine if record["scaling"] == "standardised"]
-        errors = {name: np.array([record["baselines"][name] for record in standard]) for name in BASELINES}
-        described = dict.fromkeys(BASELINES, "standardised features")
-        settled = [cell for cell in compared if cell["dataset"] == dataset]
-        for topology in TOPOLOGIES:
-            best = min(settled, key=lambda cell, topology=topology: cell[f"{topology}_mse"])
-            chosen = {f"{topology} NTK, best in hindsight": best}
-            for cell in settled:
-                if (cell["scaling"], cell["K"], cell["diag_reg"]) == ("raw", settled[-1]["K"], DIAG_REG):
-                    chosen[f"{topology} NTK, as in Figure 3"] = cell
-            for name, cell in chosen.items():
-                i = settings["depths"].index(cell["K"] - DENSE_LAYERS_BESIDE_DEPTH)
-                j = settings["diag_regs"].index(cell["diag_reg"])
-                errors[name] = np.array([r[topology][i][j] for r in mine if r["scaling"] == cell["scaling"]])
-                described[name] = f"{cell['scaling']} features, K = {cell['K']}, diag_reg {cell['diag_reg']:g}"
+        selected = [record for record in records if record["dataset"] == dataset]
+        errors = {
+            name: np.array([record["baselines"][name] for record in selected if "baselines" in record])
+            for name in BASELINES
+        }
+        descriptions = dict.fromkeys(BASELINES, "standardised features")
+        for name, topology, cell in _kernel_settings([cell for cell in cells if cell["dataset"] == dataset]):
+            i = settings["depths"].index(cell["K"] - DENSE_LAYERS_BESIDE_DEPTH)
+            j = settings["diag_regs"].index(cell["diag_reg"])
+            errors[name] = np.array(
+                [record[topology][i][j] for record in selected if record["scaling"] == cell["scaling"]]
+            )
+            descriptions[name] = f"{cell['scaling']} features, K = {cell['K']}, diag_reg {cell['diag_reg']:g}"
         for name, error in errors.items():
             row = {
                 "dataset": dataset,
                 "predictor": name,
-                "setting": described[name],
+                "setting": descriptions[name],
                 "mse": float(error.mean()),
             }
             if name != "ridge":
@@ -252,10 +282,23 @@ def baselines(
     return rows
 
 
-def report(found: dict[str, Any]) -> str:
-    """The finding as lines of text."""
+def _kernel_settings(cells: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (predictor's name, topology, cell) of the two settings in which each kernel is compared."""
+    for topology in TOPOLOGIES:
+        best = min(cells, key=lambda cell, topology=topology: cell[f"{topology}_mse"])
+        yield f"{topology} NTK, best in hindsight", topology, best
+        for cell in cells:
+            if (cell["scaling"], cell["K"], cell["diag_reg"]) == ("raw", cells[-1]["K"], DIAG_REG):
+                yield f"{topology} NTK, as in Figure 3", topology, cell
+
+
+# ---- Results ------------------------------------------------------------------------------------------------------
+
+
+def format_report(results: dict[str, Any]) -> str:
+    """Return the results as lines of text."""
     lines = []
-    for verdict in found["verdicts"]:
+    for verdict in results["verdicts"]:
         low, high = verdict["percent_range"]
         lines.append(
             f"{verdict['dataset']}, {verdict['scaling']}: proposed surely better in "
@@ -263,31 +306,31 @@ def report(found: dict[str, Any]) -> str:
             f"{verdict['residual_surely_better']}; proposed's error is {low:.2f}% to {high:.2f}% smaller"
         )
     lines += [
-        f"{row['dataset']}: {row['predictor']} ({row['setting']}): MSE {row['mse']:.2f}" for row in found["baselines"]
+        f"{row['dataset']}: {row['predictor']} ({row['setting']}): MSE {row['mse']:.2f}" for row in results["baselines"]
     ]
     return "\n".join(lines)
 
 
-def main(arguments: Arguments) -> None:
-    """Runs the study, or what is left of it, and writes its results."""
-    tables, settings = checked(arguments)
-    out = make_folder(arguments.out)
+def main(args: Args) -> None:
+    """Run or continue the study, print the report and write the results."""
+    tables, settings = check_args(args)
+    out = make_folder(args.out)
     partial = out / "sensitivity.partial.jsonl"
-    measured = list(records(tables, settings, partial))
-    compared = cells(measured, settings)
-    found = {
+    records = list(evaluate_splits(tables, settings, partial))
+    cells = compare_topologies(records, settings)
+    results = {
         "settings": settings,
-        "verdicts": verdicts(compared),
-        "baselines": baselines(measured, compared, settings),
-        "cells": compared,
+        "verdicts": summarise(cells),
+        "baselines": compare_predictors(records, cells, settings),
+        "cells": cells,
     }
-    write_json(out / "sensitivity.json", run_record() | found)
-    save_figure(out / "sensitivity.png", sensitivity_figures.draw_cells(found))
-    save_figure(out / "baselines.png", sensitivity_figures.draw_baselines(found))
+    write_json(out / "sensitivity.json", run_record() | results)
+    save_figure(out / "sensitivity.png", sensitivity_figures.draw_cells(results))
+    save_figure(out / "baselines.png", sensitivity_figures.draw_baselines(results))
     partial.unlink()
-    print(report(found))
+    print(format_report(results))
     print(f"Wrote {out / 'sensitivity.json'}, {out / 'sensitivity.png'} and {out / 'baselines.png'}")
 
 
 if __name__ == "__main__":
-    run_script(main, Arguments, __doc__)
+    run_script(main, Args, __doc__)

@@ -1,10 +1,10 @@
-"""The order of growth or decay: y proportional to x^order."""
+"""Fit of a power law, y proportional to x^order."""
 
 import numpy as np
 
 
 def fitted_order(x: np.ndarray, y: np.ndarray) -> float:
-    """Slope of the least-squares line through log y against log x.
+    """Return the exponent of a power law: the slope of the least-squares line through log y against log x.
 
     Args:
         x: (n,) above 0, n at least 2.

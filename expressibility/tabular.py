@@ -1,4 +1,4 @@
-"""Regression data sets of numbers in a table: Boston housing, diabetes, or a CSV file."""
+"""Regression data sets from tables of numbers: Boston housing, diabetes, or a CSV file."""
 
 import csv
 import math
@@ -15,21 +15,21 @@ BOSTON_CSV = Path(__file__).parent / "data" / "boston_housing.csv"
 BOSTON_TARGET = "MEDV"  # median value of the owner-occupied homes of a tract, in 1000 US dollars
 TEST_SHARE = 0.1
 PAPER_SEED = 13
-MIN_ROWS = 20  # below this a tenth of the rows is a single test point
+MIN_ROWS = 20  # so that a tenth of the rows is at least two test rows
 
 
 class Table(NamedTuple):
-    """A regression data set."""
+    """A regression data set of n rows and d features."""
 
     name: str
     features: np.ndarray
-    """(n, d) float64, as in the file."""
+    """(n, d) float64, not scaled."""
     target: np.ndarray
     """(n,) float64."""
 
 
 class Split(NamedTuple):
-    """A table cut in two."""
+    """The training and test rows of a table."""
 
     x_train: np.ndarray
     y_train: np.ndarray
@@ -37,10 +37,10 @@ class Split(NamedTuple):
     y_test: np.ndarray
 
     def standardised(self) -> "Split":
-        """The same with every feature at mean 0 and standard deviation 1 over the training rows.
+        """Return the split with each feature shifted and scaled to mean 0 and standard deviation 1.
 
-        Test rows are shifted and scaled by the training rows' figures; a feature that is constant there
-        becomes 0.
+        Mean and standard deviation are those of the training rows, for the test rows, too. A feature that is constant
+        in the training rows becomes 0.
         """
         mean, std = self.x_train.mean(axis=0), self.x_train.std(axis=0)
         varies = std > 1e-12 * np.maximum(1.0, np.abs(mean))
@@ -51,7 +51,7 @@ class Split(NamedTuple):
 
 
 def split(table: Table, seed: int) -> Split:
-    """A random tenth for testing: scikit-learn's `train_test_split(test_size=0.1, random_state=seed)`."""
+    """Split off a random tenth for testing: `train_test_split(test_size=0.1, random_state=seed)` of scikit-learn."""
     x_train, x_test, y_train, y_test = train_test_split(
         table.features, table.target, test_size=TEST_SHARE, random_state=seed
     )
@@ -59,23 +59,27 @@ def split(table: Table, seed: int) -> Split:
 
 
 def boston() -> Table:
-    """Boston housing: 506 census tracts, 13 features, the data of Figure 3."""
+    """Load Boston housing, the data of Figure 3: 506 census tracts with 13 features."""
     return load_csv(BOSTON_CSV, BOSTON_TARGET)._replace(name="boston")
 
 
 def diabetes() -> Table:
-    """scikit-learn's diabetes data: 442 patients, 10 features in their original units."""
+    """Load scikit-learn's diabetes data: 442 patients with 10 features in their original units."""
     data = load_diabetes(scaled=False)
     return Table("diabetes", data.data.astype(np.float64), data.target.astype(np.float64))
 
 
 def load_csv(path: Path, target: str) -> Table:
-    """Reads a comma-separated file: a line of column names, then numbers; all but `target` are features.
+    """Load a comma-separated file: a line of column names, then lines of numbers.
+
+    Args:
+        path: the file, in UTF-8.
+        target: name of the column to predict. All other columns are features.
 
     Raises:
-        InputError: the file can't be read, lacks the target or any other column, has fewer than 20 rows, a
-            line of another length, a value that is missing, not a number or not finite (the column is named),
-            or a target that is the same in every row.
+        InputError: the file cannot be read, lacks the target or has no other column, has fewer than 20 rows, rows of
+            different lengths, or a value that is not a finite number (the message names line and column), or the
+            target is constant.
     """
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
@@ -89,30 +93,32 @@ def load_csv(path: Path, target: str) -> Table:
     if target not in names:
         raise InputError(f"{path} has no column {target!r}: choose --target from {', '.join(names)}")
     if len(names) < 2:
-        raise InputError(f"{path} has no column beside {target!r}: at least one feature is needed")
+        raise InputError(f"{path} has no column except {target!r}: at least one feature is needed")
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{path} has two columns {twice!r}: give each its own name")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{path} has two columns named {duplicate!r}: rename one of them")
     if len(rows) < MIN_ROWS:
         raise InputError(f"{path} has {len(rows)} rows: at least {MIN_ROWS} are needed")
-    values = np.array([_numbers(path, names, number, row) for number, row in enumerate(rows, start=2)])
-    at = names.index(target)
-    if np.ptp(values[:, at]) == 0:
-        raise InputError(f"{path}: column {target!r} is the same in every row, so there is nothing to predict")
-    return Table(Path(path).stem, np.delete(values, at, axis=1), values[:, at])
+    values = np.array([_parse_row(path, names, line, row) for line, row in enumerate(rows, start=2)])
+    target_column = names.index(target)
+    if np.ptp(values[:, target_column]) == 0:
+        raise InputError(f"{path}: column {target!r} has the same value in every row: choose another --target")
+    return Table(Path(path).stem, np.delete(values, target_column, axis=1), values[:, target_column])
 
 
-def _numbers(path: Path, names: list[str], line: int, row: list[str]) -> list[float]:
+def _parse_row(path: Path, names: list[str], line: int, row: list[str]) -> list[float]:
     if len(row) != len(names):
-        raise InputError(f"{path}, line {line} has {len(row)} values and the header {len(names)}: make them agree")
+        raise InputError(
+            f"{path}, line {line} has {len(row)} values, but the header has {len(names)}: correct the line"
+        )
     numbers = []
     for name, text in zip(names, row, strict=True):
         try:
             number = float(text)
         except ValueError:
-            what = f"{text.strip()!r} is not a number" if text.strip() else "a value is missing"
+            reason = f"{text.strip()!r} is not a number" if text.strip() else "a value is missing"
             raise InputError(
-                f"{path}, line {line}, column {name!r}: {what}; fill it in, or remove the row or column"
+                f"{path}, line {line}, column {name!r}: {reason}; enter a number, or remove the row or column"
             ) from None
         if not math.isfinite(number):
             raise InputError(

@@ -18,16 +18,16 @@ X = np.linspace(0.5, 2.0, 7)
         (" +x ", X),
     ],
 )
-def test_values(text, expected):
+def test_parsed_expressions_have_the_right_values(text, expected):
     if expected is None:
         expected = np.cosh(X) - np.sinh(X) * np.arctan(X) + np.cos(X) - np.exp(-X)
-    found = expressions.parse(text)(X)
-    assert found.dtype == np.float64
-    np.testing.assert_allclose(found, expected, rtol=1e-14)
+    values = expressions.parse(text)(X)
+    assert values.dtype == np.float64
+    np.testing.assert_allclose(values, expected, rtol=1e-14)
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
         ("__import__('os').system('echo')", "which is not arithmetic|which is unknown"),
         ("x.real", "'x.real', which is not arithmetic"),
@@ -38,10 +38,10 @@ def test_values(text, expected):
         ("x @ x", "which is not arithmetic"),
         ("1j*x", "'1j', which is not arithmetic"),
         ("'x'", "which is not arithmetic"),
-        ("True", "has True: only numbers"),
-        ("y + 1", "unknown name 'y': known are x, pi, e"),
+        ("True", "contains True: only numbers"),
+        ("y + 1", "unknown name 'y': use only x, pi, e"),
         ("sin", "unknown name 'sin'"),
-        ("eval(x)", r"calls eval\(\), which is unknown: known are abs"),
+        ("eval(x)", r"calls eval\(\), which is unknown: use only abs"),
         ("sin(x, x)", r"calls sin\(\), which takes one argument"),
         ("sin(x=1)", r"calls sin\(\), which takes one argument"),
         ("sin(x", "is not an expression"),
@@ -52,13 +52,13 @@ def test_values(text, expected):
         ("x+" * 600 + "x", "has 1201 characters: at most 1000"),
     ],
 )
-def test_what_is_no_expression(text, complaint):
-    with pytest.raises(InputError, match=complaint):
+def test_anything_but_arithmetic_is_an_input_error(text, message):
+    with pytest.raises(InputError, match=message):
         expressions.parse(text)
 
 
 @pytest.mark.parametrize(
-    ("text", "where"),
+    ("text", "position"),
     [
         ("1/x", "0"),
         ("x**-1", "0"),
@@ -70,6 +70,6 @@ def test_what_is_no_expression(text, complaint):
         ("exp(1000*x)", "1"),
     ],
 )
-def test_what_is_not_finite_names_the_place(text, where):
-    with pytest.raises(InputError, match=f"not finite at x = {where}: choose another --interval or --function"):
+def test_the_error_names_the_x_at_which_a_function_is_not_finite(text, position):
+    with pytest.raises(InputError, match=f"not finite at x = {position}: choose another --interval or --function"):
         expressions.parse(text)(np.linspace(-2, 2, 9))

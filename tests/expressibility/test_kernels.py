@@ -19,25 +19,25 @@ X1, X2 = RNG.normal(size=(9, 4)), RNG.normal(size=(5, 4)) * 3
 NETWORKS = [("residual", False), ("proposed", False), ("proposed", True)]
 
 
-def relative(a, b):
+def relative_difference(a, b):
     return np.max(np.abs(np.asarray(a) - np.asarray(b)) / np.abs(np.asarray(b)))
 
 
 @pytest.mark.parametrize(("topology", "h0_shortcut"), NETWORKS)
-def test_closed_form_agrees_with_neural_tangents(topology, h0_shortcut):
-    ours = closed_form_kernels(X1, X2, topology, 4, h0_shortcut=h0_shortcut)
-    assert list(ours) == [1, 2, 3, 4]
+def test_the_closed_form_agrees_with_neural_tangents(topology, h0_shortcut):
+    kernels = closed_form_kernels(X1, X2, topology, 4, h0_shortcut=h0_shortcut)
+    assert list(kernels) == [1, 2, 3, 4]
     for depth in (1, 4):
         _, _, kernel_fn = stax_network(topology, depth, h0_shortcut=h0_shortcut)
-        theirs = kernel_fn(X1, X2, ("nngp", "ntk"))
-        assert ours[depth].ntk.dtype == np.float64
-        assert ours[depth].ntk.shape == (9, 5)
-        assert relative(ours[depth].nngp, theirs.nngp) < 1e-10
-        assert relative(ours[depth].ntk, theirs.ntk) < 1e-6
+        expected = kernel_fn(X1, X2, ("nngp", "ntk"))
+        assert kernels[depth].ntk.dtype == np.float64
+        assert kernels[depth].ntk.shape == (9, 5)
+        assert relative_difference(kernels[depth].nngp, expected.nngp) < 1e-10
+        assert relative_difference(kernels[depth].ntk, expected.ntk) < 1e-6
 
 
 def variances(x, topology, depth, h0_shortcut=False):
-    """The output's variance, layer by layer: half of a ReLU's input variance passes."""
+    """Compute the output's variance layer by layer. A ReLU's mean square is half of its input's variance."""
 
     def after_relu(v):
         return W_STD**2 * v / 2 + B_STD**2
@@ -55,46 +55,46 @@ def variances(x, topology, depth, h0_shortcut=False):
 
 
 @pytest.mark.parametrize(("topology", "h0_shortcut"), NETWORKS)
-def test_variance_on_the_diagonal(topology, h0_shortcut):
+def test_the_diagonal_of_the_nngp_kernel_is_the_variance(topology, h0_shortcut):
     kernels = closed_form_kernels(X1, None, topology, 5, h0_shortcut=h0_shortcut)
     for depth, kernel in kernels.items():
         np.testing.assert_allclose(np.diag(kernel.nngp), variances(X1, topology, depth, h0_shortcut), rtol=1e-12)
 
 
-def test_relu_covariance_is_that_of_sampled_gaussians():
+def test_the_relu_covariance_equals_that_of_sampled_gaussians():
     x = np.array([[1.0, 0.5], [-0.4, 1.2]])
     [kernel] = closed_form_kernels(x, None, "proposed", 1).values()
     h0 = W_STD**2 * x @ x.T / 2 + B_STD**2
-    draw = np.random.default_rng(1).multivariate_normal(np.zeros(2), h0, size=400_000)
-    h1 = W_STD**2 * np.mean(np.maximum(draw[:, 0], 0) * np.maximum(draw[:, 1], 0)) + B_STD**2
+    samples = np.random.default_rng(1).multivariate_normal(np.zeros(2), h0, size=400_000)
+    h1 = W_STD**2 * np.mean(np.maximum(samples[:, 0], 0) * np.maximum(samples[:, 1], 0)) + B_STD**2
     variance = W_STD**2 * np.diag(h0) / 2 + B_STD**2
-    draw = np.random.default_rng(2).multivariate_normal(
+    samples = np.random.default_rng(2).multivariate_normal(
         np.zeros(2), [[variance[0], h1], [h1, variance[1]]], size=400_000
     )
-    out = W_STD**2 * np.mean(np.maximum(draw[:, 0], 0) * np.maximum(draw[:, 1], 0)) + B_STD**2
-    assert kernel.nngp[0, 1] == pytest.approx(out, rel=0.02)
+    output = W_STD**2 * np.mean(np.maximum(samples[:, 0], 0) * np.maximum(samples[:, 1], 0)) + B_STD**2
+    assert kernel.nngp[0, 1] == pytest.approx(output, rel=0.02)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_both_backends_and_all_blocks_give_the_same(topology):
-    whole = closed_form_kernels(X1, X2, topology, 3, backend="numpy")
-    other = closed_form_kernels(X1, X2, topology, 3, backend="jax", block_rows=2)
+def test_backends_and_block_sizes_give_equal_kernels(topology):
+    with_numpy = closed_form_kernels(X1, X2, topology, 3, backend="numpy")
+    with_jax = closed_form_kernels(X1, X2, topology, 3, backend="jax", block_rows=2)
     for depth in (1, 2, 3):
-        np.testing.assert_allclose(other[depth].nngp, whole[depth].nngp, rtol=1e-12)
-        np.testing.assert_allclose(other[depth].ntk, whole[depth].ntk, rtol=1e-12)
+        np.testing.assert_allclose(with_jax[depth].nngp, with_numpy[depth].nngp, rtol=1e-12)
+        np.testing.assert_allclose(with_jax[depth].ntk, with_numpy[depth].ntk, rtol=1e-12)
 
 
-def test_blocks_cover_the_rows_and_a_triangle_leaves_out_the_rest():
-    whole = closed_form_kernels(X1, None, "proposed", 2)
+def test_blocks_cover_all_rows_and_only_the_triangle_on_request():
+    expected = closed_form_kernels(X1, None, "proposed", 2)
     blocks = list(kernel_row_blocks(X1, None, "proposed", [2], block_rows=4))
     assert [(rows.start, rows.stop) for rows, _ in blocks] == [(0, 4), (4, 8), (8, 9)]
     for rows, kernels in kernel_row_blocks(X1, None, "proposed", [2], block_rows=4, lower_triangle=True):
         assert kernels.keys() == {2}
-        np.testing.assert_allclose(kernels[2].ntk, whole[2].ntk[rows, : rows.stop], rtol=1e-12)
+        np.testing.assert_allclose(kernels[2].ntk, expected[2].ntk[rows, : rows.stop], rtol=1e-12)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_kernels_are_symmetric_and_positive(topology):
+def test_kernels_are_symmetric_and_positive_definite(topology):
     for kernel in closed_form_kernels(X1, None, topology, 3)[3]:
         np.testing.assert_allclose(kernel, kernel.T, rtol=1e-7)
         assert np.linalg.eigvalsh(kernel).min() > 0
@@ -102,7 +102,7 @@ def test_kernels_are_symmetric_and_positive(topology):
 
 @pytest.mark.parametrize(("topology", "h0_shortcut"), NETWORKS)
 @pytest.mark.parametrize("depth", [1, 5])
-def test_a_network_has_each_dense_layer_once(topology, h0_shortcut, depth):
+def test_a_network_contains_each_dense_layer_once(topology, h0_shortcut, depth):
     init_fn, apply_fn, _ = stax_network(topology, depth, width=7, h0_shortcut=h0_shortcut)
     shape, params = init_fn(jax.random.PRNGKey(0), (-1, 4))
     weights = sorted(leaf.shape for leaf in jax.tree.leaves(params) if leaf.shape[0] > 1)
@@ -111,7 +111,7 @@ def test_a_network_has_each_dense_layer_once(topology, h0_shortcut, depth):
     assert apply_fn(params, X1).shape == (9, 1)
 
 
-def test_the_chain_sums_what_its_layers_put_out():
+def test_the_proposed_network_sums_the_outputs_of_its_layers():
     init_fn, apply_fn, _ = stax_network("proposed", 3, width=6)
     _, params = init_fn(jax.random.PRNGKey(1), (-1, 4))
     dense = list(_dense_pairs(params))
@@ -138,12 +138,12 @@ def _dense_pairs(params):
             yield from _dense_pairs(part)
 
 
-def test_a_deep_network_is_no_deeper_nesting():
+def test_deep_networks_do_not_exceed_the_recursion_limit():
     _, _, kernel_fn = stax_network("proposed", 60)
-    assert relative(closed_form_kernels(X1, None, "proposed", 60)[60].ntk, kernel_fn(X1, None, "ntk")) < 1e-6
+    assert relative_difference(closed_form_kernels(X1, None, "proposed", 60)[60].ntk, kernel_fn(X1, None, "ntk")) < 1e-6
 
 
-def test_empirical_ntk_of_a_linear_model_is_the_gram_matrix():
+def test_the_empirical_ntk_of_a_linear_model_is_the_gram_matrix():
     gram = empirical_ntk(lambda w, x: x @ w, np.ones((4, 1)), X1, X2)
     np.testing.assert_allclose(gram, X1 @ X2.T, rtol=1e-12)
 
@@ -166,12 +166,12 @@ def test_finite_networks_approach_the_kernel_as_one_over_sqrt_width(topology):
         ((X1[:0], X2, "residual", 1), r"x1 has shape \(0, 4\)"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, text):
+def test_the_error_names_the_invalid_argument(arguments, text):
     with pytest.raises(ValueError, match=text):
         closed_form_kernels(*arguments)
 
 
-def test_a_network_needs_a_depth_and_a_width():
+def test_invalid_depth_width_and_triangle_are_errors():
     with pytest.raises(ValueError, match="depth is 0"):
         stax_network("proposed", 0)
     with pytest.raises(ValueError, match="width is 0"):

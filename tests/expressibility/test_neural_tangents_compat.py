@@ -1,8 +1,8 @@
 import jax
 
 
-def test_import_leaves_jax_as_it_was_and_tensorflow_out(python):
-    done = python(
+def test_the_import_neither_changes_jax_nor_loads_tensorflow(run_python):
+    process = run_python(
         """
 import warnings
 warnings.simplefilter("error")
@@ -19,8 +19,8 @@ except AttributeError as error:
     print(error)
 """
     )
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
+    assert process.returncode == 0, process.stderr
+    first, second = process.stdout.splitlines()
     assert first == "0.6.5 False False"
     assert "empirical_ntk_fn_tf needs TensorFlow" in second
 
@@ -28,8 +28,8 @@ except AttributeError as error:
 BROKEN_JAX = "import jax, types; sys.modules['jax.extend.core'] = types.ModuleType('jax.extend.core')\n"
 
 
-def test_unsupported_jax_is_one_clear_error_every_time(python):
-    done = python(
+def test_every_import_on_an_unsupported_jax_gives_the_same_error(run_python):
+    process = run_python(
         BROKEN_JAX
         + """
 for _ in range(2):
@@ -40,16 +40,16 @@ for _ in range(2):
 print([name for name in sys.modules if name.startswith("neural_tangents.")])
 """
     )
-    first, second, left = done.stdout.splitlines()
+    first, second, modules = process.stdout.splitlines()
     assert first == second
     assert first.startswith(f"UnsupportedJaxError neural-tangents 0.6.5 cannot run on JAX {jax.__version__}")
     assert "JAX 0.6 to 0.12" in first
     assert 'pip install "jax>=0.6,<0.13"' in first
-    assert left == "[]"
+    assert modules == "[]"
 
 
-def test_a_script_on_an_unsupported_jax_ends_with_one_line(python, refused, tmp_path):
-    done = python(
+def test_a_script_on_an_unsupported_jax_ends_with_one_line(run_python, error_line, tmp_path):
+    process = run_python(
         BROKEN_JAX
         + f"""
 import runpy
@@ -58,11 +58,11 @@ from pathlib import Path
 runpy.run_path(str(Path(sys.path[0]) / "ntk_comparison.py"), run_name="__main__")
 """
     )
-    assert "JAX 0.6 to 0.12" in refused(done)
+    assert "JAX 0.6 to 0.12" in error_line(process)
 
 
-def test_missing_neural_tangents_says_how_to_install_it(python):
-    done = python(
+def test_the_error_for_missing_neural_tangents_says_how_to_install_it(run_python):
+    process = run_python(
         """
 import importlib.metadata
 def missing(name):
@@ -74,10 +74,10 @@ except ModuleNotFoundError as error:
     print(error)
 """
     )
-    assert done.stdout.strip() == "neural-tangents is not installed: pip install -r expressibility/requirements.txt"
+    assert process.stdout.strip() == "neural-tangents is not installed: pip install -r expressibility/requirements.txt"
 
 
-def test_steps_aside_for_a_later_release(python, tmp_path):
+def test_a_later_release_is_imported_without_changes(run_python, tmp_path):
     package = tmp_path / "neural_tangents"
     package.mkdir()
     (package / "__init__.py").write_text(
@@ -85,7 +85,7 @@ def test_steps_aside_for_a_later_release(python, tmp_path):
     )
     (package / "experimental.py").write_text("real = True\n")
     (package / "stax.py").write_text("")
-    done = python(
+    process = run_python(
         f"""
 sys.path.insert(0, {str(tmp_path)!r})
 import importlib.metadata, jax.core
@@ -94,7 +94,7 @@ from neural_tangents_compat import neural_tangents
 print(neural_tangents.patched == hasattr(jax.core, "Jaxpr"), neural_tangents.experimental.real)
 """
     )
-    assert done.stdout.strip() == "True True", done.stderr
+    assert process.stdout.strip() == "True True", process.stderr
 
 
 def test_predict_and_empirical_kernels_work():

@@ -10,94 +10,93 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import baseline_regressors
-import ntk_sensitivity as study
+import ntk_sensitivity
 import tabular
+from baseline_regressors import BASELINES
 from kernel_regression import mean_squared_error
+from s3net_common.errors import InputError
 
-TINY = ["--splits", "2", "--depths", "1", "2", "--diag-regs", "0.1", "0.01"]
+SMALL = ["--splits", "2", "--depths", "1", "2", "--diag-regs", "0.1", "0.01"]
 
 
 @pytest.fixture
 def houses(tmp_path):
-    """A CSV of 60 rows in which the target is a smooth function of two features."""
+    """A CSV file of 60 rows. The target is a smooth function of two features."""
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, 60))
+    sizes, ages = rng.normal(size=(2, 60))
     path = tmp_path / "houses.csv"
-    rows = [f"{p:.6f},{q:.6f},{np.sin(p) + q**2 + 5:.6f}" for p, q in zip(a, b, strict=True)]
+    rows = [f"{size:.6f},{age:.6f},{np.sin(size) + age**2 + 5:.6f}" for size, age in zip(sizes, ages, strict=True)]
     path.write_text("\n".join(["size,age,price", *rows]) + "\n")
     return path
 
 
-def test_the_command_line_on_a_file_of_ones_own(script, houses, tmp_path):
-    done = script("ntk_sensitivity.py", "--csv", houses, "--target", "price", *TINY, "--out", "o")
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "o" / "sensitivity.json").read_text())
-    assert found["settings"]["datasets"]["houses"]["rows"] == 60
-    assert len(found["cells"]) == 2 * 2 * 2
-    assert {(cell["K"], cell["diag_reg"]) for cell in found["cells"]} == {
-        (3, 0.1),
-        (3, 0.01),
-        (4, 0.1),
-        (4, 0.01),
-    }
-    assert [verdict["settings"] for verdict in found["verdicts"]] == [4, 4]
-    predictors = [row["predictor"] for row in found["baselines"]]
+def test_the_script_studies_a_csv_file(run_script, houses, tmp_path):
+    process = run_script("ntk_sensitivity.py", "--csv", houses, "--target", "price", *SMALL, "--out", "o")
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "o" / "sensitivity.json").read_text())
+    assert results["settings"]["datasets"]["houses"]["rows"] == 60
+    assert len(results["cells"]) == 2 * 2 * 2
+    assert {(cell["K"], cell["diag_reg"]) for cell in results["cells"]} == {(3, 0.1), (3, 0.01), (4, 0.1), (4, 0.01)}
+    assert [verdict["settings"] for verdict in results["verdicts"]] == [4, 4]
+    predictors = [row["predictor"] for row in results["baselines"]]
     assert predictors[:3] == ["mean", "ridge", "gaussian process"]
     assert "proposed NTK, as in Figure 3" in predictors
-    assert "houses, raw: proposed surely better in" in done.stdout
+    assert "houses, raw: proposed surely better in" in process.stdout
     names = sorted(path.name for path in (tmp_path / "o").iterdir())
     assert names == ["baselines.png", "sensitivity.json", "sensitivity.png"]
 
 
-def test_a_cell_is_what_the_split_gives(tmp_path):
-    arguments = study.Arguments(out=tmp_path, splits=2, depths=(2,), diag_regs=(0.1,))
-    tables, settings = study.checked(arguments)
-    found = list(study.records(tables, settings, tmp_path / "partial"))
-    assert [(r["dataset"], r["scaling"], r["seed"]) for r in found[:3]] == [
+def test_a_cell_contains_the_mean_errors_of_the_splits(tmp_path):
+    args = ntk_sensitivity.Args(out=tmp_path, splits=2, depths=(2,), diag_regs=(0.1,))
+    tables, settings = ntk_sensitivity.check_args(args)
+    records = list(ntk_sensitivity.evaluate_splits(tables, settings, tmp_path / "partial"))
+    assert [(record["dataset"], record["scaling"], record["seed"]) for record in records[:3]] == [
         ("boston", "raw", 0), ("boston", "raw", 1), ("boston", "standardised", 0),
     ]  # fmt: skip
-    assert len(found) == 8
-    cell = study.cells(found, settings)[1]
-    expected = [study.evaluate(tabular.split(tabular.boston(), seed).standardised(), [2], [0.1]) for seed in (0, 1)]
+    assert len(records) == 8
+    cell = ntk_sensitivity.compare_topologies(records, settings)[1]
+    splits = [tabular.split(tabular.boston(), seed).standardised() for seed in (0, 1)]
+    errors = [ntk_sensitivity.evaluate(split, [2], [0.1]) for split in splits]
     assert (cell["dataset"], cell["scaling"], cell["K"]) == ("boston", "standardised", 4)
-    assert cell["proposed_mse"] == pytest.approx(np.mean([e["proposed"][0][0] for e in expected]))
-    difference = np.mean([e["residual"][0][0] - e["proposed"][0][0] for e in expected])
+    assert cell["proposed_mse"] == pytest.approx(np.mean([error["proposed"][0][0] for error in errors]))
+    difference = np.mean([error["residual"][0][0] - error["proposed"][0][0] for error in errors])
     assert cell["difference"] == pytest.approx(difference)
 
 
-def test_the_paper_split_gives_the_figure():
+def test_the_papers_split_gives_the_errors_of_figure_3():
     data = tabular.split(tabular.boston(), tabular.PAPER_SEED)
-    errors = study.evaluate(data, [2], [0.1])
+    errors = ntk_sensitivity.evaluate(data, [2], [0.1])
     assert errors["residual"][0][0] / 51 == pytest.approx(0.78061, abs=6e-6)
     assert errors["proposed"][0][0] / 51 == pytest.approx(0.76731, abs=6e-6)
 
 
-def test_paired_difference_is_the_ordinary_t_interval_for_independent_tests():
+def test_for_independent_splits_the_interval_is_that_of_the_paired_t_test():
     rng = np.random.default_rng(3)
     first = 5 + rng.normal(size=40)
     second = first - 0.3 + 0.5 * rng.normal(size=40)
-    found = study.paired_difference(first, second, test_share=0.0)
+    comparison = ntk_sensitivity.paired_difference(first, second, test_share=0.0)
     interval = stats.ttest_rel(first, second).confidence_interval(0.95)
-    assert found["ci95"] == pytest.approx([interval.low, interval.high])
-    assert found["difference"] == pytest.approx(np.mean(first - second))
-    assert found["win_rate"] == np.mean(second < first)
-    assert found["percent"] == pytest.approx(100 * found["difference"] / first.mean())
+    assert comparison["ci95"] == pytest.approx([interval.low, interval.high])
+    assert comparison["difference"] == pytest.approx(np.mean(first - second))
+    assert comparison["win_rate"] == np.mean(second < first)
+    assert comparison["percent"] == pytest.approx(100 * comparison["difference"] / first.mean())
 
 
 def test_overlapping_splits_widen_the_interval():
     first, second = np.arange(100.0) % 7, np.arange(100.0) % 5
-    (low, high), (low0, high0) = (study.paired_difference(first, second, s)["ci95"] for s in (0.1, 0.0))
-    assert (high - low) / (high0 - low0) == pytest.approx(np.sqrt((1 / 100 + 1 / 9) / (1 / 100)))
+    overlapping, independent = (
+        np.diff(ntk_sensitivity.paired_difference(first, second, test_share)["ci95"])[0] for test_share in (0.1, 0.0)
+    )
+    assert overlapping / independent == pytest.approx(np.sqrt((1 / 100 + 1 / 9) / (1 / 100)))
 
 
-def test_verdicts_count_what_is_sure():
+def test_a_topology_is_surely_better_if_the_interval_excludes_0():
     def cell(low, high, win_rate):
-        middle = (low + high) / 2
-        same = {"dataset": "d", "scaling": "raw", "difference": middle, "percent": middle}
-        return {**same, "ci95": [low, high], "win_rate": win_rate}
+        mean = (low + high) / 2
+        settings = {"dataset": "d", "scaling": "raw"}
+        return {**settings, "difference": mean, "percent": mean, "ci95": [low, high], "win_rate": win_rate}
 
-    [verdict] = study.verdicts([cell(1, 3, 0.9), cell(-1, 3, 0.6), cell(-5, -1, 0.1)])
+    [verdict] = ntk_sensitivity.summarise([cell(1, 3, 0.9), cell(-1, 3, 0.6), cell(-5, -1, 0.1)])
     assert verdict["settings"] == 3
     assert verdict["proposed_better"] == 2
     assert verdict["proposed_surely_better"] == verdict["residual_surely_better"] == 1
@@ -105,12 +104,11 @@ def test_verdicts_count_what_is_sure():
     assert verdict["win_rate_range"] == [0.1, 0.9]
 
 
-def test_a_killed_run_goes_on_where_it_was(houses, tmp_path):
-    options = ["--csv", str(houses), "--target", "price", "--depths", "1", "--diag-regs", "0.1"]
-    script = Path(study.__file__)
+def test_a_killed_run_continues_with_its_records(houses, tmp_path):
+    flags = ["--csv", str(houses), "--target", "price", "--depths", "1", "--diag-regs", "0.1"]
 
     def command(out):
-        return [sys.executable, str(script), *options, "--splits", "40", "--out", str(tmp_path / out)]
+        return [sys.executable, ntk_sensitivity.__file__, *flags, "--splits", "40", "--out", str(tmp_path / out)]
 
     partial = tmp_path / "killed" / "sensitivity.partial.jsonl"
     with subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
@@ -118,30 +116,28 @@ def test_a_killed_run_goes_on_where_it_was(houses, tmp_path):
             assert process.poll() is None
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
-    kept = partial.read_text().splitlines()
-    with partial.open("a") as file:
-        file.write('{"dataset": "houses", "sca')  # as a kill in the middle of a line leaves it
-    marked = json.loads(kept[1])
-    marked["residual"][0][0] += 1e6  # shows in the result only if the kept record was used
-    lines = partial.read_text().splitlines()
-    partial.write_text("\n".join([lines[0], json.dumps(marked), *lines[2:]]))
+    settings, first, *others = partial.read_text().splitlines()
+    marked = json.loads(first)
+    marked["residual"][0][0] += 1e6  # visible in the result only if the record is used
+    incomplete = '{"dataset": "houses", "sca'  # the last line of a process that was killed while writing
+    partial.write_text("\n".join([settings, json.dumps(marked), *others, incomplete]))
     subprocess.run(command("killed"), check=True, capture_output=True)
-    subprocess.run(command("whole"), check=True, capture_output=True)
-    resumed, whole = (
-        json.loads((tmp_path / out / "sensitivity.json").read_text())["cells"] for out in ("killed", "whole")
+    subprocess.run(command("complete"), check=True, capture_output=True)
+    resumed, complete = (
+        json.loads((tmp_path / out / "sensitivity.json").read_text())["cells"] for out in ("killed", "complete")
     )
-    assert resumed[0]["residual_mse"] == pytest.approx(whole[0]["residual_mse"] + 1e6 / 40)
-    assert resumed[0]["proposed_mse"] == pytest.approx(whole[0]["proposed_mse"])
-    assert resumed[1] == whole[1]
+    assert resumed[0]["residual_mse"] == pytest.approx(complete[0]["residual_mse"] + 1e6 / 40)
+    assert resumed[0]["proposed_mse"] == pytest.approx(complete[0]["proposed_mse"])
+    assert resumed[1] == complete[1]
     assert not partial.exists()
 
 
-def test_other_settings_do_not_take_over_a_partial_run(houses, tmp_path):
+def test_records_of_other_settings_are_not_used(houses, tmp_path):
     partial = tmp_path / "partial.jsonl"
     for splits in (2, 3):
-        arguments = study.Arguments(csv=houses, target="price", splits=splits, depths=(1,), diag_regs=(0.1,))
-        found = list(study.records(*study.checked(arguments), partial))
-        assert len(found) == 2 * splits
+        args = ntk_sensitivity.Args(csv=houses, target="price", splits=splits, depths=(1,), diag_regs=(0.1,))
+        records = list(ntk_sensitivity.evaluate_splits(*ntk_sensitivity.check_args(args), partial))
+        assert len(records) == 2 * splits
         assert len(partial.read_text().splitlines()) == 1 + 2 * splits
 
 
@@ -150,29 +146,29 @@ def test_the_baselines_predict_a_linear_target():
     x = rng.normal(size=(80, 3))
     y = x @ [1.0, -2.0, 0.5] + 7
     data = tabular.Split(x[:60], y[:60], x[60:], y[60:])
-    errors = {name: mean_squared_error(fit(data), data.y_test) for name, fit in baseline_regressors.BASELINES.items()}
+    errors = {name: mean_squared_error(predict_test(data), data.y_test) for name, predict_test in BASELINES.items()}
     assert errors["mean"] == pytest.approx(np.mean((y[60:] - y[:60].mean()) ** 2))
     assert errors["ridge"] < 1e-4
     assert errors["gaussian process"] < 1e-2 * errors["mean"]
 
 
 @pytest.mark.parametrize(
-    ("options", "text"),
+    ("flags", "text"),
     [
         ({"splits": 1}, "--splits is 1"),
         ({"depths": (2, 0)}, "--depths has 0"),
         ({"depths": ()}, "--depths is empty"),
         ({"diag_regs": (0.0,)}, "--diag-regs must be"),
         ({"diag_regs": (float("nan"),)}, "--diag-regs must be"),
-        ({"target": "price"}, "--csv and --target go together"),
+        ({"target": "price"}, "--csv and --target must be given together"),
         ({"csv": Path("absent.csv"), "target": "price"}, "cannot read absent.csv"),
     ],
 )
-def test_bad_options(options, text):
-    with pytest.raises(study.InputError, match=text):
-        study.checked(study.Arguments(**options))
+def test_invalid_flags_are_an_input_error(flags, text):
+    with pytest.raises(InputError, match=text):
+        ntk_sensitivity.check_args(ntk_sensitivity.Args(**flags))
 
 
-def test_bad_input_is_one_line(script, refused, houses):
-    line = refused(script("ntk_sensitivity.py", "--csv", houses, "--target", "cost", *TINY))
+def test_a_missing_column_is_reported_in_one_line(run_script, error_line, houses):
+    line = error_line(run_script("ntk_sensitivity.py", "--csv", houses, "--target", "cost", *SMALL))
     assert "has no column 'cost': choose --target from size, age, price" in line

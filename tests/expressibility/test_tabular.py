@@ -5,7 +5,7 @@ import tabular
 from s3net_common.errors import InputError
 
 
-def test_the_data_sets():
+def test_the_sizes_and_units_of_the_data_sets():
     boston, diabetes = tabular.boston(), tabular.diabetes()
     assert boston.features.shape == (506, 13)
     assert (boston.features[0, 0], boston.target[0]) == (0.00632, 24.0)
@@ -13,7 +13,7 @@ def test_the_data_sets():
     assert np.ptp(diabetes.features[:, 0]) > 1  # ages in years
 
 
-def test_the_paper_split_and_its_standardisation():
+def test_standardisation_uses_the_training_rows_of_the_papers_split():
     data = tabular.split(tabular.boston(), tabular.PAPER_SEED)
     assert (data.x_train.shape, data.x_test.shape) == ((455, 13), (51, 13))
     scaled = data.standardised()
@@ -31,7 +31,7 @@ def test_a_constant_feature_becomes_zero():
     assert split.standardised().x_test.tolist() == [[0.0]] * 2
 
 
-GOOD = [f"{i},{i * i},{i % 7}" for i in range(25)]
+VALID = [f"{i},{i * i},{i % 7}" for i in range(25)]
 
 
 def write(path, lines):
@@ -39,8 +39,8 @@ def write(path, lines):
     return path
 
 
-def test_a_csv_is_read_whatever_the_place_of_its_target(tmp_path):
-    table = tabular.load_csv(write(tmp_path / "some.csv", ["a, y ,c", *GOOD]), "y")
+def test_the_target_may_be_any_column_of_a_csv_file(tmp_path):
+    table = tabular.load_csv(write(tmp_path / "some.csv", ["a, y ,c", *VALID]), "y")
     assert table.name == "some"
     np.testing.assert_array_equal(table.target, np.arange(25.0) ** 2)
     np.testing.assert_array_equal(table.features[8], [8.0, 1.0])
@@ -49,25 +49,25 @@ def test_a_csv_is_read_whatever_the_place_of_its_target(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "text"),
     [
-        (["a,b,c", *GOOD], "no column 'y': choose --target from a, b, c"),
-        (["a,y,c", *GOOD[:5]], "has 5 rows: at least 20 are needed"),
-        (["a,y,c", *GOOD, "1,2,red"], "line 27, column 'c': 'red' is not a number"),
-        (["a,y,c", *GOOD, "1,,3"], "line 27, column 'y': a value is missing"),
-        (["a,y,c", *GOOD, "inf,2,3"], "line 27, column 'a': inf is not a finite number"),
-        (["a,y,c", *GOOD, "nan,2,3"], "line 27, column 'a': nan is not a finite number"),
-        (["a,y,c", *GOOD, "1,2"], "line 27 has 2 values and the header 3"),
-        (["a,y,a", *GOOD], "two columns 'a'"),
-        (["y", *[str(i) for i in range(25)]], "no column beside 'y'"),
-        (["a,y,c", *["1,2,3"] * 25], "column 'y' is the same in every row"),
+        (["a,b,c", *VALID], "no column 'y': choose --target from a, b, c"),
+        (["a,y,c", *VALID[:5]], "has 5 rows: at least 20 are needed"),
+        (["a,y,c", *VALID, "1,2,red"], "line 27, column 'c': 'red' is not a number"),
+        (["a,y,c", *VALID, "1,,3"], "line 27, column 'y': a value is missing"),
+        (["a,y,c", *VALID, "inf,2,3"], "line 27, column 'a': inf is not a finite number"),
+        (["a,y,c", *VALID, "nan,2,3"], "line 27, column 'a': nan is not a finite number"),
+        (["a,y,c", *VALID, "1,2"], "line 27 has 2 values, but the header has 3"),
+        (["a,y,a", *VALID], "two columns named 'a'"),
+        (["y", *[str(i) for i in range(25)]], "no column except 'y'"),
+        (["a,y,c", *["1,2,3"] * 25], "column 'y' has the same value in every row"),
         ([""], "is empty"),
     ],
 )
-def test_a_csv_that_cannot_be_used(tmp_path, lines, text):
+def test_invalid_csv_files_are_an_input_error(tmp_path, lines, text):
     with pytest.raises(InputError, match=text):
         tabular.load_csv(write(tmp_path / "some.csv", lines), "y")
 
 
-def test_a_csv_that_is_none(tmp_path):
+def test_unreadable_files_are_an_input_error(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*absent.csv: No such file"):
         tabular.load_csv(tmp_path / "absent.csv", "y")
     binary = tmp_path / "binary.csv"
