@@ -21,7 +21,6 @@ import tyro
 from comparison.comparison_table import CITED_PAPER, MEASURED, PAPER, Row, csv_text, markdown_section, title
 from comparison.error_scatter import Point, draw_scatter
 from comparison.paper_tables import PAPER_ROWS, PaperRow
-from models import NETWORKS
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import (
@@ -33,6 +32,7 @@ from s3net_common.output_files import (
     write_atomically,
     write_json,
 )
+from s3net_networks.own_models import models
 from s3net_networks.size import network_size
 
 
@@ -205,7 +205,7 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
 
 def network_setting(model: str, options: dict) -> list[str]:
     """Return the network's options in the paper's terms, S3-Net's with their defaults. Lists are left out."""
-    defaults = NETWORKS.get(model, {})
+    defaults = models.NETWORKS.get(model, {})
     options = {key: defaults[key] for key in ("growth_rate", "depth") if key in defaults} | options
     names = {"growth_rate": "k"}
     return [f"{names.get(key, key)}={value}" for key, value in options.items() if not isinstance(value, list | dict)]

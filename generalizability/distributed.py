@@ -54,7 +54,7 @@ class Ranks:
         except InputError as raised:
             error = raised
         if failed := [raised for raised in self.gather(error) if raised is not None]:
-            raise failed[0]
+            raise InputError(str(failed[0])) from failed[0]  # also a LocalError, which every rank would print
         return result
 
     def on_main_rank(self, action: Callable[[], T]) -> T:

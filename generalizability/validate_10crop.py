@@ -36,7 +36,7 @@ from recipes import IMAGENET_MEAN, IMAGENET_STD
 from s3net_common.checkpoints import load_weights, read_metadata
 from s3net_common.command_line import flag, given_flags, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
-from s3net_common.errors import InputError, LocalError, nearest_names
+from s3net_common.errors import InputError, nearest_names
 from s3net_common.images import read_class_names
 from s3net_common.output_files import default_out, make_folder, relative, run_record, write_json
 from s3net_networks import create_network, list_networks
@@ -342,11 +342,7 @@ def count_errors(
     counts = dict.fromkeys(COUNTS, 0)
 
     def step() -> None:
-        try:
-            batch = next(part, None)
-        except LocalError as error:  # all ranks raise it; as an InputError it is printed once
-            raise InputError(str(error)) from error
-        if batch is not None:
+        if (batch := next(part, None)) is not None:
             crops, labels = batch
             add_errors(counts, ten_crop_logits(network.model, precision, crops), outputs[labels])
 

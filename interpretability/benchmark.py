@@ -26,11 +26,11 @@ from tqdm import tqdm
 from explain_images import DEVICES, choose_device
 from explained_networks import load_network
 from full_grad import FullGrad
-from models import list_models
 from s3net_common.command_line import flag, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, make_folder, run_record, write_json
+from s3net_networks.own_models import models
 
 SPEED_NETWORKS = ("s3net_imagenet_small", "resnet50", "densenet169")
 PIECEWISE_LINEAR = (
@@ -185,7 +185,7 @@ def _time(function: Callable, model: nn.Module, images: Tensor, device: torch.de
 
 def measure_completeness(args: Args, device: torch.device) -> dict[str, dict[str, float]]:
     """Return the larger completeness error of two random images, by network and precision."""
-    names = args.networks or (*list_models(), *PIECEWISE_LINEAR, *SMOOTH, *ATTENTION)
+    names = args.networks or (*models.list_models(), *PIECEWISE_LINEAR, *SMOOTH, *ATTENTION)
     errors = {}
     bar = tqdm(names, unit="network", disable=None)
     for name in bar:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import S3Net, create_model
 from pictures import Picture
 from s3net_common.checkpoints import save_weights
+from s3net_networks import create_network
 
 SIZE = 36
 MEAN, STD = (0.3, 0.3, 0.3), (0.2, 0.2, 0.2)
@@ -83,7 +83,7 @@ def digits_checkpoint(folder: Path, device: torch.device, epochs: int = EPOCHS) 
     return path
 
 
-def train_digits_network(epochs: int, device: torch.device) -> tuple[S3Net, float]:
+def train_digits_network(epochs: int, device: torch.device) -> tuple[nn.Module, float]:
     """Train S3-Net (k=12, depth=13), in each epoch on new scenes.
 
     Returns:
@@ -91,7 +91,7 @@ def train_digits_network(epochs: int, device: torch.device) -> tuple[S3Net, floa
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = create_model(NETWORK, 10, **OPTIONS).to(device, memory_format=torch.channels_last)
+        model = create_network(NETWORK, 10, **OPTIONS).to(device, memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=1e-4, nesterov=True)
     steps = epochs * (TRAINING // BATCH_SIZE)

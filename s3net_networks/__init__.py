@@ -9,9 +9,9 @@ from importlib import import_module
 
 from torch import nn
 
-import models
 from s3net_common.errors import InputError, nearest_names
 from s3net_networks.connections import CONNECTIONS
+from s3net_networks.own_models import models
 
 # Each network's file in this folder; its builder there has the network's name.
 BASELINES: dict[str, str] = {

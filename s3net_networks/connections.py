@@ -5,11 +5,11 @@ Each class replaces `models.Block` in `models.S3Net(block=...)` and has the same
 
 from torch import Tensor, nn
 
-from models import Block, Layer
 from s3net_common.cpu_kernels import concatenate
+from s3net_networks.own_models import models
 
 
-class ChainBlock(Block):
+class ChainBlock(models.Block):
     """A chain without shortcuts. Maps `(N, in_channels, H, W)` to `(N, growth_rate, H, W)`."""
 
     def __init__(self, num_layers: int, in_channels: int, growth_rate: int, *args, **kwargs) -> None:
@@ -31,7 +31,7 @@ class DenseBlock(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels + i * growth_rate for i in range(num_layers)]
-        self.layers = nn.ModuleList(Layer(width, growth_rate, bn_size, drop_rate) for width in widths)
+        self.layers = nn.ModuleList(models.Layer(width, growth_rate, bn_size, drop_rate) for width in widths)
         self.out_channels = in_channels + num_layers * growth_rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class ResidualBlock(ChainBlock):
 
 
 CONNECTIONS: dict[str, type[nn.Module]] = {
-    "sparse": Block,
+    "sparse": models.Block,
     "chain": ChainBlock,
     "dense": DenseBlock,
     "residual": ResidualBlock,

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from models import NormReluConv, layers_per_block
 from s3net_common.cpu_kernels import concatenate, norm_relu
+from s3net_networks.own_models import models
 
 
 class DenseBlock(nn.Module):
@@ -12,7 +12,7 @@ class DenseBlock(nn.Module):
     def __init__(self, num_layers: int, in_channels: int, growth_rate: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            NormReluConv(in_channels + i * growth_rate, growth_rate, kernel_size=3) for i in range(num_layers)
+            models.NormReluConv(in_channels + i * growth_rate, growth_rate, kernel_size=3) for i in range(num_layers)
         )
         self.out_channels = in_channels + num_layers * growth_rate
 
@@ -32,10 +32,10 @@ class DenseNetCifar(nn.Module):
         self.conv = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         features = []
         for i in range(3):
-            features.append(DenseBlock(layers_per_block(depth), channels, growth_rate))
+            features.append(DenseBlock(models.layers_per_block(depth), channels, growth_rate))
             channels = features[-1].out_channels
             if i < 2:
-                features.append(NormReluConv(channels, channels, kernel_size=1, pool=2))
+                features.append(models.NormReluConv(channels, channels, kernel_size=1, pool=2))
         self.features = nn.Sequential(*features)
         self.norm = nn.BatchNorm2d(channels)
         self.classifier = nn.Linear(channels, num_classes)

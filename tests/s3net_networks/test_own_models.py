@@ -1,0 +1,60 @@
+"""A user's own module `models` does not replace this repository's models.py unnoticed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(params=["models.py", "models/__init__.py", "models/thing.txt"])
+def users_folder(request, tmp_path) -> Path:
+    """A folder with a user's own module, package or namespace package `models`."""
+    file = tmp_path / "user" / request.param
+    file.parent.mkdir(parents=True)
+    file.write_text("NAME = 'the user'\n")
+    return tmp_path / "user"
+
+
+def run(*command, first_on_path: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(first_on_path), str(ROOT)])}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, cwd=first_on_path.parent
+    )
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["generalizability/train_s3net.py", "generalizability/compare_results.py", "interpretability/benchmark.py"],
+)
+def test_a_script_names_the_file_that_shadows_models(users_folder, script):
+    done = run(ROOT / script, "--help", first_on_path=users_folder)
+    if not (users_folder / "models" / "thing.txt").exists():  # a folder without __init__.py comes after any module
+        assert done.returncode == 2
+        assert (
+            done.stderr.startswith(f"error: {users_folder / 'models'}") and "shadows this repository's" in done.stderr
+        )
+        assert done.stderr.count("\n") == 1
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+def test_an_import_names_the_file_that_shadows_models(users_folder):
+    done = run("-c", "import s3net_networks", first_on_path=users_folder)
+    shadowed = not (users_folder / "models" / "thing.txt").exists()
+    assert ("ImportError" in done.stderr and "shadows this repository's" in done.stderr) == shadowed
+
+
+def test_torch_hub_works_beside_a_users_models(users_folder):
+    program = (
+        "import sys, torch, models\n"
+        f"network = torch.hub.load({str(ROOT)!r}, 's3net_cifar', source='local', pretrained=True)\n"
+        "assert network.classifier.out_features == 100\n"
+        "print(sys.modules['models'] is models, getattr(models, 'NAME', 'none'))\n"
+    )
+    done = run("-c", program, first_on_path=users_folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split(" ", 1)[0] == "True"
