@@ -219,7 +219,7 @@ def open_run(flags: Flags, run: Run) -> RunConfig | None:
         return None
     if "resume" not in flags and not restarted:
         raise InputError(
-            f"{relative(run.folder)} already holds a run: pass --resume to go on with it, --overwrite to replace it, "
+            f"{relative(run.folder)} already holds a run: pass --resume to resume it, --overwrite to replace it, "
             "or another --out"
         )
     started = run.read_config()
@@ -317,7 +317,7 @@ def train(flags: Flags, run: Run, config: RunConfig, size: dict[str, int], data:
                     log.write(progress.history[-1])
             if progress.epoch < config.epochs and trainer.should_stop():
                 if ranks.is_main:
-                    print(f"stopped; go on with\n  {resume_command(flags, run.folder)}", flush=True)
+                    print(f"stopped; resume with\n  {resume_command(flags, run.folder)}", flush=True)
                 return 128 + (stop.number or signal.SIGTERM)
     if ranks.is_main:
         run.finish(summarize(config, size, progress, trainer))

@@ -1,15 +1,15 @@
 """BatchNorm -> ReLU -> (average pool) -> convolution as one operation that trains fast on a CPU.
 
-The networks of this repository are chains of such units over thin tensors (12 channels in the paper's smallest
-network), and there the convolutions are not what takes the time: PyTorch's channels-last BatchNorm works along the
-channels, and 12 of them fill a fraction of a vector register. Here a channels-last image is read as a matrix whose
-rows hold several pixels, `(N*H*W / R, R*C)`, so that each pass over it runs at full vector width; the R statistics
-that a channel gets that way are pooled into one. The output of the ReLU, half of what training keeps in memory, is
-computed again in the backward pass.
+The networks of this repository consist of such units on tensors with few channels (12 in the paper's smallest
+network). Most of the time is then spent in BatchNorm, not in the convolutions: PyTorch's channels-last BatchNorm
+vectorises over the channels, and 12 channels fill a fraction of a vector register. These kernels read a channels-last
+image as a matrix whose rows hold R pixels each, `(N*H*W / R, R*C)`, so that each pass uses full vector registers. Each
+channel then has R partial statistics, which are combined into one. The output of the ReLU, half of what training would
+keep in memory, is recomputed in the backward pass.
 
-`norm_relu_conv`, `norm_relu` and `concatenate` are what `models.py` calls. On another device, in evaluation, under
-`torch.compile` (whose own fusion does as well) or for another dtype they are the plain PyTorch calls.
-Own code, since PyTorch has no fused training kernel for the unit on a CPU; it needs no compiler.
+`models.py` calls `norm_relu_conv`, `norm_relu` and `concatenate`. On another device, in evaluation, under
+`torch.compile` (which fuses equally well) and for other dtypes they are the plain PyTorch operations. PyTorch has no
+fused training kernel for this unit on a CPU. These kernels need no compiler.
 """
 
 import ctypes
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 aten = torch.ops.aten
 CHANNELS_LAST = torch.channels_last
-ROW_WIDTH = 384  # elements a row aims at: some vector registers' worth, and statistics that stay in the L1 cache
+ROW_WIDTH = 384  # target number of elements in a row: several vector registers, with statistics that fit the L1 cache
 
 
 def norm_relu_conv(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d, pool: int = 1) -> Tensor:
-    """`conv(avg_pool(relu(norm(x))))`, the unit that layers and transitions are made of.
+    """Compute `conv(avg_pool(relu(norm(x))))`, the unit of layers and transitions.
 
     Args:
         x: `(N, C, H, W)`.
@@ -43,14 +43,14 @@ def norm_relu_conv(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d, pool: int =
 
 
 def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """`relu(norm(x))` for x of shape `(N, C, H, W)`."""
+    """Compute `relu(norm(x))` for x of shape `(N, C, H, W)`."""
     return _apply(x, norm, None, 1) if _use_kernel(x, norm) else F.relu(norm(x))
 
 
 def concatenate(tensors: list[Tensor]) -> Tensor:
-    """`torch.cat(tensors, dim=1)` of `(N, C_i, H, W)` tensors, whose gradients come back as dense tensors.
+    """Compute `torch.cat(tensors, dim=1)` of `(N, C_i, H, W)` tensors, with contiguous gradients.
 
-    `torch.cat` hands back strided views, and adding them to another gradient is five times as slow as copying first.
+    The gradients of `torch.cat` are strided views. Adding one to another gradient is slower than copying it first.
     """
     if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
         return torch.cat(tensors, dim=1)
@@ -60,8 +60,8 @@ def concatenate(tensors: list[Tensor]) -> Tensor:
 def keep_freed_memory() -> bool:
     """Tell the C library to keep freed memory in the process instead of returning it to the system.
 
-    By default every large tensor is new memory from the kernel, which clears it page by page at first touch: a
-    quarter of a training step. Returns whether it was done (glibc on Linux only; harmless to call twice).
+    By default every large tensor is new memory from the kernel, which clears each page at its first use. Returns
+    whether the setting was changed (on Linux with glibc only). Calling this function twice is harmless.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -82,7 +82,7 @@ def _use_kernel(x: Tensor, norm: nn.BatchNorm2d) -> bool:
         and norm.track_running_stats
         and norm.momentum is not None
         and norm.weight.dtype == torch.float32
-        and x.numel() > x.shape[1]  # else BatchNorm itself says that one value a channel has no variance
+        and x.numel() > x.shape[1]  # else BatchNorm raises its error about one value per channel
     )
 
 
@@ -95,7 +95,7 @@ def _apply(x: Tensor, norm: nn.BatchNorm2d, conv_weight: Tensor | None, pool: in
 
 
 class _NormReluConv(torch.autograd.Function):
-    """Keeps the input and the statistics; everything else is computed again in the backward pass."""
+    """Saves the input and the statistics. The backward pass recomputes everything else."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, running, conv_weight, pool):
@@ -155,7 +155,7 @@ class _Concatenate(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A channels-last `(N, C, H, W)` as `(N*H*W / R, R*C)`, without a copy; R is a power of two."""
+    """View a channels-last `(N, C, H, W)` as `(N*H*W / R, R*C)` without a copy. R is a power of two."""
     channels, pixels, repeat = x.shape[1], x.numel() // x.shape[1], 1
     while 2 * repeat * channels <= ROW_WIDTH and pixels % (2 * repeat) == 0:
         repeat *= 2
@@ -168,7 +168,7 @@ def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, float32 `(C,)`."""
+    """Return mean and biased variance of each channel, float32 `(C,)`."""
     rows, channels = _rows(x), x.shape[1]
     unused = torch.zeros(2, rows.shape[1])  # float32 running statistics make the sums float32 too
     mean, var = torch.batch_norm_update_stats(rows, unused[0], unused[1], 0.0)
@@ -177,7 +177,7 @@ def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _affine(rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`rows * scale + shift` with float32 coefficients `(C,)`, in one pass: a BatchNorm of mean 0 and variance 1."""
+    """Compute `rows * scale + shift`, float32 coefficients `(C,)` by one BatchNorm of mean 0 and variance 1."""
     width = rows.shape[1]
     repeat = width // scale.numel()
     zero, one = torch.zeros(width), torch.ones(width)
@@ -185,7 +185,7 @@ def _affine(rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def _pool_relu_backward(grad: Tensor, y: Tensor, pool: int) -> Tensor:
-    """Gradient of `avg_pool(relu(y))` for y, as rows; it is written over y."""
+    """Return the gradient of `avg_pool(relu(y))` for y, as rows. Overwrites y."""
     n, c, h, w = y.shape
     if h % pool or w % pool:
         size = [pool, pool]
@@ -193,7 +193,7 @@ def _pool_relu_backward(grad: Tensor, y: Tensor, pool: int) -> Tensor:
         pool = 1
     if pool > 1:
         grad = grad / pool**2
-    # Each value of the pooled gradient is read at the pool x pool pixels that it came from, by broadcasting.
+    # Broadcast each value of the pooled gradient to its pool x pool pixels.
     grad = grad.permute(0, 2, 3, 1).reshape(n, h // pool, 1, w // pool, 1, c).expand(-1, -1, pool, -1, pool, -1)
     y = y.permute(0, 2, 3, 1).view(n, h // pool, pool, w // pool, pool, c)
     aten.threshold_backward.grad_input(grad, y, 0, grad_input=y)
@@ -201,7 +201,7 @@ def _pool_relu_backward(grad: Tensor, y: Tensor, pool: int) -> Tensor:
 
 
 def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of a training BatchNorm for x, weight and bias; `grad` is that of its output, as rows."""
+    """Return the gradients of a training BatchNorm for x, weight and bias. `grad` is that of its output, as rows."""
     rows, channels, values = _rows(x), x.shape[1], x.numel() // x.shape[1]
     repeat = rows.shape[1] // channels
     _, grad_weight, grad_bias = aten.native_batch_norm_backward(
@@ -209,7 +209,7 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, invstd
         True, 0.0, [False, True, True],
     )  # fmt: skip
     grad_weight, grad_bias = grad_weight.view(-1, channels).sum(0), grad_bias.view(-1, channels).sum(0)
-    # grad_x = scale * (grad - mean(grad) - x_hat * mean(grad * x_hat)), gathered by powers of x
+    # grad_x = scale * (grad - mean(grad) - x_hat * mean(grad * x_hat)), grouped by powers of x
     scale = weight * invstd
     slope = -scale * invstd * grad_weight / values
     shift = -scale * grad_bias / values - slope * mean

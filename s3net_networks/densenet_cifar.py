@@ -7,7 +7,7 @@ from s3net_networks.own_models import models
 
 
 class DenseBlock(nn.Module):
-    """Every layer reads the concatenation of all before it, where S3-Net's layers read one."""
+    """A dense block: every layer reads the concatenation of the block's input and all layers before it."""
 
     def __init__(self, num_layers: int, in_channels: int, growth_rate: int) -> None:
         super().__init__()
@@ -17,7 +17,7 @@ class DenseBlock(nn.Module):
         self.out_channels = in_channels + num_layers * growth_rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(N, in_channels, H, W)` to `(N, in_channels + num_layers * growth_rate, H, W)`."""
+        """Map `(N, in_channels, H, W)` to `(N, in_channels + num_layers * growth_rate, H, W)`."""
         for layer in self.layers:
             x = concatenate([x, layer(x)])
         return x
@@ -45,7 +45,7 @@ class DenseNetCifar(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `(N, num_classes)`."""
+        """Return logits `(N, num_classes)`."""
         x = norm_relu(self.features(self.conv(x)), self.norm)
         return self.classifier(x.mean(dim=(2, 3)))
 

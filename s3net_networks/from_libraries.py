@@ -1,4 +1,4 @@
-"""The networks of the Tiny ImageNet table that torchvision has, parameter for parameter; with random weights."""
+"""Networks of the Tiny ImageNet table that torchvision has, with the same number of parameters. Random weights."""
 
 from torch import nn
 from torchvision import models
@@ -12,6 +12,6 @@ def mobilenet_v2(num_classes: int = 1000) -> nn.Module:
 def efficientnet_b0(num_classes: int = 1000) -> nn.Module:
     """5,288,548 parameters. Tan and Le 2019, "EfficientNet: Rethinking Model Scaling for Convolutional Neural ...".
 
-    Of its own accord it drops whole blocks in training (stochastic depth), up to a fifth of them at the last.
+    In training it drops whole blocks at random (stochastic depth), with a probability of up to 0.2 at the last block.
     """
     return models.efficientnet_b0(num_classes=num_classes)

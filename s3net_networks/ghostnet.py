@@ -1,8 +1,8 @@
 """GhostNet: Han et al. 2020, "GhostNet: More Features from Cheap Operations", section 3, Table 1.
 
-This is the authors' first release, which the table was made with: 5,183,016 parameters. timm has their second one
-(5,182,508). They differ in the gates (here a quarter of the channels wide to the channel, and clamped to [0, 1]; there
-rounded to multiples of 4, and a hard sigmoid) and in the last hidden layer (here with BatchNorm; there with a bias).
+This is the authors' first release, used for the paper's table: 5,183,016 parameters. timm has their second release
+(5,182,508). The first has gates of exactly a quarter of the channels, clamped to [0, 1], and BatchNorm in the last
+hidden layer. The second rounds the gates to multiples of 4, uses a hard sigmoid, and has a bias instead of BatchNorm.
 """
 
 from functools import partial
@@ -36,10 +36,10 @@ _linear_conv = partial(Conv2dNormActivation, activation_layer=None)  # convoluti
 
 
 class GhostModule(nn.Module):
-    """Half of the outputs by a 1x1 convolution, the other half from these by a cheap depthwise 3x3 one (eq. 3).
+    """Half of the channels by a 1x1 convolution, the other half from these by a depthwise 3x3 convolution (eq. 3).
 
-    Maps `(N, in_channels, H, W)` to `(N, out_channels, H, W)`; `out_channels` is even. `relu`: whether each of the
-    two ends in a ReLU.
+    Maps `(N, in_channels, H, W)` to `(N, out_channels, H, W)`; `out_channels` is even. `relu`: whether both
+    halves end in a ReLU.
     """
 
     def __init__(self, in_channels: int, out_channels: int, relu: bool) -> None:
@@ -49,13 +49,13 @@ class GhostModule(nn.Module):
         self.cheap = Conv2dNormActivation(half, half, 3, groups=half, activation_layer=activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[primary(x), cheap(primary(x))]`."""
+        """Compute `[primary(x), cheap(primary(x))]`."""
         x = self.primary(x)
         return torch.cat([x, self.cheap(x)], dim=1)
 
 
 class GhostBottleneck(nn.Module):
-    """Two ghost modules, between them a depthwise convolution where there is a stride, and gates (Figure 3)."""
+    """Two ghost modules, with a depthwise convolution (if the stride is 2) and gates between them (Figure 3)."""
 
     def __init__(
         self, in_channels: int, expanded: int, out_channels: int, kernel_size: int, gated: bool, stride: int
@@ -75,7 +75,7 @@ class GhostBottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """`f(x) + shortcut(x)`."""
+        """Compute `f(x) + shortcut(x)`."""
         return self.layers(x) + self.shortcut(x)
 
 
@@ -102,10 +102,10 @@ class GhostNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `(N, num_classes)`."""
+        """Return logits `(N, num_classes)`."""
         return self.classifier(self.features(x).mean(dim=(2, 3)))
 
 
 def ghostnet(num_classes: int = 1000) -> GhostNet:
-    """GhostNet, width 1.0."""
+    """Build GhostNet with width 1.0."""
     return GhostNet(num_classes)

@@ -4,13 +4,13 @@ ResNet-50 whose 3x3 convolutions are lambda layers: 4 heads, key depth 16, intra
 in which positions are embedded relative to each other (its "lambda convolution"). 14,998,056
 parameters.
 
-Left open by the paper, or different there, and here as in the code that the table was made with: queries and keys
-are batch-normalised and values are not; the first lambda layer of a stage is followed by a 3x3 average pool, which
-has the stage's stride; the 1x1 convolutions of the shortcuts have biases; dropout of 0.3 before the classifier; the
-plain 7x7 stem. Convolutions keep PyTorch's initialisation, embeddings are drawn from a standard normal distribution.
+Some details are open or different in the paper. As in the code behind the paper's table: queries and keys are
+batch-normalised and values are not; after the first lambda layer of a stage, a 3x3 average pool has the stage's stride;
+the 1x1 convolutions of the shortcuts have biases; dropout of 0.3 before the classifier; the plain 7x7 stem.
+Convolutions keep PyTorch's initialisation; embeddings are drawn from a standard normal distribution.
 
-A lambda layer is quadratic in its input, so without BatchNorm's scaling activations grow from layer to layer beyond
-all bounds: in evaluation, logits are finite only once training steps have filled the running statistics.
+A lambda layer is quadratic in its input. Without BatchNorm's scaling, activations therefore grow without limit from
+layer to layer: in evaluation, logits are finite only after training steps have updated the running statistics.
 """
 
 import torch
@@ -22,9 +22,9 @@ HEADS, KEY_DEPTH, CONTEXT, DROPOUT = 4, 16, 23, 0.3
 
 
 class LambdaLayer(nn.Module):
-    """Every position n applies a linear map, its lambda, to its queries (eq. 1 and 2).
+    """Lambda layer: each position n applies a linear map, the lambda, to its queries (eq. 1 and 2).
 
-    The lambda is the sum of one for the whole image, from the keys, and one for the position, from the embeddings:
+    The lambda is the sum of a content lambda, equal at all positions, and a position lambda:
 
         content[k, v] = sum over m of softmax(keys)[k, m] * values[v, m]
         position[k, v, n] = sum over the positions m around n of embedding[k, m - n] * values[v, m]
@@ -59,7 +59,7 @@ class LambdaLayer(nn.Module):
         self.embedding = nn.Parameter(torch.randn(key_depth, 1, context, context))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The heads' outputs, one after the other."""
+        """Return the outputs of the heads, concatenated."""
         n, _, height, width = x.shape
         queries = self.queries(x).reshape(n, self.heads, self.key_depth, -1)
         keys = self.keys(x).flatten(2).softmax(dim=2)
@@ -93,7 +93,7 @@ class LambdaBottleneck(Bottleneck):
 
 
 def lambda_resnet50(num_classes: int = 1000) -> ResNet:
-    """ResNet-50 of lambda layers."""
+    """Build ResNet-50 with lambda layers."""
     model = ResNet(LambdaBottleneck, [3, 4, 6, 3], num_classes)
     model.fc = nn.Sequential(nn.Dropout(DROPOUT), model.fc)
     for module in model.modules():

@@ -2,14 +2,14 @@
 
 (In full "Drop an Octave: Reducing Spatial Redundancy in Convolutional Neural Networks with Octave Convolution".)
 
-Half of the channels (alpha = 0.5) are kept at half the resolution. The first stage reads high frequencies only, the
-last gives high frequencies only. An octave convolution has as many parameters as the plain one, so the network has
-ResNet-50's 25,557,032.
+Half of the channels (alpha = 0.5) have half the resolution (low frequencies). The first stage reads only high
+frequencies, and the last stage outputs only high frequencies. An octave convolution has as many parameters as a plain
+one, so the network has ResNet-50's 25,557,032.
 
-Left open by the paper, and here as in the code that the table was made with: a stride of 2 is an average pool before
-the convolution, in the shortcut too; each frequency has its own BatchNorm; the last stage turns to high frequencies
-in its first 1x1 convolution. Low frequencies are brought up to the size that the high ones have (nearest neighbour),
-so that odd sizes work too.
+The paper leaves some details open. As in the code behind the paper's table: a stride of 2 is an average pool before the
+convolution, also in the shortcut; each frequency has a separate BatchNorm; the last stage drops the low frequencies in
+its first 1x1 convolution. Low frequencies are upsampled to the size of the high ones (nearest neighbour), so that odd
+sizes work.
 """
 
 import torch.nn.functional as F
@@ -21,13 +21,13 @@ Frequencies = tuple[Tensor, Tensor | None]  # high `(N, C_h, H, W)` and low `(N,
 
 
 class OctaveConv(nn.Module):
-    """Convolution from each of two frequencies to each of two, and a BatchNorm of each.
+    """Convolutions from both input frequencies to both output frequencies, each output with a BatchNorm.
 
     Args:
         in_channels, out_channels: of both frequencies together.
         kernel_size: odd; the size is kept.
         stride: 1 or 2.
-        alpha_in, alpha_out: share of low-frequency channels that are read and given; 0 for none.
+        alpha_in, alpha_out: fraction of low-frequency channels of the input and of the output, in [0, 1).
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class OctaveConv(nn.Module):
         self.stride = stride
 
     def forward(self, x: Frequencies) -> Frequencies:
-        """Both frequencies of the output, normalised."""
+        """Return both frequencies of the output, normalised."""
         high, low = x
         if self.stride == 2:
             high = F.avg_pool2d(high, 2)
@@ -72,7 +72,7 @@ class OctaveConv(nn.Module):
 
 
 class OctaveBottleneck(nn.Module):
-    """ResNet's bottleneck block of octave convolutions: `in_channels` to `4 * planes`, over both frequencies."""
+    """ResNet's bottleneck block with octave convolutions: `in_channels` to `4 * planes`, over both frequencies."""
 
     expansion = 4  # torchvision's ResNet reads it
 
@@ -87,7 +87,7 @@ class OctaveBottleneck(nn.Module):
             self.shortcut = OctaveConv(in_channels, 4 * planes, 1, stride, alpha_in, alpha_out)
 
     def forward(self, x: Frequencies) -> Frequencies:
-        """`relu(shortcut(x) + f(x))`, in each frequency."""
+        """Compute `relu(shortcut(x) + f(x))` for each frequency."""
         out = _relu(self.conv1(x))
         out = _relu(self.conv2(out))
         out = self.conv3(out)
@@ -100,7 +100,7 @@ def _relu(x: Frequencies) -> Frequencies:
 
 
 class OctResNet(ResNet):
-    """torchvision's ResNet with octave blocks. Images `(N, 3, H, W)`, of 32x32 upwards, to logits."""
+    """torchvision's ResNet with octave blocks. Images `(N, 3, H, W)`, at least 32x32, to logits."""
 
     def _make_layer(
         self, block: type[nn.Module], planes: int, blocks: int, stride: int = 1, dilate: bool = False
@@ -112,7 +112,7 @@ class OctResNet(ResNet):
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `(N, num_classes)`."""
+        """Return logits `(N, num_classes)`."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         frequencies = (x, None)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -122,5 +122,5 @@ class OctResNet(ResNet):
 
 
 def octresnet50(num_classes: int = 1000) -> OctResNet:
-    """ResNet-50 of octave convolutions with alpha 0.5."""
+    """Build ResNet-50 with octave convolutions, alpha 0.5."""
     return OctResNet(OctaveBottleneck, [3, 4, 6, 3], num_classes)

@@ -1,15 +1,15 @@
 """RandWire-WS: Xie et al. 2019, "Exploring Randomly Wired Neural Networks for Image Recognition", section 3, Table 1.
 
-The regular regime: four stages, each wired as a random graph of the Watts-Strogatz model (K=4, P=0.75), with 16, 32,
-32 and 32 nodes. With 109 channels, and the graphs that networkx draws from seed 1, it has 31,619,209 parameters.
+The regular regime: four stages, each a random graph of the Watts-Strogatz model (K=4, P=0.75), with 16, 32, 32 and 32
+nodes. With 109 channels and the graphs that networkx draws from seed 1, it has 31,619,209 parameters.
 
-A graph is plain JSON: `{"nodes": 16, "edges": [[0, 1], [0, 3], ...]}`, in which each edge leads from a node to one of
-a higher number. It is an option of the network and so part of a run's configuration and checkpoints; networkx is
-needed only to draw new ones.
+A graph is plain JSON: `{"nodes": 16, "edges": [[0, 1], [0, 3], ...]}`. Each edge leads to a node with a higher number.
+Graphs are an option of the network, so a run's configuration and checkpoints contain them. Only drawing new graphs
+needs networkx.
 
-Left open by the paper, and here as in the code that the table was made with: every stage draws from the same seed, so
-the last three graphs are equal; a node with one input has no weight for it; both convolutions of a depthwise-separable
-one have biases.
+The paper leaves some details open. As in the code behind the paper's table: every stage draws from the same seed, so
+the last three graphs are equal; a node with one input has no weight; both parts of a depthwise-separable convolution have
+biases.
 """
 
 from functools import reduce
@@ -28,9 +28,10 @@ GRAPH_FORM = '{"nodes": 16, "edges": [[0, 1], [0, 3], ...]}'
 
 
 class Node(nn.Module):
-    """Sum of the inputs with weights in (0, 1), ReLU, depthwise-separable convolution, BatchNorm (section 3.2).
+    """A node: weighted sum of its inputs, ReLU, depthwise-separable convolution, BatchNorm (section 3.2).
 
-    Takes a list of `inputs` tensors `(N, in_channels, H, W)`; gives `(N, out_channels, H / stride, W / stride)`.
+    Maps a list of `inputs` tensors `(N, in_channels, H, W)` to `(N, out_channels, H / stride, W / stride)`. The weights
+    of the sum are in (0, 1).
     """
 
     def __init__(self, inputs: int, in_channels: int, out_channels: int, stride: int) -> None:
@@ -40,7 +41,7 @@ class Node(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
-        """`norm(conv(relu(sum of sigmoid(weights[i]) * inputs[i])))`."""
+        """Compute `norm(conv(relu(sum of sigmoid(weights[i]) * inputs[i])))`."""
         x = inputs[0]
         if self.weights is not None:
             first, *others = self.weights.sigmoid().to(x.dtype).unbind()
@@ -58,9 +59,10 @@ def _separable_conv(in_channels: int, out_channels: int, stride: int) -> nn.Sequ
 
 
 class Stage(nn.Module):
-    """A graph of nodes (section 3.2): `(N, in_channels, H, W)` to `(N, out_channels, H / 2, W / 2)`.
+    """A stage, which is a graph of nodes (section 3.2): `(N, in_channels, H, W)` to `(N, out_channels, H / 2, W / 2)`.
 
-    Nodes that no edge leads to read the input, with stride 2; the output is the mean of those that no edge leaves.
+    Nodes without an incoming edge read the stage's input, with stride 2. The output is the mean of the nodes without an
+    outgoing edge.
     """
 
     def __init__(self, graph: dict, in_channels: int, out_channels: int) -> None:
@@ -100,22 +102,22 @@ class RandWire(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `(N, num_classes)`."""
+        """Return logits `(N, num_classes)`."""
         x = self.stages(self.stem(x))
         x = F.relu(self.norm(self.conv(F.relu(x))))
         return self.classifier(x.mean(dim=(2, 3)))
 
 
 def randwire_ws(channels: int = 109, graphs: list[dict] | None = None, num_classes: int = 1000) -> RandWire:
-    """RandWire with Watts-Strogatz graphs.
+    """Build RandWire with Watts-Strogatz graphs.
 
     Args:
         channels: C, the first stage's width; 109 in the regular regime.
-        graphs: one for each of the four stages, as `draw_graphs` gives them; None draws them.
+        graphs: one for each of the four stages, as returned by `draw_graphs`; None draws them.
         num_classes: outputs.
 
     Raises:
-        InputError: for too few channels, graphs of another form, or where networkx is needed and not installed.
+        InputError: there are too few channels, a graph has another form, or networkx is needed and not installed.
     """
     if channels < 2:
         raise InputError(f"channels is {channels}: give 2 or more")
@@ -126,7 +128,7 @@ def randwire_ws(channels: int = 109, graphs: list[dict] | None = None, num_class
 
 
 def draw_graphs(seed: int = SEED) -> list[dict]:
-    """The four stages' graphs as networkx draws them: connected, and directed from lower to higher numbers.
+    """Draw the graphs of the four stages with networkx: connected, with edges from lower to higher numbers.
 
     Raises:
         InputError: networkx is not installed.
@@ -143,7 +145,11 @@ def draw_graphs(seed: int = SEED) -> list[dict]:
 
 
 def check_graphs(graphs: object) -> None:
-    """Raises InputError where they are not four graphs that a network can be wired by; the message names the graph."""
+    """Check that `graphs` are four valid graphs.
+
+    Raises:
+        InputError: a graph is invalid; the message names it.
+    """
     if not isinstance(graphs, list) or len(graphs) != len(STAGE_NODES):
         raise InputError(f"graphs must be a list of {len(STAGE_NODES)}, one for each stage, as in {GRAPH_FORM}")
     for i, graph in enumerate(graphs):

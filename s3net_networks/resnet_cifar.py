@@ -21,7 +21,7 @@ class BasicBlock(nn.Module):
         self.stride, self.new_channels = stride, out_channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """`relu(x + f(x))`; where the shape changes, x is subsampled and padded with zero channels."""
+        """Compute `relu(x + f(x))`. If the shape changes, x is subsampled and padded with zero channels."""
         out = self.norm2(self.conv2(norm_relu(self.conv1(x), self.norm1)))
         if self.stride > 1 or self.new_channels:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
@@ -48,11 +48,11 @@ class ResNetCifar(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `(N, num_classes)`."""
+        """Return logits `(N, num_classes)`."""
         x = self.blocks(norm_relu(self.conv(x), self.norm))
         return self.classifier(x.mean(dim=(2, 3)))
 
 
 def resnet20_cifar(num_classes: int = 100) -> ResNetCifar:
-    """ResNet-20: three basic blocks a stage, 0.27M parameters with 10 classes (their Table 6)."""
+    """Build ResNet-20: three basic blocks per stage, 0.27M parameters with 10 classes (their Table 6)."""
     return ResNetCifar(blocks=3, num_classes=num_classes)

@@ -1,12 +1,11 @@
 """ScaleNet-50: Li et al. 2019, "Data-Driven Neuron Allocation for Scale Aggregation Networks", section 3.
 
-ResNet-50 whose 3x3 convolutions are split over four scales of their input. How many channels each scale gets in each
-block was learnt by the authors on ImageNet; the numbers are those that they published with the network. 31,483,618
-parameters.
+ResNet-50 whose 3x3 convolutions are split over four scales of their input. The authors learnt on ImageNet how many
+channels each scale gets in each block, and published the numbers used here. 31,483,618 parameters.
 
-Left open by the paper, and here as in the authors' code: a stride is a max pool before the whole block, shortcut
-included; a scale is brought back to full size by nearest neighbour where that is a whole multiple, else bilinearly.
-On maps smaller than a pool's window, the window is the map.
+The paper leaves some details open. As in the authors' code: a stride is a max pool before the whole block, shortcut
+included; a scale is resized to full size by nearest neighbour if that is a whole multiple, else bilinearly. On feature
+maps smaller than a pool's window, the window is the whole map.
 """
 
 import torch
@@ -32,10 +31,10 @@ CHANNELS = {
 
 
 class ScaleAggregation(nn.Module):
-    """3x3 convolutions of the input max-pooled to several scales, brought back to its size and concatenated.
+    """3x3 convolutions of the input max-pooled to several scales, resized to the input's size and concatenated.
 
-    Maps `(N, in_channels, H, W)` to `(N, sum(channels), H, W)`. `channels[i]` belong to the input pooled by
-    `SCALES[i]`; 0 leaves the scale out.
+    Maps `(N, in_channels, H, W)` to `(N, sum(channels), H, W)`. `channels[i]` are computed from the input
+    pooled by `SCALES[i]`; 0 omits the scale.
     """
 
     def __init__(self, in_channels: int, channels: tuple[int, ...]) -> None:
@@ -45,7 +44,7 @@ class ScaleAggregation(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(in_channels, count, 3, padding=1, bias=False) for _, count in used)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The scales' outputs in the order of `SCALES`."""
+        """Return the concatenated outputs in the order of `SCALES`."""
         size = x.shape[-2:]
         return torch.cat(
             [_resize(conv(_pool(x, scale)), size) for scale, conv in zip(self.scales, self.convs, strict=True)], dim=1
@@ -82,7 +81,7 @@ class ScaleBottleneck(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_channels, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`relu(shortcut(x) + f(x))` of the max-pooled x."""
+        """Compute `relu(shortcut(x) + f(x))` of the max-pooled x."""
         if self.stride > 1:
             x = F.max_pool2d(x, self.stride)
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -104,5 +103,5 @@ class ScaleNet(ResNet):
 
 
 def scalenet50(num_classes: int = 1000) -> ScaleNet:
-    """ResNet-50 with scale aggregation."""
+    """Build ResNet-50 with scale aggregation."""
     return ScaleNet(ScaleBottleneck, [3, 4, 6, 3], num_classes)

@@ -1,7 +1,7 @@
 """SE-ResNet-50: Hu, Shen, Sun 2018, "Squeeze-and-Excitation Networks", section 3 and Figure 3.
 
-The table's network has 28,071,976 parameters, and so no biases in the gates; those of timm and torchvision have them.
-Left open by the paper, and here as in torchvision's ResNet: the stride stands in the 3x3 convolution of a block.
+The network of the paper's table has 28,071,976 parameters, so its gates have no biases (those of timm and torchvision
+have). As in torchvision's ResNet, the 3x3 convolution of a block has the stride.
 """
 
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ REDUCTION = 16  # section 6.1: channels over the gate's inner width
 
 
 class SqueezeExcitation(nn.Module):
-    """Scales each channel by a gate in (0, 1) that is computed from the mean of every channel (eq. 2 to 4).
+    """Multiplies each channel by a gate in (0, 1), computed from the means of all channels (eq. 2 to 4).
 
     Maps `(N, channels, H, W)` to the same shape.
     """
@@ -23,7 +23,7 @@ class SqueezeExcitation(nn.Module):
         self.excite = nn.Linear(channels // REDUCTION, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x * gate`."""
+        """Compute `x * gate`."""
         gate = self.excite(F.relu(self.squeeze(x.mean(dim=(2, 3))))).sigmoid()
         return x * gate[:, :, None, None]
 
@@ -37,5 +37,5 @@ class SEBottleneck(Bottleneck):
 
 
 def se_resnet50(num_classes: int = 1000) -> ResNet:
-    """ResNet-50 of blocks with gates."""
+    """Build ResNet-50 with squeeze-and-excitation blocks."""
     return ResNet(SEBottleneck, [3, 4, 6, 3], num_classes)

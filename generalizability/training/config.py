@@ -51,7 +51,7 @@ def check_flags(flags: Flags) -> None:
     if flags.get("seed", 0) >= 2**62:
         raise InputError(f"--seed {flags['seed']} is not possible: give a number below 2^62")
     if "checkpoint" in flags and "eval_only" not in flags:
-        raise InputError("--checkpoint is for --eval-only: leave it out, or pass --resume to go on with a run")
+        raise InputError("--checkpoint is for --eval-only: leave it out, or pass --resume to resume a run")
 
 
 def resolve_config(flags: Flags, data: Halves, device: torch.device) -> RunConfig:

@@ -150,7 +150,7 @@ def test_a_signal_ends_the_run_with_the_command_that_resumes_it(tmp_path, number
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number and errors == ""
-    assert printed.splitlines()[-2] == "stopped; go on with"
+    assert printed.splitlines()[-2] == "stopped; resume with"
     progress = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]
     assert progress["epoch"] == 0 and 0 < progress["step"] < 200
     if number == signal.SIGINT:
