@@ -177,7 +177,7 @@ def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _affine(rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Compute `rows * scale + shift`, float32 coefficients `(C,)` by one BatchNorm of mean 0 and variance 1."""
+    """Compute `rows * scale + shift` with float32 coefficients `(C,)`, by one BatchNorm of mean 0, variance 1."""
     width = rows.shape[1]
     repeat = width // scale.numel()
     zero, one = torch.zeros(width), torch.ones(width)

@@ -8,8 +8,8 @@ Graphs are an option of the network, so a run's configuration and checkpoints co
 needs networkx.
 
 The paper leaves some details open. As in the code behind the paper's table: every stage draws from the same seed, so
-the last three graphs are equal; a node with one input has no weight; both parts of a depthwise-separable convolution have
-biases.
+the last three graphs are equal; a node with one input has no weight; both parts of a depthwise-separable convolution
+have biases.
 """
 
 from functools import reduce
