@@ -21,15 +21,20 @@ To build on the topology, start at `Block`. To change a network, pass other argu
 
 import inspect
 from collections.abc import Sequence
+from numbers import Integral, Real
 
+import torch
 from torch import Tensor, nn
 
-from s3net_common.checkpoints import load_weights, pretrained_file, read_metadata
+from s3net_common.checkpoints import fitting_weights, head_names, load_weights, pretrained_file, read_metadata
 from s3net_common.cpu_kernels import concatenate, norm_relu, norm_relu_conv
-from s3net_common.errors import InputError, nearest_names
+from s3net_common.errors import InputError, nearest_names, shown
 
 __all__ = ["Block", "InputError", "Layer", "NormReluConv", "S3Net"]
 __all__ += ["create_model", "layers_per_block", "list_models", "load_weights", "pretrained_file", "read_metadata"]
+
+# Largest option, number of layers and number of parameters (8 GB in float32) of a network.
+MOST, MOST_LAYERS, MOST_PARAMETERS = 100_000, 10_000, 2_000_000_000
 
 # ---- The topology -------------------------------------------------------------------------------------------------
 
@@ -138,25 +143,33 @@ class S3Net(nn.Module):
         block: type[nn.Module] = Block,
     ) -> None:
         super().__init__()
-        sizes = {f"block_config[{i}]": num_layers for i, num_layers in enumerate(block_config)} | {"bn_size": bn_size}
-        _check_positive(growth_rate=growth_rate, num_init_features=num_init_features, num_classes=num_classes, **sizes)
-        if not block_config:
-            raise InputError("block_config is empty: give the number of layers of one block or more")
-        if not 0 < compression <= 1:
-            raise InputError(f"compression is {compression}: give a number above 0 and at most 1")
-        if not 0 <= drop_rate < 1:
-            raise InputError(f"drop_rate is {drop_rate}: give a number from 0 to below 1")
+        _check_whole(growth_rate=growth_rate, num_init_features=num_init_features, num_classes=num_classes)
+        if not isinstance(block_config, list | tuple) or not block_config:
+            value = "empty" if isinstance(block_config, list | tuple) else shown(block_config)
+            raise InputError(f"block_config is {value}: give the number of layers of one block or more")
+        _check_whole(**{f"block_config[{i}]": num_layers for i, num_layers in enumerate(block_config)})
+        if sum(block_config) > MOST_LAYERS:
+            raise InputError(f"block_config has {sum(block_config)} layers: give at most {MOST_LAYERS}")
+        if bn_size is not None:
+            _check_whole(bn_size=bn_size)
+        if not _is_real(compression) or not 0 < compression <= 1:
+            raise InputError(f"compression is {shown(compression)}: give a number above 0 and at most 1")
+        if not _is_real(drop_rate) or not 0 <= drop_rate < 1:
+            raise InputError(f"drop_rate is {shown(drop_rate)}: give a number from 0 to below 1")
 
         channels = num_init_features
         self.stem = _stem(stem, channels)
         self.blocks, self.transitions = nn.ModuleList(), nn.ModuleList()
         for num_layers in block_config:
             if self.blocks:  # between two blocks
-                kept = int(channels * compression)
+                kept = max(1, int(channels * compression))
                 self.transitions.append(NormReluConv(channels, kept, kernel_size=1, pool=2))
                 channels = kept
-            self.blocks.append(block(num_layers, channels, growth_rate, bn_size, drop_rate))
-            channels = self.blocks[-1].out_channels
+            try:
+                self.blocks.append(block(num_layers, channels, growth_rate, bn_size, drop_rate))
+                channels = self.blocks[-1].out_channels
+            except (TypeError, AttributeError) as error:
+                raise InputError(f"block is {shown(block)}: give Block or a class like it") from error
         self.transitions.append(nn.Identity())
         self.norm = nn.BatchNorm2d(channels)
         self.classifier = nn.Linear(channels, num_classes)
@@ -177,20 +190,14 @@ class S3Net(nn.Module):
 
 
 def _stem(kind: str, channels: int) -> nn.ModuleDict:
+    if not isinstance(kind, str) or kind not in ("cifar", "imagenet"):
+        raise InputError(f'stem is {shown(kind)}: give "cifar" or "imagenet"')
     if kind == "cifar":
         conv, pool = nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.Identity()
-    elif kind == "imagenet":
+    else:
         conv = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
         pool = nn.MaxPool2d(3, stride=2, padding=1)
-    else:
-        raise InputError(f'stem is {kind!r}: give "cifar" or "imagenet"')
     return nn.ModuleDict({"conv": conv, "norm": nn.BatchNorm2d(channels), "pool": pool})
-
-
-def _check_positive(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}: give 1 or more")
 
 
 # ---- The paper's networks by name ---------------------------------------------------------------------------------
@@ -236,8 +243,10 @@ def create_model(name: str, num_classes: int | None = None, pretrained: bool = F
         InputError: the name is unknown (the message lists close matches), an option is unknown or out of range, two
             options contradict each other, or the trained weights are missing or damaged.
     """
-    if name not in NETWORKS:
-        raise InputError(f"there is no network {name!r}: {nearest_names(name, NETWORKS)}")
+    if not isinstance(name, str) or name not in NETWORKS:
+        raise InputError(f"there is no network {shown(name)}: {nearest_names(str(name), NETWORKS)}")
+    if not isinstance(pretrained, bool):
+        raise InputError(f"pretrained is {shown(pretrained)}: give True or False")
     settings = NETWORKS[name]
     defaults = {key: parameter.default for key, parameter in inspect.signature(S3Net).parameters.items()} | settings
     for option in options:
@@ -245,13 +254,19 @@ def create_model(name: str, num_classes: int | None = None, pretrained: bool = F
             raise InputError(f"{name} has no option {option!r}: {nearest_names(option, defaults)}")
     if {"depth", "block_config"} <= options.keys():
         raise InputError("depth and block_config both say how many layers the blocks have: leave one of them out")
-    changed = [option for option in options if option != "drop_rate" and options[option] != defaults[option]]
     settings = settings | options
     if num_classes is not None:
         settings["num_classes"] = num_classes
-    if (depth := settings.pop("depth", None)) is not None:
-        settings.setdefault("block_config", (layers_per_block(depth),) * 3)
+    if "depth" in settings:
+        blocks = (layers_per_block(settings.pop("depth")),) * 3
+        settings.setdefault("block_config", blocks)
+    if options or num_classes is not None:  # count the parameters before they are allocated
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in S3Net(**settings).parameters())
+        if parameters > MOST_PARAMETERS:
+            raise InputError(f"{name} with these options has {parameters:,} parameters: give smaller ones")
     model = S3Net(**settings)
+    changed = [option for option in options if option != "drop_rate" and options[option] != defaults[option]]
     return _load_pretrained(model, name, changed) if pretrained else model
 
 
@@ -261,6 +276,8 @@ def layers_per_block(depth: int) -> int:
     Raises:
         InputError: depth - 4 is not a positive multiple of 3. The message names the nearest possible depths.
     """
+    if not isinstance(depth, Integral) or isinstance(depth, bool) or depth > MOST_LAYERS:
+        raise InputError(f"depth is {shown(depth)}: give a whole number of at most {MOST_LAYERS:,}")
     if depth < 7 or (depth - 4) % 3:
         below = max(7, 4 + (depth - 4) // 3 * 3)
         raise InputError(
@@ -270,16 +287,26 @@ def layers_per_block(depth: int) -> int:
     return (depth - 4) // 3
 
 
+def _check_whole(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise InputError(f"{name} is {shown(value)}: give a whole number")
+        if not 1 <= value <= MOST:
+            raise InputError(f"{name} is {value}: give {'1 or more' if value < 1 else f'at most {MOST:,}'}")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _load_pretrained(model: S3Net, name: str, changed: Sequence[str]) -> S3Net:
-    file, new_classifier = pretrained_file(name), model.classifier
+    file = pretrained_file(name)
     if changed:
         options = ", ".join(f"{option}={value}" for option, value in NETWORKS[name].items() if option != "num_classes")
         raise InputError(f"there are trained weights for {name} with {options} only: leave out {', '.join(changed)}")
-    metadata = read_metadata(file)
-    if "num_classes" not in metadata:
+    if "num_classes" not in read_metadata(file):
         raise InputError(f"{file} does not say how many classes it has: put the trainer's best.safetensors there")
-    model.classifier = nn.Linear(new_classifier.in_features, metadata["num_classes"])
-    load_weights(model, file)
-    if new_classifier.out_features != model.classifier.out_features:
-        model.classifier = new_classifier
+    weights = fitting_weights(model, file, optional=head_names(model))
+    fitting = {key: value for key, value in weights.items() if value.shape == model.state_dict()[key].shape}
+    model.load_state_dict(fitting, strict=False)
     return model

@@ -1,41 +1,32 @@
-"""Files of weights: read without running code from them, checked against the network, and written with metadata.
+"""Weights of networks: loaded after a check against the network, and written with metadata.
 
-Formats: `.safetensors` with metadata (written by `save_weights`), `.pt` (a plain state dict, or a dict that contains
-one), and the two formats that the paper's authors published, whose keys are renamed to ours.
+Formats: `.safetensors` with metadata (written by `save_weights`), `.pt` (a state dict, alone or in a container), and
+the two formats that the paper's authors published. Names with prefixes or in an older style are matched to the
+network's. No code from a file is run, and nothing is allocated before the file's shapes fit.
 """
 
-import argparse
 import json
-import pickle
-import re
+import math
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from s3net_common.errors import InputError, first_line
+from s3net_common.errors import InputError, first_line, shown
 from s3net_common.output_files import ROOT, write_atomically
+from s3net_common.weight_files import existing_file, is_safetensors, read_header, read_pickle, read_safetensors
+from s3net_common.weight_names import Match, container_rank, match_names, published_order
 
 # In a clone the trained weights are in weights/; a wheel installs them beside this package as s3net_weights/.
 WEIGHTS = next((ROOT / name for name in ("s3net_weights", "weights") if (ROOT / name).is_dir()), ROOT / "weights")
 # Of a trainer's last.pt, which training/run_folder.py writes: its configuration and its weights.
 RUN_CONFIG, RUN_WEIGHTS = "config", "model"
+CONTAINER_LEVELS = 3  # containers inside containers, {"state_dict": {"model": {...}}}
 
-# Metadata of a safetensors file: our name, the name in the file, and whether the value is stored as JSON.
-_METADATA = {
-    "model": ("model", False),
-    "dataset": ("dataset", False),
-    "model_options": ("options", True),
-    "num_classes": ("num_classes", True),
-    "classes": ("classes", True),
-    "mean": ("mean", True),
-    "std": ("std", True),
-    "image_size": ("image_size", True),
-}
-_OPTIONAL_METADATA = {"model", "dataset"}
+Report = Callable[[str], object]  # is called with a line about what was loaded
 
 
 def pretrained_file(name: str) -> Path:
@@ -55,59 +46,195 @@ def pretrained_file(name: str) -> Path:
     return file
 
 
-# ---- Reading ------------------------------------------------------------------------------------------------------
+# ---- Weights ------------------------------------------------------------------------------------------------------
 
 
-def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+def load_weights(model: nn.Module, path: str | Path, report: Report | None = None) -> nn.Module:
     """Load a checkpoint into the model and return the model.
 
-    Takes `.safetensors` and `.pt` files of this repository, a plain state dict, and both kinds of checkpoint that
-    the paper's authors published (ImageNet: `state_dict` with `module.features...` keys; CIFAR: `model` with
-    `denseblocks...` keys, whose blocks are laid out in another order). No code from the file is run.
+    Takes safetensors and PyTorch files: a plain state dict, or a file with a state dict in a container (`model`,
+    `state_dict_ema`, ...; averaged weights are preferred), and both formats that the paper's authors published. A
+    prefix of all names (`module.`, `backbone.`, ...) is removed if the names then fit. No code from the file is run.
+
+    Args:
+        model: the network.
+        path: the file.
+        report: is called with one line if a container was chosen or names were changed.
 
     Raises:
-        InputError: the file is missing, damaged or no checkpoint, or a key or shape does not fit the model; the
-            message names the key and both shapes. The model is then unchanged.
+        InputError: the file is missing, damaged or no checkpoint, or a key, shape or value does not fit the model;
+            the message names the key and both shapes. The model is then unchanged.
     """
-    expected = model.state_dict()
-    state = _published_to_ours(read_state_dict(path), expected)
-    for key, tensor in expected.items():
-        if key not in state:
-            raise InputError(f"{path} does not fit this network: it lacks {key} of shape {tuple(tensor.shape)}")
-        if state[key].shape != tensor.shape:
-            raise InputError(
-                f"{path} does not fit this network: {key} has shape {tuple(state[key].shape)} in the file and "
-                f"{tuple(tensor.shape)} in the network; check the network's name, options and number of classes"
-            )
-    if extra := sorted(state.keys() - expected.keys()):
-        raise InputError(
-            f"{path} does not fit this network: it also holds {extra[0]} of shape {tuple(state[extra[0]].shape)}, "
-            "which the network lacks; check the network's name and options"
-        )
-    model.load_state_dict(state)
+    model.load_state_dict(fitting_weights(model, path, report=report), strict=False)
     return model
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, on the CPU. No code from the file is run.
+def create_with_weights(build: Callable[[], nn.Module], path: str | Path, report: Report | None = None) -> nn.Module:
+    """Build a network and load a checkpoint into it, after its shapes were compared without allocating the network.
+
+    Use it if the network's options come from the file.
 
     Raises:
-        InputError: the file is missing, damaged, would run code, or contains no tensors by name.
+        InputError: as `build` and `load_weights`.
     """
-    path = _existing(path)
-    if path.suffix == ".safetensors":
+    with torch.device("meta"):
+        network = build()
+    weights = fitting_weights(network, path, report=report)
+    model = build()
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def fitting_weights(
+    model: nn.Module, path: str | Path, optional: Collection[str] = (), report: Report | None = None
+) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors by the model's names, on the CPU.
+
+    Args:
+        model: the network, which may be on the meta device.
+        path: the file.
+        optional: names that the file may lack, and whose tensors may have other shapes.
+        report: as for `load_weights`.
+
+    Raises:
+        InputError: as `load_weights`.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"weights are loaded into a torch.nn.Module, and {type(model).__name__} is none")
+    path = existing_file(path)
+    expected = model.state_dict()
+    containers = _containers(path)
+    matches: dict[str, Match] = {}
+    for name in sorted(containers, key=container_rank):
         try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is damaged or no safetensors file ({first_line(error)}): get it again") from error
-    content = read_pickle(path)
-    for key in ("state_dict", RUN_WEIGHTS):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+            matches[name] = match_names(containers[name], expected, optional)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        if matches[name].fits:
             break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    else:
+        _raise_misfit(path, min(matches.values(), key=lambda match: len(match.missing)), expected)
+    match = matches[name]
+    _check_tensors(path, match.tensors, model, optional)
+    if report and (line := _describe(path, name, match, set(containers) - {name})):
+        report(line)
+    return published_order(match.tensors) if match.reordered else match.tensors
+
+
+def _containers(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Return every dict of a file that contains tensors by name. The key is its place in the file, "" for the file.
+
+    Raises:
+        InputError: the file is damaged, would run code, or contains no tensors by name.
+    """
+    containers: dict[str, dict[str, Tensor]] = {}
+    visited: set[int] = set()
+
+    def collect(content: dict, place: str, level: int) -> None:
+        visited.add(id(content))
+        entries = {name: value for name, value in content.items() if isinstance(name, str)}
+        if tensors := {name: value for name, value in entries.items() if isinstance(value, Tensor)}:
+            containers[place] = tensors
+        for name, value in entries.items():
+            if isinstance(value, dict) and level < CONTAINER_LEVELS and id(value) not in visited:
+                collect(value, f"{place}.{name}".lstrip("."), level + 1)
+
+    content = read_safetensors(path) if is_safetensors(path) else read_pickle(path)
+    if isinstance(content, dict):
+        collect(content, "", 0)
+    if not containers:
         raise InputError(f"{path} holds no weights: a checkpoint is a dict of tensors by name, or has one inside")
-    return {key.removeprefix("module."): tensor for key, tensor in content.items()}
+    return containers
+
+
+def _raise_misfit(path: Path, match: Match, expected: dict[str, Tensor]) -> None:
+    if match.missing:
+        name = match.missing[0]
+        raise InputError(f"{path} does not fit this network: it lacks {name} of shape {tuple(expected[name].shape)}")
+    raise InputError(
+        f"{path} does not fit this network: it also holds {match.extra[0]}, which the network lacks; check the "
+        "network's name and options"
+    )
+
+
+def _describe(path: Path, container: str, match: Match, others: set[str]) -> str | None:
+    """Return a line about the choices that were made for a file, or None if there were none."""
+    parts = []
+    if container:
+        averaged = [name for name in others if name]
+        others_named = f" (not {', '.join(sorted(averaged)[:3])})" if averaged else ""
+        parts.append(f"took {container}{others_named}")
+    parts += match.changes
+    if match.left_out:
+        parts.append(f"left out {len(match.left_out)} other tensors ({match.left_out[0]}, ...)")
+    return f"weights of {path.name}: {'; '.join(parts)}" if parts else None
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor], model: nn.Module, optional: Collection[str] = ()) -> None:
+    """Check kind, shape and values of a file's tensors against the model's.
+
+    Raises:
+        InputError: a tensor cannot be loaded; the message names it.
+    """
+    expected, head = model.state_dict(), head_names(model)
+    finite = {name for name, _ in model.named_parameters()} | {name for name in expected if ".running_" in name}
+    for name, tensor in tensors.items():
+        wanted = expected[name]
+        if kind := _unsupported_kind(tensor, wanted):
+            raise InputError(f"{path} does not fit this network: {name} is {kind}; save plain float tensors")
+        if tensor.shape != wanted.shape and name not in optional:
+            shapes = f"{name} has shape {tuple(tensor.shape)} in the file and {tuple(wanted.shape)} in the network"
+            advice = "check the network's name, options and number of classes"
+            if name in head and tensor.shape[1:] == wanted.shape[1:]:
+                classes = len(tensor)
+                advice = (
+                    f"pass {classes} as the number of classes (--num-classes {classes}), or train a new classifier on "
+                    "top of these weights: train_s3net.py --init FILE"
+                )
+            raise InputError(f"{path} does not fit this network: {shapes}; {advice}")
+        if name in finite and not torch.isfinite(tensor.to(wanted.dtype)).all():
+            raise InputError(f"{path}: {name} holds NaN or infinite values: take a checkpoint from before that")
+
+
+def _unsupported_kind(tensor: Tensor, wanted: Tensor) -> str | None:
+    """Return what kind of tensor it is if it cannot be copied into `wanted`, else None."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "a sparse or nested tensor"
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.is_meta:
+        return "a meta tensor without values"
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if wanted.is_floating_point() and not tensor.is_floating_point():
+        return f"of type {tensor.dtype}"
+    return f"of type {tensor.dtype}" if tensor.is_complex() else None
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Return the names of weight and bias of the model's last linear layer, its classifier; [] if it has none."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        return []
+    name, head = layers[-1]
+    return [f"{name}.{part}".lstrip(".") for part, _ in head.named_parameters(recurse=False)]
+
+
+# ---- Metadata -----------------------------------------------------------------------------------------------------
+
+# Metadata of a safetensors file: our name, the name in the file, and whether the value is stored as JSON.
+_METADATA = {
+    "model": ("model", False),
+    "dataset": ("dataset", False),
+    "model_options": ("options", True),
+    "num_classes": ("num_classes", True),
+    "classes": ("classes", True),
+    "mean": ("mean", True),
+    "std": ("std", True),
+    "image_size": ("image_size", True),
+}
+_OPTIONAL_METADATA = {"model", "dataset"}
+MOST_CLASSES, LARGEST_IMAGE = 100_000, 4096
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -115,61 +242,84 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
     Returns:
         `model`, `model_options`, `num_classes`, `classes` (names by index), `mean` and `std` (of each colour, for
-        pixels in [0, 1]), `image_size` in pixels and `dataset`, as far as the file has them.
+        pixels in [0, 1]), `image_size` in pixels and `dataset`, as far as the file has them. Types and ranges are
+        checked.
 
     Raises:
         InputError: the file is missing or damaged.
     """
-    path = _existing(path)
-    if path.suffix != ".safetensors":
+    path = existing_file(path)
+    if not is_safetensors(path):
         content = read_pickle(path)
         config = content.get(RUN_CONFIG) if isinstance(content, dict) else None
-        return config if isinstance(config, dict) and "model_options" in config else {}
+        config = config if isinstance(config, dict) and "model_options" in config else {}
+        return check_metadata(config, path)
+    stored = read_header(path)
+    if "options" not in stored:
+        return {}
     try:
-        with safe_open(path, framework="pt") as file:
-            stored = file.metadata() or {}
-        if "options" not in stored:
-            return {}
-        return {
+        metadata = {
             name: json.loads(stored[key]) if as_json else stored[key]
             for name, (key, as_json) in _METADATA.items()
             if key in stored or name not in _OPTIONAL_METADATA
         }
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} is damaged or no safetensors file of the trainer ({first_line(error)}): get it again"
         ) from error
+    return check_metadata(metadata, path)
 
 
-def read_pickle(path: str | Path) -> object:
-    """Return the content of a `torch.save` file, on the CPU.
-
-    Only tensors, containers, numbers, strings and `argparse.Namespace` are loaded.
+def check_metadata(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Check types and ranges of the metadata of weights, as far as they are in `values`, and return `values`.
 
     Raises:
-        InputError: the file is damaged, no checkpoint, or would run code when loaded.
+        InputError: a value cannot be used; the message names it.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
-            raise InputError(
-                f"{path} was not loaded: it would run code on loading ({forbidden[1]}); save a plain state dict instead"
-            ) from error
-        raise InputError(f"{path} is damaged or no PyTorch checkpoint: get it again") from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} is damaged or no PyTorch checkpoint ({first_line(error)}): get it again") from error
+    for name, (is_valid, wanted) in _VALID.items():
+        if name in values and not is_valid(values[name]):
+            raise InputError(f"{path} is damaged: {name} is {shown(values[name])}, and not {wanted}; get it again")
+    if len(values.get("classes", ())) > values.get("num_classes", MOST_CLASSES):
+        raise InputError(f"{path} is damaged: it names {len(values['classes'])} classes of {values['num_classes']}")
+    return values
 
 
-def _existing(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}")
-    return path
+def is_whole(value: object, least: int, most: int) -> bool:
+    """Whether a value is a whole number in [least, most]; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-# ---- Writing ------------------------------------------------------------------------------------------------------
+def is_number(value: object, least: float, most: float) -> bool:
+    """Whether a value is a number in [least, most]; True, False, NaN and infinity are none."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and least <= value <= most and abs(value) < math.inf
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 1000
+
+
+def _are_options(value: object) -> bool:
+    """Whether a value is a dict of a network's options. The network's builder checks their values."""
+    reserved = {"name", "num_classes", "pretrained", "block"}
+    return isinstance(value, dict) and all(isinstance(name, str) and name not in reserved for name in value)
+
+
+def _is_colour(value: object, least: float) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(is_number(v, least, 1000) for v in value)
+
+
+# Name of each value: its test, and what it should be.
+_VALID: dict[str, tuple[Callable[[object], bool], str]] = {
+    "model": (_is_text, "a network's name"),
+    "dataset": (_is_text, "a data set's name"),
+    "model_options": (_are_options, "a dict of options"),
+    "num_classes": (lambda value: is_whole(value, 1, MOST_CLASSES), f"a whole number from 1 to {MOST_CLASSES:,}"),
+    "classes": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of names"),
+    "mean": (lambda value: _is_colour(value, -1000), "three numbers"),
+    "std": (lambda value: _is_colour(value, 1e-6), "three numbers above 0"),
+    "image_size": (lambda value: is_whole(value, 1, LARGEST_IMAGE), f"a whole number from 1 to {LARGEST_IMAGE:,}"),
+}
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -189,61 +339,3 @@ def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any
         stored[key] = json.dumps(value) if as_json else value
     tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, stored)))
-
-
-# ---- The published formats ----------------------------------------------------------------------------------------
-
-# Patterns of the published names, and ours. Groups that are digits count from 0 (CIFAR) or from 1 (ImageNet).
-_CIFAR_NAMES = [
-    (r"init_cnn_layer\.(conv|norm)0\.(\w+)", r"stem.\1.\2", 0),
-    (r"denseblocks\.db_(\d+)\.bottleneck\.dbl_(\d+)\.layer\.0\.(\w+)", r"blocks.{0}.layers.{1}.0.norm.\3", 0),
-    (r"denseblocks\.db_(\d+)\.bottleneck\.dbl_(\d+)\.layer\.2\.(\w+)", r"blocks.{0}.layers.{1}.0.conv.\3", 0),
-    (r"denseblocks\.t_(\d+)\.layer\.0\.(\w+)", r"transitions.{0}.norm.\2", 0),
-    (r"denseblocks\.t_(\d+)\.layer\.2\.(\w+)", r"transitions.{0}.conv.\2", 0),
-    (r"denseblocks\.nb_\d+\.(\w+)", r"norm.\1", 0),
-    (r"lr\.(\w+)", r"classifier.\1", 0),
-]
-_IMAGENET_NAMES = [
-    (r"features\.(conv|norm)0\.(\w+)", r"stem.\1.\2", 1),
-    (r"features\.denseblock(\d+)\.denselayer(\d+)\.(norm|conv)1\.(\w+)", r"blocks.{0}.layers.{1}.0.\3.\4", 1),
-    (r"features\.denseblock(\d+)\.denselayer(\d+)\.(norm|conv)2\.(\w+)", r"blocks.{0}.layers.{1}.1.\3.\4", 1),
-    (r"features\.transition(\d+)\.(norm|conv)\.(\w+)", r"transitions.{0}.\2.\3", 1),
-    (r"features\.norm5\.(\w+)", r"norm.\1", 1),
-    (r"classifier\.(\w+)", r"classifier.\1", 1),
-]
-
-
-def _published_to_ours(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the keys of a published checkpoint to S3-Net's. Any other state dict is returned unchanged."""
-    if "init_cnn_layer.conv0.weight" in state:
-        return _reorder_blocks({_rename(key, _CIFAR_NAMES): tensor for key, tensor in state.items()})
-    # torchvision's DenseNets have such keys, too, and keep them.
-    if "features.conv0.weight" in state and "features.conv0.weight" not in expected:
-        return {_rename(key, _IMAGENET_NAMES): tensor for key, tensor in state.items()}
-    return state
-
-
-def _rename(key: str, names: list[tuple[str, str, int]]) -> str:
-    for pattern, ours, first in names:
-        if match := re.fullmatch(pattern, key):
-            numbers = [int(group) - first for group in match.groups() if group.isdigit()]
-            return match.expand(ours).format(*numbers)
-    return key
-
-
-def _reorder_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a block's output from the published CIFAR order to ours.
-
-    Theirs is [layer L, block input, layer 1, ..., layer L-1]; in ours layer L is the last. The order matters to the
-    modules that read a block's output: the BatchNorm and 1x1 convolution of a transition, the last BatchNorm, and the
-    classifier. Moving layer L to the end is a roll of their input channels by the growth rate.
-    """
-    growth_rate = len(state.get("blocks.0.layers.0.0.conv.weight", ()))
-    reader = re.compile(
-        r"transitions\.\d+\.norm\.|norm\.|(?P<matrix>transitions\.\d+\.conv\.weight|classifier\.weight)"
-    )
-    reordered = dict(state)
-    for key, tensor in state.items():
-        if (match := reader.match(key)) and tensor.dim() > 0:
-            reordered[key] = tensor.roll(-growth_rate, dims=1 if match["matrix"] else 0)
-    return reordered

@@ -22,3 +22,8 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message without a final period, or its class's name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: its repr in one line of at most 60 characters."""
+    return " ".join(repr(value).split())[:60]

@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from recipes import RunConfig
-from s3net_common.checkpoints import RUN_CONFIG, RUN_WEIGHTS, read_pickle, save_weights
+from s3net_common.checkpoints import RUN_CONFIG, RUN_WEIGHTS, save_weights
 from s3net_common.errors import InputError
 from s3net_common.output_files import json_line, lock_exclusively, make_folder, write_atomically, write_json
+from s3net_common.weight_files import read_pickle
 from training.engine import Progress, Trainer
 
 CHECKPOINT_FORMAT = 1
