@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from s3net_common.errors import InputError, first_line, shown
 from s3net_common.output_files import ROOT, write_atomically
 from s3net_common.weight_files import existing_file, is_safetensors, read_header, read_pickle, read_safetensors
-from s3net_common.weight_names import Match, container_rank, match_names, published_order
+from s3net_common.weight_names import Match, container_rank, match_names, published_order, without_wrappers
 
 # In a clone the trained weights are in weights/; a wheel installs them beside this package as s3net_weights/.
 WEIGHTS = next((ROOT / name for name in ("s3net_weights", "weights") if (ROOT / name).is_dir()), ROOT / "weights")
 # Of a trainer's last.pt, which training/run_folder.py writes: its configuration and its weights.
 RUN_CONFIG, RUN_WEIGHTS = "config", "model"
+_FINITE = ("weight", "bias", "running_mean", "running_var")  # ends of names; other buffers may hold infinity
 CONTAINER_LEVELS = 3  # containers inside containers, {"state_dict": {"model": {...}}}
 
 Report = Callable[[str], object]  # is called with a line about what was loaded
@@ -65,7 +66,8 @@ def load_weights(model: nn.Module, path: str | Path, report: Report | None = Non
         InputError: the file is missing, damaged or no checkpoint, or a key, shape or value does not fit the model;
             the message names the key and both shapes. The model is then unchanged.
     """
-    model.load_state_dict(fitting_weights(model, path, report=report), strict=False)
+    weights = fitting_weights(model, path, report=report)
+    model.load_state_dict(weights, strict=False)
     return model
 
 
@@ -102,7 +104,9 @@ def fitting_weights(
     if not isinstance(model, nn.Module):
         raise InputError(f"weights are loaded into a torch.nn.Module, and {type(model).__name__} is none")
     path = existing_file(path)
-    expected = model.state_dict()
+    own_names = {without_wrappers(name): name for name in model.state_dict()}
+    expected = {name: model.state_dict()[own] for name, own in own_names.items()}
+    optional = {without_wrappers(name) for name in optional}
     containers = _containers(path)
     matches: dict[str, Match] = {}
     for name in sorted(containers, key=container_rank):
@@ -115,10 +119,12 @@ def fitting_weights(
     else:
         _raise_misfit(path, min(matches.values(), key=lambda match: len(match.missing)), expected)
     match = matches[name]
-    _check_tensors(path, match.tensors, model, optional)
+    head = {without_wrappers(name) for name in head_names(model)}
+    check_tensors(path, match.tensors, expected, optional, head)
     if report and (line := _describe(path, name, match, set(containers) - {name})):
         report(line)
-    return published_order(match.tensors) if match.reordered else match.tensors
+    tensors = published_order(match.tensors) if match.reordered else match.tensors
+    return {own_names[name]: tensor for name, tensor in tensors.items()}
 
 
 def _containers(path: Path) -> dict[str, dict[str, Tensor]]:
@@ -170,14 +176,25 @@ def _describe(path: Path, container: str, match: Match, others: set[str]) -> str
     return f"weights of {path.name}: {'; '.join(parts)}" if parts else None
 
 
-def _check_tensors(path: Path, tensors: dict[str, Tensor], model: nn.Module, optional: Collection[str] = ()) -> None:
-    """Check kind, shape and values of a file's tensors against the model's.
+def check_tensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    optional: Collection[str] = (),
+    head: Collection[str] = (),
+) -> None:
+    """Check kind, shape and values of a file's tensors against a network's, by name.
+
+    Args:
+        path: the file, for messages.
+        tensors: of the file, by the network's names.
+        expected: of the network; may be on the meta device.
+        optional: names whose shapes may differ.
+        head: names of the classifier's tensors.
 
     Raises:
         InputError: a tensor cannot be loaded; the message names it.
     """
-    expected, head = model.state_dict(), head_names(model)
-    finite = {name for name, _ in model.named_parameters()} | {name for name in expected if ".running_" in name}
     for name, tensor in tensors.items():
         wanted = expected[name]
         if kind := _unsupported_kind(tensor, wanted):
@@ -192,7 +209,7 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], model: nn.Module, opt
                     "top of these weights: train_s3net.py --init FILE"
                 )
             raise InputError(f"{path} does not fit this network: {shapes}; {advice}")
-        if name in finite and not torch.isfinite(tensor.to(wanted.dtype)).all():
+        if name.endswith(_FINITE) and not torch.isfinite(tensor.to(wanted.dtype)).all():
             raise InputError(f"{path}: {name} holds NaN or infinite values: take a checkpoint from before that")
 
 

@@ -178,7 +178,8 @@ def _load_zip(path: Path) -> object:
         folder = name.removesuffix("data.pkl") + "data/"
         records = {key.removeprefix(folder): size for key, size in sizes.items() if key.startswith(folder)}
         check_storages(archive.read(name), records)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with path.open("rb") as file:  # given the path, torch.load would choose the format by its suffix
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _load_plain(path: Path) -> object:

@@ -16,7 +16,7 @@ from s3net_common.errors import InputError
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Counters of averaged models. They are no weights.
 _COUNTERS = {"n_averaged", "num_updates", "decay", "initted", "step"}
-_AVERAGED = re.compile(r"(^|[._-])(ema|swa|averaged?)([._-]|$)")
+_AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|averaged?)([^a-z]|$)")
 # Names of containers, those before which others that fit are not taken.
 _CONTAINERS = (
     "state_dict",
@@ -98,7 +98,7 @@ def _renamings(tensors: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], 
     Each comes with what was changed, and with whether the order of a block's output differs from ours.
     """
     yield tensors, [], False
-    for unwrap, wrappers in ((str, []), (_without_wrappers, ["removed module. and similar parts from the names"])):
+    for unwrap, wrappers in ((str, []), (without_wrappers, ["removed module. and similar parts from the names"])):
         for rename, layers in (
             (str, []),
             (_old_densenet, ["renamed the layers of an old DenseNet"]),
@@ -110,7 +110,8 @@ def _renamings(tensors: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], 
                 yield renamed, wrappers + layers, rename is _cifar_name
 
 
-def _without_wrappers(name: str) -> str:
+def without_wrappers(name: str) -> str:
+    """Return a name without the parts of DataParallel, torch.compile, FSDP and activation checkpointing."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from torch import nn
 
-from s3net_common.errors import InputError, nearest_names
+from s3net_common.errors import InputError, first_line, nearest_names, shown
 from s3net_networks.connections import CONNECTIONS
 from s3net_networks.own_models import models
 
@@ -45,12 +45,13 @@ def create_network(name: str, num_classes: int, **options) -> nn.Module:
             layers of its blocks; of a baseline the arguments of its builder.
 
     Raises:
-        InputError: the name is unknown (the message lists close matches), or the network lacks the option.
+        InputError: the name is unknown (the message lists close matches), or the network lacks the option or cannot
+            be built with its value.
     """
     if name in models.list_models():
         if connections := options.pop("connections", None):
-            if connections not in CONNECTIONS:
-                raise InputError(f"connections is {connections!r}: give {', '.join(CONNECTIONS)}")
+            if not isinstance(connections, str) or connections not in CONNECTIONS:
+                raise InputError(f"connections is {shown(connections)}: give {', '.join(CONNECTIONS)}")
             options["block"] = CONNECTIONS[connections]
         return models.create_model(name, num_classes, **options)
     build = _builder(name)
@@ -58,7 +59,15 @@ def create_network(name: str, num_classes: int, **options) -> nn.Module:
     if unknown := sorted(options.keys() - known):
         has = f"its options are {', '.join(sorted(known))}" if known else "it has none"
         raise InputError(f"{name} has no option {unknown[0]!r}: {has}")
-    return build(num_classes=num_classes, **options)
+    try:
+        return build(num_classes=num_classes, **options)
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        values = ", ".join(
+            f"{option}={shown(value)}" for option, value in {"num_classes": num_classes, **options}.items()
+        )
+        raise InputError(f"{name} cannot be built with {values} ({first_line(error)})") from error
 
 
 def fix_options(name: str, options: dict) -> dict:
@@ -78,6 +87,6 @@ def fix_options(name: str, options: dict) -> dict:
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:
-    if name not in BASELINES:
-        raise InputError(f"there is no network {name!r}: {nearest_names(name, list_networks())}")
+    if not isinstance(name, str) or name not in BASELINES:
+        raise InputError(f"there is no network {shown(name)}: {nearest_names(str(name), list_networks())}")
     return getattr(import_module(f"s3net_networks.{BASELINES[name]}"), name)

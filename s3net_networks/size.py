@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from s3net_common.errors import InputError, first_line
 from s3net_networks import create_network
+from s3net_networks.own_models import models
 
 
 def model_size(model: nn.Module, image_size: int, device: torch.device) -> dict[str, int]:
@@ -22,12 +23,15 @@ def network_size(name: str, num_classes: int, options: dict, image_size: int) ->
     """Return `model_size` of a network by name, without allocating its weights or computing anything.
 
     Raises:
-        InputError: the name or an option is unknown, or the network cannot take images of that size.
+        InputError: the name or an option is unknown, the network is too large, or it cannot take images of that size.
     """
     meta = torch.device("meta")
     with meta:
         model = create_network(name, num_classes, **options)
-    return model_size(model, image_size, meta)
+    size = model_size(model, image_size, meta)
+    if size["parameters"] > models.MOST_PARAMETERS:
+        raise InputError(f"{name} with these options has {size['parameters']:,} parameters: give smaller ones")
+    return size
 
 
 def count_parameters(name: str, num_classes: int = 100, **options) -> int:
