@@ -144,7 +144,8 @@ class RunConfig:
     """Everything that determines what a run computes. It is saved as `config.json` and cannot change on resuming.
 
     Attributes are those of `recipes.Recipe` and the command line's flags of the same names, with every default
-    filled in. `train_images`, `val_images` and `classes` describe the data that the run was started on.
+    filled in. `train_images`, `val_images` and `classes` describe the data that the run was started on. `init` is the
+    absolute path of the file of weights that the run started from, or "pretrained".
     """
 
     dataset: str
@@ -172,3 +173,4 @@ class RunConfig:
     classes: list[str]
     hold_out: int | None = None
     accumulate: int = 1
+    init: str | None = None

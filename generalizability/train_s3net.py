@@ -5,6 +5,7 @@ One process (a GPU if there is one, else the CPU):
     python train_s3net.py --dataset digits                    # two minutes on a laptop, nothing to download
     python train_s3net.py --dataset folder --data-dir my/images --image-size 64
     python train_s3net.py --resume                            # resume an interrupted run
+    python train_s3net.py --init pretrained --lr 0.02 --dataset folder --data-dir my/images    # start from weights
 
 Several GPUs of one node, each batch divided between them:
     torchrun --nproc_per_node=4 train_s3net.py
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +38,7 @@ from data.datasets import DATASETS, load_dataset
 from data.image_sets import Halves
 from distributed import Ranks, join_ranks
 from recipes import RECIPES, RunConfig, recipe_for
-from s3net_common.checkpoints import load_weights, read_metadata
+from s3net_common.checkpoints import create_with_weights, read_metadata
 from s3net_common.command_line import flag, given_flags, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
@@ -65,6 +67,7 @@ from training.engine import (
     evaluate,
     make_trainer,
 )
+from training.initial_weights import build_network, complete_flags, open_start, recorded_init
 from training.reporting import TensorBoardLog, describe, diverged, epoch_line, summarize
 from training.run_folder import Run, load_progress, save_progress
 
@@ -94,6 +97,9 @@ class Args:
     """Connections inside a block: sparse (S3-Net), chain (no shortcuts), dense (as in DenseNet) or residual."""
     num_classes: flag(int, "INT", "the data's") = None
     """Outputs of the network."""
+    init: flag(str, "{FILE,pretrained}", "random weights") = None
+    """Start from the weights of a file, or from the network's published ones. The file's network, image size and
+    normalisation become the defaults. The classifier keeps the rows of classes with the same names."""
 
     epochs: flag(int, "INT", RECIPE) = None
     """Passes over the training images."""
@@ -163,6 +169,8 @@ def main(args: Args) -> int:
         return 0
     flags = given_flags(args)
     check_flags(flags)
+    if "init" in flags:
+        flags["init"] = recorded_init(flags["init"])
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
@@ -170,20 +178,27 @@ def main(args: Args) -> int:
     check_tools(flags, ranks)
     if args.eval_only:
         return evaluate_checkpoint(flags, ranks)
-    run = Run(flags.get("out") or default_folder(flags))
+    start = ranks.on_main_rank(lambda: start_metadata(flags))
+    completed = complete_flags(flags, start)
+    run = Run(flags.get("out") or default_folder(completed))
     started = ranks.on_main_rank(lambda: open_run(flags, run))
     if started:  # the run's own images, also where the flags do not name them
         flags |= {name: getattr(started, name) for name in DATA_FLAGS}
+    else:
+        flags = completed
     data = read_data(flags, ranks)
-    config = started or resolve_config(flags, data, ranks.device)
+    config = started or resolve_config(flags, data, ranks.device, start)
     size = network_size(config.model, config.num_classes, config.model_options, config.image_size)
     if started:
         check_same_data(data, started, run.folder)
+    restored = started is not None and ranks.on_main_rank(run.has_checkpoint)
+    model = build_network(config, not restored, ranks)
+    if started:
         ranks.on_main_rank(run.hold)
     else:  # all flags are valid now, so the folder may be written
         ranks.on_main_rank(lambda: run.create(config))
     try:
-        return train(flags, run, config, size, data, ranks)
+        return train(flags, run, config, model, size, data, ranks)
     finally:
         run.release()
 
@@ -214,17 +229,38 @@ def open_run(flags: Flags, run: Run) -> RunConfig | None:
             flag differs from what the run was started with.
     """
     run.check_writable()  # before the data are read, which may take a while
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun restarted all ranks
-    if not run.exists() or ("overwrite" in flags and not restarted):
+    if not run.exists() or ("overwrite" in flags and not was_restarted()):
         return None
-    if "resume" not in flags and not restarted:
+    if "resume" not in flags and not was_restarted():
         raise InputError(
             f"{relative(run.folder)} already holds a run: pass --resume to resume it, --overwrite to replace it, "
             "or another --out"
         )
     started = run.read_config()
-    check_same_recipe(flags, started)
+    check_same_recipe(flags, started, run.folder)
     return started
+
+
+def start_metadata(flags: Flags) -> dict[str, Any]:
+    """Return the metadata of the weights of --init, or {} without them.
+
+    Raises:
+        InputError: the file cannot be read. A run that is resumed does not need it.
+    """
+    if "init" not in flags:
+        return {}
+    dataset = flags.get("dataset", DEFAULT_DATASET)
+    try:
+        return open_start(flags["init"], flags.get("model", RECIPES[dataset].model))[1]
+    except InputError:
+        if "resume" in flags or was_restarted():
+            return {}
+        raise
+
+
+def was_restarted() -> bool:
+    """Whether torchrun restarted all ranks after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def resume_command(flags: Flags, folder: Path) -> str:
@@ -284,20 +320,22 @@ def loader_workers(flags: Flags) -> int:
 # ---- Training -----------------------------------------------------------------------------------------------------
 
 
-def train(flags: Flags, run: Run, config: RunConfig, size: dict[str, int], data: Halves, ranks: Ranks) -> int:
+def train(
+    flags: Flags, run: Run, config: RunConfig, model: nn.Module, size: dict[str, int], data: Halves, ranks: Ranks
+) -> int:
     """Train to the last epoch, from the run's checkpoint or from the start. Return the exit code.
 
     `size` is from `s3net_networks.size.network_size`.
     """
-    torch.manual_seed(config.seed)
-    model = create_network(config.model, config.num_classes, **config.model_options)
     model.to(ranks.device, memory_format=torch.channels_last)
     batches, val_batches = make_batches(config, data, ranks, loader_workers(flags))
     trainer = make_trainer(model, config, len(batches), "compile" in flags, ranks)
     trainer.stop_requested = stop = StopSignal()
-    progress = load_progress(run, model, trainer)
+    progress = load_progress(run, config, model, trainer, len(batches))
     trainer.checkpoint = save = partial(save_progress, run, config, model, trainer, progress)
     trainer.checkpoint_every = flags.get("checkpoint_every", 0)
+    if config.init and progress.epoch == progress.step == 0:
+        save()  # the file of --init is not needed again
     log = TensorBoardLog(run.folder, progress) if "tensorboard" in flags and ranks.is_main else None
     if ranks.is_main:
         print(describe(run, config, size, trainer, progress), flush=True)
@@ -355,6 +393,7 @@ def evaluate_checkpoint(flags: Flags, ranks: Ranks) -> int:
         raise InputError("--eval-only needs the weights: pass --checkpoint FILE")
     metadata = read_metadata(flags["checkpoint"])
     dataset = flags.get("dataset", metadata.get("dataset", DEFAULT_DATASET))
+    check_flags({"dataset": dataset})
     recipe = recipe_for(dataset)
     image_size = flags.get("image_size", metadata.get("image_size", recipe.image_size))
     _, val = read_data(flags | {"dataset": dataset, "image_size": image_size}, ranks)
@@ -362,10 +401,11 @@ def evaluate_checkpoint(flags: Flags, ranks: Ranks) -> int:
     if num_classes < len(val.classes):
         raise InputError(f"the weights are for {num_classes} classes and the data have {len(val.classes)}")
     name = flags.get("model", metadata.get("model", recipe.model))
+    check_flags({"model": name})
     options = metadata.get("model_options", {}) if name == metadata.get("model") else {}
     options = options | {option: flags[option] for option in NETWORK_FLAGS if option in flags}
-    model = create_network(name, num_classes, **options)
-    load_weights(model, flags["checkpoint"])
+    report = partial(print, flush=True) if ranks.is_main else None
+    model = create_with_weights(partial(create_network, name, num_classes, **options), flags["checkpoint"], report)
     model.to(ranks.device, memory_format=torch.channels_last)
     mean, std = metadata.get("mean", recipe.mean), metadata.get("std", recipe.std)
     precision = Precision(ranks.device, flags.get("amp", Precision.is_faster(ranks.device)))

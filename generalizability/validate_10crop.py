@@ -33,7 +33,7 @@ from data.image_sets import DiskImages, find_split, open_source
 from data.ten_crops import CENTER_CROP, ten_crops
 from distributed import Ranks, join_ranks
 from recipes import IMAGENET_MEAN, IMAGENET_STD
-from s3net_common.checkpoints import load_weights, read_metadata
+from s3net_common.checkpoints import create_with_weights, read_metadata
 from s3net_common.command_line import flag, given_flags, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError, nearest_names
@@ -290,11 +290,7 @@ def load_network(args: Args, metadata: dict, names: list[str] | None, labels: li
     if outputs < classes:
         raise InputError(f"the network has {outputs} outputs and there are {classes} classes")
     try:
-        model = create_network(name, outputs, **options)
-    except TypeError as error:
-        raise InputError(f"--model-options: {name} cannot be built with {options} ({error})") from error
-    try:
-        load_weights(model, args.checkpoint)
+        model = create_with_weights(partial(create_network, name, outputs, **options), args.checkpoint, print)
     except InputError as error:
         if names is not None or args.num_classes is not None:
             raise

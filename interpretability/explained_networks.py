@@ -1,6 +1,7 @@
 """Classifiers by name, with their weights and their preprocessing: S3-Net, its baselines, torchvision and timm."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from s3net_common.checkpoints import load_weights, pretrained_file, read_metadata
+from s3net_common.checkpoints import fitting_weights, load_weights, pretrained_file, read_metadata
 from s3net_common.errors import InputError, first_line, nearest_names
 from s3net_networks import create_network, list_networks
 
@@ -75,16 +76,20 @@ def load_network(
     published = checkpoint is None and not random_weights
     torch.manual_seed(0)
     if in_torchvision:
-        network = _from_torchvision(name, num_classes, published)
+        build = partial(_from_torchvision, name, num_classes, published)
     elif in_repository:
-        network = _from_repository(name, num_classes, metadata)
+        build = partial(_from_repository, name, num_classes, metadata)
     else:
-        network = _from_timm(name, num_classes, published)
+        build = partial(_from_timm, name, num_classes, published)
+    if metadata and (in_torchvision or in_repository):  # the file gives the sizes: compare them before allocating
+        with torch.device("meta"):
+            fitting_weights(build().model, checkpoint)
+    network = build()
     if checkpoint:
-        load_weights(network.model, checkpoint)
-    if metadata:
-        network.mean, network.std = tuple(metadata["mean"]), tuple(metadata["std"])
-        network.image_size, network.classes = metadata["image_size"], metadata["classes"]
+        load_weights(network.model, checkpoint, report=print)
+    network.mean, network.std = tuple(metadata.get("mean", network.mean)), tuple(metadata.get("std", network.std))
+    network.image_size = metadata.get("image_size", network.image_size)
+    network.classes = metadata.get("classes", network.classes)
     network.model.eval()
     return network
 

@@ -182,6 +182,7 @@ def check_tensors(
     expected: dict[str, Tensor],
     optional: Collection[str] = (),
     head: Collection[str] = (),
+    finite: bool = True,
 ) -> None:
     """Check kind, shape and values of a file's tensors against a network's, by name.
 
@@ -191,6 +192,7 @@ def check_tensors(
         expected: of the network; may be on the meta device.
         optional: names whose shapes may differ.
         head: names of the classifier's tensors.
+        finite: refuse weights that are NaN or infinite.
 
     Raises:
         InputError: a tensor cannot be loaded; the message names it.
@@ -209,7 +211,7 @@ def check_tensors(
                     "top of these weights: train_s3net.py --init FILE"
                 )
             raise InputError(f"{path} does not fit this network: {shapes}; {advice}")
-        if name.endswith(_FINITE) and not torch.isfinite(tensor.to(wanted.dtype)).all():
+        if finite and name.endswith(_FINITE) and not torch.isfinite(tensor.to(wanted.dtype)).all():
             raise InputError(f"{path}: {name} holds NaN or infinite values: take a checkpoint from before that")
 
 

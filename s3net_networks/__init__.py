@@ -6,6 +6,7 @@ The file of a baseline, and what it imports (torchvision takes seconds), is load
 import inspect
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 from torch import nn
 
@@ -84,6 +85,17 @@ def fix_options(name: str, options: dict) -> dict:
     if name not in list_networks():
         raise InputError(f"there is no network {name!r}: {nearest_names(name, list_networks())}")
     return options
+
+
+def published_file(name: str) -> tuple[Path, dict] | None:
+    """Return file and metadata of the weights that torchvision publishes for one of its networks, else None.
+
+    Raises:
+        InputError: they cannot be downloaded.
+    """
+    if BASELINES.get(name) != "from_libraries":
+        return None
+    return import_module("s3net_networks.from_libraries").published_file(name)
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:

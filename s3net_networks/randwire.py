@@ -24,7 +24,7 @@ from s3net_common.errors import InputError
 STAGE_NODES = (16, 32, 32, 32)
 NEIGHBOURS, REWIRED, SEED = 4, 0.75, 1  # K and P of the Watts-Strogatz model
 HEAD_CHANNELS = 1280
-MOST_NODES = 1000
+MOST_NODES = 200
 GRAPH_FORM = '{"nodes": 16, "edges": [[0, 1], [0, 3], ...]}'
 
 
@@ -158,7 +158,7 @@ def check_graphs(graphs: object) -> None:
             raise InputError(f"graphs[{i}] is no graph: give it as in {GRAPH_FORM}")
         nodes, edges = graph["nodes"], graph["edges"]
         if type(nodes) is not int or not 1 <= nodes <= MOST_NODES:
-            raise InputError(f"graphs[{i}] has {nodes!r} nodes: give a whole number from 1 to {MOST_NODES}")
+            raise InputError(f"graphs[{i}] has {nodes!r} nodes: give a whole number of 1 or more, at most {MOST_NODES}")
         for edge in edges:
             _check_edge(edge, nodes, f"graphs[{i}]")
         if len({tuple(edge) for edge in edges}) < len(edges):

@@ -2,16 +2,18 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import torch
 
 from data.datasets import DATASETS
 from data.image_sets import Halves
 from recipes import RunConfig, recipe_for
-from s3net_common.errors import InputError, nearest_names
+from s3net_common.checkpoints import LARGEST_IMAGE, check_metadata, is_number
+from s3net_common.errors import InputError, nearest_names, shown
 from s3net_common.output_files import relative
 from s3net_networks import fix_options, list_networks
 from training.engine import SCHEDULES, Precision
@@ -21,6 +23,7 @@ Flags = dict[str, Any]  # the flags that the user gave, by name; see s3net_commo
 DEFAULT_DATASET = "cifar100"
 NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate", "connections")
 DATA_FLAGS = ("dataset", "image_size", "hold_out", "limit_train", "limit_val")  # which images, and how they are read
+MAXIMUM = {"epochs": 100_000, "image_size": LARGEST_IMAGE, "seed": 2**62 - 1}
 MINIMUM = {
     **dict.fromkeys(("epochs", "batch_size", "accumulate", "checkpoint_every", "num_classes"), 1),
     **dict.fromkeys(("hold_out", "limit_train", "limit_val"), 1),
@@ -48,14 +51,23 @@ def check_flags(flags: Flags) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value} is not possible: give a number of {minimum} or more")
     if not 0 < flags.get("lr", 1) < math.inf:
         raise InputError(f"--lr {flags['lr']} is not possible: give a number above 0")
-    if flags.get("seed", 0) >= 2**62:
-        raise InputError(f"--seed {flags['seed']} is not possible: give a number below 2^62")
+    for name, maximum in MAXIMUM.items():
+        if flags.get(name, maximum) > maximum:
+            limit = "below 2^62" if name == "seed" else f"of at most {maximum:,}"
+            raise InputError(f"--{name.replace('_', '-')} {flags[name]} is not possible: give a number {limit}")
     if "checkpoint" in flags and "eval_only" not in flags:
-        raise InputError("--checkpoint is for --eval-only: leave it out, or pass --resume to resume a run")
+        raise InputError(
+            "--checkpoint is for --eval-only: leave it out, or pass --resume to resume a run, or --init FILE to start "
+            "a new one from these weights"
+        )
+    if "init" in flags and "eval_only" in flags:
+        raise InputError("--init is for training: to evaluate weights, pass them as --checkpoint FILE")
 
 
-def resolve_config(flags: Flags, data: Halves, device: torch.device) -> RunConfig:
-    """Return the configuration of a new run: the flags, completed by the data set's recipe.
+def resolve_config(flags: Flags, data: Halves, device: torch.device, start: dict[str, Any]) -> RunConfig:
+    """Return the configuration of a new run: the flags, completed by the weights of --init and the data set's recipe.
+
+    `start` is the metadata of these weights, which give the network's options and the normalisation.
 
     Raises:
         InputError: a value is out of its range, or does not fit the data.
@@ -63,12 +75,14 @@ def resolve_config(flags: Flags, data: Halves, device: torch.device) -> RunConfi
     train, val = data
     dataset = flags.get("dataset", DEFAULT_DATASET)
     recipe = asdict(recipe_for(dataset, flags.get("model")))
+    recipe |= {name: start[name] for name in ("mean", "std") if name in start}
     recipe |= {name: flags[name] for name in recipe if name in flags}
-    network_flags = {name: flags[name] for name in NETWORK_FLAGS if name in flags}
+    options = start.get("model_options", {}) if start.get("model") == recipe["model"] else {}
+    options |= {name: flags[name] for name in NETWORK_FLAGS if name in flags}
     config = RunConfig(
         dataset=dataset,
         **recipe,
-        model_options=fix_options(recipe["model"], network_flags),
+        model_options=fix_options(recipe["model"], options),
         num_classes=flags.get("num_classes", len(train.classes)),
         accumulate=flags.get("accumulate", 1),
         seed=flags.get("seed", 0),
@@ -79,18 +93,74 @@ def resolve_config(flags: Flags, data: Halves, device: torch.device) -> RunConfi
         train_images=len(train),
         val_images=len(val),
         classes=train.classes,
+        init=flags.get("init"),
     )
+    check_sizes(config)
+    return RunConfig(**json.loads(json.dumps(asdict(config))))  # tuples become lists, as in config.json
+
+
+def check_sizes(config: RunConfig) -> None:
+    """Check the settings that depend on each other.
+
+    Raises:
+        InputError: there are too few outputs, or more accumulation steps than images in a batch.
+    """
     if config.num_classes < len(config.classes):
         raise InputError(
             f"--num-classes {config.num_classes} is too small: the data have {len(config.classes)} classes"
         )
     if config.accumulate > config.batch_size:
         raise InputError(f"--accumulate {config.accumulate} is too large: the batch has {config.batch_size} images")
-    return RunConfig(**json.loads(json.dumps(asdict(config))))  # tuples become lists, as in config.json
 
 
-def check_same_recipe(flags: Flags, started: RunConfig) -> None:
-    """Check that no flag differs from the configuration of the run to be resumed.
+def config_from_json(values: object, path: Path) -> RunConfig:
+    """Return the configuration in a run's `config.json` or `last.pt`. Settings of other versions are ignored.
+
+    Args:
+        values: the parsed content.
+        path: the file, for messages.
+
+    Raises:
+        InputError: a setting is missing, or its type or its value is not possible.
+    """
+    advice = "restore it, or start a new run with another --out"
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is missing or damaged: it holds no settings; {advice}")
+    settings = {}
+    for field in fields(RunConfig):
+        if field.name not in values and field.default is MISSING:
+            raise InputError(f"{path} is missing or damaged: it lacks {field.name}; {advice}")
+        settings[field.name] = value = values.get(field.name, field.default)
+        if not has_type(value, field.type):
+            raise InputError(f"{path} is missing or damaged: {field.name} is {shown(value)}; {advice}")
+    try:
+        check_metadata(settings, path)
+        check_flags({name: value for name, value in settings.items() if value is not None})
+        config = RunConfig(**settings)
+        check_sizes(config)
+    except InputError as error:
+        raise InputError(f"{path} is missing or damaged ({error}); {advice}") from error
+    if not all(0 <= share <= 1 for share in [*config.milestones, config.crop_padding]):
+        raise InputError(f"{path} is missing or damaged: milestones or crop_padding are not from 0 to 1; {advice}")
+    return config
+
+
+def has_type(value: object, kind: Any) -> bool:
+    """Whether a value from JSON has a type: bool, int, float, str, dict, list[...] or one of these or None.
+
+    Whole numbers are floats, too. NaN and infinity are none.
+    """
+    if isinstance(kind, UnionType):
+        return any(has_type(value, part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(has_type(item, *get_args(kind)) for item in value)
+    if kind is float:
+        return is_number(value, -1e300, 1e300)
+    return type(value) is (type(None) if kind is None else kind)
+
+
+def check_same_recipe(flags: Flags, started: RunConfig, folder: Path) -> None:
+    """Check that no flag differs from the configuration of the run to be resumed, in `folder`.
 
     Raises:
         InputError: a flag differs; the message names it.
@@ -100,9 +170,11 @@ def check_same_recipe(flags: Flags, started: RunConfig) -> None:
         if name in flags and flags[name] != value:
             flag = "--" + name.replace("_", "-")
             default = "its default" if value is None else value
+            weights = relative(folder / "best.safetensors")
+            more = f", which may begin with the weights of this one: --init {weights}" if name == "epochs" else ""
             raise InputError(
                 f"{flag} {flags[name]} changes the recipe of the run, which was started with {default}: "
-                f"leave {flag} out to resume, or start a new run with another --out"
+                f"leave {flag} out to resume, or start a new run with another --out{more}"
             )
 
 

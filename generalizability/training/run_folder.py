@@ -8,7 +8,7 @@ moment: resuming it updates the other files from `last.pt`. This module alone kn
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,7 +20,9 @@ from s3net_common.checkpoints import RUN_CONFIG, RUN_WEIGHTS, save_weights
 from s3net_common.errors import InputError
 from s3net_common.output_files import json_line, lock_exclusively, make_folder, write_atomically, write_json
 from s3net_common.weight_files import read_pickle
+from training.config import config_from_json
 from training.engine import Progress, Trainer
+from training.state_check import check_state
 
 CHECKPOINT_FORMAT = 1
 LOCK_SECONDS = 10.0  # DataLoader workers of a killed run hold its lock until they notice, up to 5 s later
@@ -38,6 +40,10 @@ class Run:
     def exists(self) -> bool:
         """Whether the folder holds a run."""
         return (self.folder / "config.json").is_file() or (self.folder / "last.pt").is_file()
+
+    def has_checkpoint(self) -> bool:
+        """Whether the run saved a checkpoint."""
+        return (self.folder / "last.pt").is_file()
 
     def check_writable(self) -> None:
         """Check that the folder can be created or written, without creating it.
@@ -102,10 +108,9 @@ class Run:
         path = self.folder / "config.json"
         try:
             values = json.loads(path.read_text())
-            known = {field.name for field in fields(RunConfig)}
-            return RunConfig(**{name: value for name, value in values.items() if name in known})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} is missing or damaged: start a new run with another --out") from error
+        return config_from_json(values, path)
 
     def read_checkpoint(self) -> dict | None:
         """Return the content of `last.pt`, or None if the run ended before its first checkpoint.
@@ -164,34 +169,46 @@ class Run:
         write_atomically(self.folder / name, write)
 
 
-def load_progress(run: Run, model: nn.Module, trainer: Trainer) -> Progress:
-    """Restore model, trainer, random state and progress from the checkpoint. Return new progress if it has none."""
+def load_progress(run: Run, config: RunConfig, model: nn.Module, trainer: Trainer, steps: int) -> Progress:
+    """Restore model, trainer, random state and progress from the checkpoint. Return new progress if it has none.
+
+    `steps` is the number of steps per epoch.
+
+    Raises:
+        InputError: the checkpoint is damaged, or of another run.
+    """
     ranks = trainer.ranks
     state = ranks.on_main_rank(run.read_checkpoint)
     if state is None:
         return Progress()
+    path = run.folder / "last.pt"
+    ranks.on_all_ranks(lambda: check_state(state, path, config, model, trainer, steps))
+    progress = ranks.on_all_ranks(lambda: _restore(state, path, model, trainer))
+    processes = len(state["processes"])
+    if ranks.is_main and processes != ranks.world_size:
+        print(f"the run had {processes} processes, not {ranks.world_size}: not exactly the same")
+    ranks.on_main_rank(lambda: run.publish(state))
+    return progress
+
+
+def _restore(state: dict, path: Path, model: nn.Module, trainer: Trainer) -> Progress:
+    ranks, processes = trainer.ranks, state["processes"]
+    progress = Progress(**state["progress"])
     try:
         model.load_state_dict(state[RUN_WEIGHTS])
         trainer.load_state(state)
-        progress = Progress(**state["progress"])
-        same_processes = len(state["processes"]) == ranks.world_size
-        if same_processes:
-            per_rank = state["processes"][ranks.rank]
+        if len(processes) == ranks.world_size:
+            per_rank = processes[ranks.rank]
             set_random_state(per_rank["random"], ranks.device)
             model.load_state_dict(per_rank["buffers"], strict=False)
             progress.losses, progress.errors = per_rank["losses"], per_rank["errors"]
-        elif not ranks.is_main:
-            progress.losses, progress.errors = [], 0
+        elif ranks.is_main:
+            progress.losses = [loss for process in processes for loss in process["losses"]]
+            progress.errors = sum(process["errors"] for process in processes)
         else:
-            progress.losses = [loss for process in state["processes"] for loss in process["losses"]]
-            progress.errors = sum(process["errors"] for process in state["processes"])
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{run.folder / 'last.pt'} does not fit this run: start a new one with another --out"
-        ) from error
-    if ranks.is_main and not same_processes:
-        print(f"the run had {len(state['processes'])} processes, not {ranks.world_size}: not exactly the same")
-    ranks.on_main_rank(lambda: run.publish(state))
+            progress.losses, progress.errors = [], 0
+    except Exception as error:  # PyTorch raises many kinds for content that it cannot restore
+        raise InputError(f"{path} does not fit this run: start a new one with another --out") from error
     return progress
 
 
