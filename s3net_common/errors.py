@@ -1,6 +1,7 @@
 """Errors that users can correct, and helpers for their messages. Imports the standard library only."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -22,3 +23,13 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message without a final period, or its class's name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters and undecodable bytes escaped, so that no terminal obeys them."""
+    return "".join(
+        character
+        if character.isprintable() or unicodedata.category(character) == "Zs"
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
