@@ -158,7 +158,9 @@ def write_dice(path: Path, scores: dict[str, Scores]) -> None:
         writer.writerow(["method", "image", "percentile", "dice"])
         for method, method_scores in scores.items():
             for image, row in method_scores.items():
-                writer.writerows([csv_cell(method), csv_cell(image), p, f"{value:.6f}"] for p, value in row["dice"].items())
+                writer.writerows(
+                    [csv_cell(method), csv_cell(image), p, f"{value:.6f}"] for p, value in row["dice"].items()
+                )
 
 
 def print_table(report: dict) -> None:

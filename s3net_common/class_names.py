@@ -108,7 +108,9 @@ def _match_by_name(classes: Sequence[str], trained: Sequence[str], file: Path) -
             "train a network on these images"
         )
     if double := next((name for name in names if count[name] > 1), None):
-        raise InputError(f"{file} has {count[double]} classes that are called {double!r}: it cannot be evaluated by name")
+        raise InputError(
+            f"{file} has {count[double]} classes that are called {double!r}: it cannot be evaluated by name"
+        )
     return [index[name] for name in names]
 
 

@@ -133,7 +133,9 @@ def check_same_data(data: Halves, started: RunConfig, folder: Path, prints: bool
     if match.note is None:
         return data
     if (started.hold_out, started.limit_train, started.limit_val) != (None, None, None):
-        raise InputError(f"{refusal}, and the order of the classes differs, which changes the choice of images): {advice}")
+        raise InputError(
+            f"{refusal}, and the order of the classes differs, which changes the choice of images): {advice}"
+        )
     if prints:
         print(match.note)
     return tuple(half.with_classes(started.classes, match.outputs) for half in data)
