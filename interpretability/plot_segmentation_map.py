@@ -73,7 +73,8 @@ def main(args: Args) -> None:
         for network in networks:
             bar.set_description(network.name)
             pictures = read_at_size(network.image_size)
-            explanations = explain_pictures(network, pictures, args.target, args.batch_size, device, bar.update)
+            target = network.target_index(args.target)
+            explanations = explain_pictures(network, pictures, target, args.batch_size, device, bar.update)
             columns.append((network.name, pictures, [explanation.saliency for explanation in explanations]))
             errors[network.name] = max(explanation.completeness_error for explanation in explanations)
             if args.faithfulness:

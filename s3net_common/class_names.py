@@ -101,11 +101,11 @@ def _match_by_name(classes: Sequence[str], trained: Sequence[str], file: Path) -
     index, count = {name: i for i, name in enumerate(known)}, Counter(known)
     names = [_normalised(name) for name in classes]
     if unknown := [name for name in classes if _normalised(name) not in index]:
-        has = "is no class" if len(unknown) == 1 else f"({len(unknown)} of {len(classes)} classes) are no classes"
+        count_text = f" ({len(unknown)} of {len(classes)})" if len(unknown) > LISTED else ""
         raise InputError(
-            f"the images have other classes than the network: {list_names(unknown)} {has} of {file}, whose "
-            f"{len(trained)} classes are {list_names(trained)}: name the class folders as the network's classes, or "
-            "train a network on these images"
+            f"the images have classes that the network does not have: {list_names(unknown)}{count_text}; the "
+            f"{len(trained)} classes of {file} are {list_names(trained)}: name the class folders as these, or train a "
+            "network on these images"
         )
     if double := next((name for name in names if count[name] > 1), None):
         raise InputError(

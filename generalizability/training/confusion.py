@@ -115,7 +115,7 @@ class ConfusionMatrix:
         counts = self.counts[self.present, :-1]
         shares = 100 * counts / self.counts[self.present].sum(dim=1, keepdim=True).clamp(min=1)
         rows, columns = counts.shape
-        figure = Figure(figsize=(3.5 + 0.3 * columns, 2.2 + 0.3 * rows), layout="constrained")
+        figure = Figure(figsize=(4.0 + 0.3 * columns, 3.2 + 0.3 * rows), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
         axes.set_xticks(range(columns), map(label, self.names), rotation=90, fontsize="small")
@@ -144,6 +144,7 @@ class ConfusionMatrix:
             axes.set_yticks(range(len(labels)), labels, fontsize="small")
             axes.invert_yaxis()
             axes.grid(alpha=0.3, axis="x")
+            axes.set_axisbelow(True)
         left.set(xlabel="images", title="most confused pairs (class → prediction)")
         left.xaxis.get_major_locator().set_params(integer=True)
         right.set(xlabel="top-1 error (%)", title="classes with the largest error", xlim=(0, 100))
