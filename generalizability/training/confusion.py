@@ -39,12 +39,13 @@ class ConfusionMatrix:
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch of logits `(b, outputs)` and labels `(b,)`, which are indices of outputs."""
-        logits, labels = logits.detach().cpu(), labels.cpu()
-        predicted = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, 0]  # as in `top_errors`, also for ties
+        present = self.present.to(logits.device)
+        # As in `top_errors`, and on the same device: the order of equal logits may differ otherwise.
+        predicted = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, 0]
         predicted[~logits.isfinite().all(dim=1)] = len(self.names)
-        cells = labels * self.counts.shape[1] + predicted
+        cells = (labels * self.counts.shape[1] + predicted).cpu()
         self.counts.view(-1).index_add_(0, cells, torch.ones_like(cells))
-        restricted = top_errors(logits[:, self.present], torch.searchsorted(self.present, labels))
+        restricted = top_errors(logits[:, present], torch.searchsorted(present, labels))
         self.errors = _sums(self.errors, top_errors(logits, labels))
         self.restricted_errors = _sums(self.restricted_errors, restricted)
 
