@@ -33,19 +33,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.batches import Batches, make_batches, make_evaluation_batches
+from data.batches import Batches, make_batches
 from data.datasets import DATASETS, load_dataset
 from data.image_sets import Halves
 from distributed import Ranks, join_ranks
-from recipes import RECIPES, RunConfig, recipe_for
-from s3net_common.checkpoints import create_with_weights, read_metadata
+from recipes import RECIPES, RunConfig
 from s3net_common.command_line import flag, given_flags, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
-from s3net_common.output_files import ROOT, default_out, json_line, relative
-from s3net_networks import create_network, list_networks
+from s3net_common.output_files import ROOT, default_out, relative
+from s3net_networks import list_networks
 from s3net_networks.connections import CONNECTIONS
-from s3net_networks.size import model_size, network_size
+from s3net_networks.size import network_size
 from training.config import (
     DATA_FLAGS,
     DEFAULT_DATASET,
@@ -67,9 +66,11 @@ from training.engine import (
     evaluate,
     make_trainer,
 )
+from training.evaluation import check_out, evaluate_trained_network, report_evaluation
 from training.initial_weights import build_network, complete_flags, open_start, recorded_init
 from training.reporting import TensorBoardLog, describe, diverged, epoch_line, summarize
 from training.run_folder import Run, load_progress, save_progress
+from training.trained_network import file_label, read_trained_network
 
 RECIPE, NETWORK = "the data set's recipe", "the network's own"  # what --help says about a default
 
@@ -139,19 +140,19 @@ class Args:
     skip_unreadable: bool = False
     """Skip image files that cannot be read, and print their number, instead of stopping."""
 
-    out: flag(Path, "DIR", "runs/<dataset>-<model>-s<seed>") = None
-    """Folder for everything that the run writes."""
+    out: flag(Path, "DIR", "runs/<dataset>-<model>-s<seed>, or runs/evaluation/<folder>-<checkpoint>") = None
+    """Folder for everything that the run or the evaluation writes."""
     resume: bool = False
     """Resume the run in --out, or start it if it does not exist."""
     checkpoint_every: flag(int, "N", "each epoch only") = None
     """Also save a checkpoint every N steps."""
     overwrite: bool = False
-    """Replace the run in --out."""
+    """Replace the run or the evaluation in --out."""
     tensorboard: bool = False
     """Also write the metrics as TensorBoard events, into <out>/tensorboard."""
 
     eval_only: bool = False
-    """Evaluate --checkpoint on the validation images, without training."""
+    """Evaluate --checkpoint on the validation images, without training: errors, also by class, and confusions."""
     checkpoint: flag(Path, "FILE", "none") = None
     """Weights for --eval-only: ours (.safetensors, .pt) or a file that the paper's authors published."""
     list_models: bool = False
@@ -190,7 +191,7 @@ def main(args: Args) -> int:
     config = started or resolve_config(flags, data, ranks.device, start)
     size = network_size(config.model, config.num_classes, config.model_options, config.image_size)
     if started:
-        check_same_data(data, started, run.folder)
+        data = check_same_data(data, started, run.folder, ranks.is_main)
     restored = started is not None and ranks.on_main_rank(run.has_checkpoint)
     model = build_network(config, not restored, ranks)
     if started:
@@ -388,36 +389,33 @@ def run_epoch(model: nn.Module, trainer: Trainer, batches: Batches, progress: Pr
 
 
 def evaluate_checkpoint(flags: Flags, ranks: Ranks) -> int:
-    """Evaluate a file of weights. Where a flag is missing, the file's metadata decide."""
+    """Evaluate a file of weights. If a flag is missing, the file's metadata decide. Return the exit code.
+
+    Raises:
+        InputError: there is no file of weights, or the images cannot be evaluated by it.
+    """
     if "checkpoint" not in flags:
         raise InputError("--eval-only needs the weights: pass --checkpoint FILE")
-    metadata = read_metadata(flags["checkpoint"])
-    dataset = flags.get("dataset", metadata.get("dataset", DEFAULT_DATASET))
-    check_flags({"dataset": dataset})
-    recipe = recipe_for(dataset)
-    image_size = flags.get("image_size", metadata.get("image_size", recipe.image_size))
-    _, val = read_data(flags | {"dataset": dataset, "image_size": image_size}, ranks)
-    num_classes = flags.get("num_classes", metadata.get("num_classes", len(val.classes)))
-    if num_classes < len(val.classes):
-        raise InputError(f"the weights are for {num_classes} classes and the data have {len(val.classes)}")
-    name = flags.get("model", metadata.get("model", recipe.model))
-    check_flags({"model": name})
-    options = metadata.get("model_options", {}) if name == metadata.get("model") else {}
-    options = options | {option: flags[option] for option in NETWORK_FLAGS if option in flags}
-    report = partial(print, flush=True) if ranks.is_main else None
-    model = create_with_weights(partial(create_network, name, num_classes, **options), flags["checkpoint"], report)
-    model.to(ranks.device, memory_format=torch.channels_last)
-    mean, std = metadata.get("mean", recipe.mean), metadata.get("std", recipe.std)
+    trained = read_trained_network(
+        flags["checkpoint"],
+        name=flags.get("model"),
+        options={option: flags[option] for option in NETWORK_FLAGS if option in flags},
+        num_classes=flags.get("num_classes"),
+        dataset=flags.get("dataset"),
+        default_name=RECIPES[flags.get("dataset", DEFAULT_DATASET)].model,
+    )
+    dataset = flags.get("dataset") or trained.dataset or DEFAULT_DATASET
+    check_flags(flags | {"dataset": dataset})  # the file may name a data set that is unknown here
+    if "image_size" in flags:
+        trained.preparation = trained.preparation.with_image_size(flags["image_size"])
+    out = flags.get("out") or default_out("evaluation") / file_label(trained.file)
+    # Without --out, an earlier evaluation of the same file is replaced.
+    ranks.on_main_rank(lambda: check_out(out, "out" not in flags or "overwrite" in flags))
+    _, val = read_data(flags | {"dataset": dataset, "image_size": trained.preparation.resize}, ranks)
     precision = Precision(ranks.device, flags.get("amp", Precision.is_faster(ranks.device)))
-    size = model_size(model, image_size, ranks.device)
-    with closing(make_evaluation_batches(val, ranks, mean, std, image_size, loader_workers(flags))) as batches:
-        metrics = evaluate(model, batches, Trainer(model, None, None, precision, ranks))
+    results, confusion = evaluate_trained_network(trained, val, precision, ranks, loader_workers(flags))
     if ranks.is_main:
-        print(
-            f"{name} on {dataset}: error {metrics['val_error']:.2f}%, top-5 error "
-            f"{metrics['val_top5_error']:.2f}%, loss {metrics['val_loss']:.4f} over {len(val):,} images"
-        )
-        print(json_line(metrics | {"images": len(val)} | size))
+        report_evaluation(out, trained, dataset, results, confusion)
     return 0
 
 

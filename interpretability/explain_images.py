@@ -41,8 +41,8 @@ class NetworkArgs:
     """Outputs of the networks, for checkpoints without metadata."""
     random_weights: bool = False
     """Keep the initial weights (seed 0) instead of loading any, to try the method."""
-    target: flag(int, "CLASS", "the predicted class") = None
-    """Index of the class to explain in every image."""
+    target: flag(str, "CLASS", "the predicted class") = None
+    """Class to explain in every image: its name or, if no class has this name, its index."""
     image_size: flag(int, "INT", "the network's own") = None
     """Height and width in pixels that images are resized to."""
     batch_size: int = 8
@@ -106,6 +106,7 @@ def load_networks(args: NetworkArgs, device: torch.device) -> list[Network]:
         if args.image_size is not None:
             check_image_size(network, args.image_size)
             network.image_size = args.image_size
+        network.target_index(args.target)  # an unknown name is reported before anything is computed
         network.model.to(device)
         networks.append(network)
     return networks

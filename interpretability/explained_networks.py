@@ -10,7 +10,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from s3net_common.checkpoints import fitting_weights, load_weights, pretrained_file, read_metadata
+from s3net_common.checkpoints import fitting_weights, load_weights, pretrained_file, read_metadata, tensor_names
+from s3net_common.class_names import find_class
 from s3net_common.errors import InputError, first_line, nearest_names
 from s3net_networks import create_network, list_networks
 
@@ -42,6 +43,14 @@ class Network:
         """Convert `(N, H, W, 3)` uint8 pixels to the `(N, 3, H, W)` float images that the model expects."""
         x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
         return (x - torch.tensor(self.mean).view(-1, 1, 1)) / torch.tensor(self.std).view(-1, 1, 1)
+
+    def target_index(self, target: str | None) -> int | None:
+        """Return the index of the class that --target names (see `find_class`); None for None.
+
+        Raises:
+            InputError: there is no class of this name.
+        """
+        return None if target is None else find_class(target, self.classes)
 
     def class_name(self, index: int) -> str:
         """Return the name of a class, or "class `index`" if its name is unknown."""
@@ -76,7 +85,7 @@ def load_network(
     published = checkpoint is None and not random_weights
     torch.manual_seed(0)
     if in_torchvision:
-        build = partial(_from_torchvision, name, num_classes, published)
+        build = partial(_from_torchvision, name, num_classes, published, checkpoint)
     elif in_repository:
         build = partial(_from_repository, name, num_classes, metadata)
     else:
@@ -102,12 +111,15 @@ def _from_repository(name: str, num_classes: int | None, metadata: dict[str, Any
     return Network(name, model, image_size, classes=imagenet_classes() if num_classes == 1000 else None)
 
 
-def _from_torchvision(name: str, num_classes: int | None, published: bool) -> Network:
+def _from_torchvision(name: str, num_classes: int | None, published: bool, checkpoint: Path | None) -> Network:
     options = {} if num_classes is None or published else {"num_classes": num_classes}
     size = 299 if name == "inception_v3" else 224
     if not published:
         if name in ("googlenet", "inception_v3"):
-            options["init_weights"] = False
+            # The published weights, and those fine-tuned from them, were trained with pixels in [-1, 1]; torchvision
+            # sets transform_input together with its own weights only. The auxiliary classifiers may be left out.
+            auxiliary = checkpoint is None or any("aux" in key.lower() for key in tensor_names(checkpoint))
+            options |= {"transform_input": True, "init_weights": False, "aux_logits": auxiliary}
         model = torchvision.models.get_model(name, weights=None, **options)
         return Network(name, model, size, classes=imagenet_classes() if num_classes in (None, 1000) else None)
     available = torchvision.models.get_model_weights(name)

@@ -62,7 +62,8 @@ def main(args: Args) -> None:
         for network in networks:
             bar.set_description(network.name)
             pictures = read_at_size(network.image_size)
-            explanations = explain_pictures(network, pictures, args.target, args.batch_size, device, bar.update)
+            target = network.target_index(args.target)
+            explanations = explain_pictures(network, pictures, target, args.batch_size, device, bar.update)
             columns.append((network, pictures, explanations))
             write_maps(args.out, network, pictures, explanations)
     draw_figure(args.out / "figure.png", columns)

@@ -36,7 +36,7 @@ from pictures import Picture
 from s3net_common.command_line import flag, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
-from s3net_common.output_files import ROOT, make_folder, run_record, write_atomically, write_json
+from s3net_common.output_files import ROOT, csv_cell, make_folder, run_record, write_atomically, write_json
 from saliency_figures import draw_dice, draw_faithfulness, draw_segmentations
 
 DIGITS_FOLDER = ROOT / "runs" / "digits_network"
@@ -73,7 +73,8 @@ def main(args: Args) -> None:
         for network in networks:
             bar.set_description(network.name)
             pictures = read_at_size(network.image_size)
-            explanations = explain_pictures(network, pictures, args.target, args.batch_size, device, bar.update)
+            target = network.target_index(args.target)
+            explanations = explain_pictures(network, pictures, target, args.batch_size, device, bar.update)
             columns.append((network.name, pictures, [explanation.saliency for explanation in explanations]))
             errors[network.name] = max(explanation.completeness_error for explanation in explanations)
             if args.faithfulness:
@@ -158,7 +159,9 @@ def write_dice(path: Path, scores: dict[str, Scores]) -> None:
         writer.writerow(["method", "image", "percentile", "dice"])
         for method, method_scores in scores.items():
             for image, row in method_scores.items():
-                writer.writerows([method, image, p, f"{value:.6f}"] for p, value in row["dice"].items())
+                writer.writerows(
+                    [csv_cell(method), csv_cell(image), p, f"{value:.6f}"] for p, value in row["dice"].items()
+                )
 
 
 def print_table(report: dict) -> None:

@@ -153,6 +153,15 @@ def _containers(path: Path) -> dict[str, dict[str, Tensor]]:
     return containers
 
 
+def tensor_names(path: str | Path) -> set[str]:
+    """Return the names of all tensors in a file.
+
+    Raises:
+        InputError: the file is missing or damaged, would run code, or contains no tensors by name.
+    """
+    return set().union(*_containers(existing_file(path)).values())
+
+
 def _raise_misfit(path: Path, match: Match, expected: dict[str, Tensor]) -> None:
     if match.missing:
         name = match.missing[0]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, get_origin
 
 import tyro
 
-from s3net_common.errors import InputError, LocalError
+from s3net_common.errors import InputError, LocalError, printable
 
 Args = TypeVar("Args")
 
@@ -48,7 +48,7 @@ def run_script(main: Callable[[Args], int | None], arguments: type[Args], descri
     except (InputError, ImportError) as error:
         # Of several distributed ranks, the first reports what all of them found.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Errors that users can correct, and helpers for their messages. Imports the standard library only."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -27,3 +28,13 @@ def first_line(error: BaseException) -> str:
 def shown(value: object) -> str:
     """Return a value for a message: its repr in one line of at most 60 characters."""
     return " ".join(repr(value).split())[:60]
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters and undecodable bytes escaped, so that no terminal obeys them."""
+    return "".join(
+        character
+        if character.isprintable() or unicodedata.category(character) == "Zs"
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from s3net_common.errors import InputError, first_line
+from s3net_common.errors import InputError, first_line, printable
 
 try:
     import fcntl
@@ -101,6 +101,15 @@ def json_line(metrics: dict[str, Any]) -> str:
         for name, value in metrics.items()
     }
     return json.dumps(finite, allow_nan=False)
+
+
+def csv_cell(text: str) -> str:
+    """Return a text for a cell of a CSV file.
+
+    Control characters are escaped. An apostrophe goes before a text that a spreadsheet would compute as a formula.
+    """
+    text = printable(text)
+    return f"'{text}" if text.startswith(tuple("=+-@＝＋－＠")) else text
 
 
 def save_figure(path: Path, figure: Any, dpi: int = 130) -> None:

@@ -5,6 +5,8 @@ import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 
+from s3net_common.output_files import csv_cell
+
 TITLES = {
     "cifar100": "CIFAR-100",
     "tinyimagenet": "Tiny ImageNet",
@@ -179,5 +181,5 @@ def csv_text(rows: list[Row]) -> str:
     writer.writeheader()
     for row in rows:
         values = asdict(row) | {"seeds": " ".join(map(str, row.seeds)), "runs": " ".join(row.runs)}
-        writer.writerow(values)
+        writer.writerow({name: csv_cell(cell) if isinstance(cell, str) else cell for name, cell in values.items()})
     return text.getvalue()

@@ -433,11 +433,22 @@ def make_batches(config: RunConfig, data: Halves, ranks: Ranks, loader_workers: 
 
 
 def make_evaluation_batches(
-    val: ImageSet | DiskImages, ranks: Ranks, mean: list[float], std: list[float], image_size: int, loader_workers: int
+    val: ImageSet | DiskImages,
+    ranks: Ranks,
+    mean: list[float],
+    std: list[float],
+    image_size: int,
+    loader_workers: int,
+    transform: Transform | None = None,
 ) -> EvaluationBatches | DiskEvaluationBatches:
-    """Return batches of validation images on this rank's device. For the arguments see `make_batches`."""
+    """Return batches of validation images on this rank's device.
+
+    For the arguments see `make_batches` and, for images on disk, `DiskEvaluationBatches`.
+    """
     batch_size = 500 if image_size <= 64 else 100
     options = {"mean": mean, "std": std, "image_size": image_size}
     if isinstance(val, DiskImages):
-        return DiskEvaluationBatches(val, batch_size, ranks.device, workers=loader_workers, **options)
+        return DiskEvaluationBatches(
+            val, batch_size, ranks.device, workers=loader_workers, transform=transform, **options
+        )
     return EvaluationBatches(val, batch_size, ranks.device, **options)

@@ -50,6 +50,10 @@ class ImageSet:
         """
         return self if count is None else self._select(random_subset(len(self), count))
 
+    def with_classes(self, classes: list[str], indices: list[int]) -> "ImageSet":
+        """Return the images with other classes: `indices` says for each of the present ones which of them it is."""
+        return replace(self, labels=torch.tensor(indices)[self.labels], classes=classes)
+
     def _select(self, indices: Tensor) -> "ImageSet":
         return ImageSet(self.images[indices], self.labels[indices], self.classes, self.skipped)
 
@@ -105,6 +109,38 @@ class ImageFolder:
         return str(self.folder / self.names[index].decode())
 
 
+@dataclass
+class RelabelledSource:
+    """A `Source` with other classes.
+
+    Attributes:
+        source: the images.
+        classes: names of the classes.
+        indices: int `(C,)`, for each class of `source` its index in `classes`.
+    """
+
+    source: Source
+    classes: list[str]
+    indices: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels of the images, int `(N,)`."""
+        return self.indices[np.asarray(self.source.labels)]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def encoded(self, index: int) -> tuple[bytes | memoryview, int]:
+        """Return the content of an image file, and its label."""
+        encoded, label = self.source.encoded(index)
+        return encoded, int(self.indices[label])
+
+    def name(self, index: int) -> str:
+        """Return the name of the image for error messages."""
+        return self.source.name(index)
+
+
 def open_source(path: Path) -> Source:
     """Open an LMDB file, or a folder with `<class>/*`.
 
@@ -154,6 +190,10 @@ class DiskImages:
     def subset(self, count: int | None) -> "DiskImages":
         """Return a subset as `ImageSet.subset` does."""
         return self if count is None else replace(self, indices=self.indices[random_subset(len(self), count)])
+
+    def with_classes(self, classes: list[str], indices: list[int]) -> "DiskImages":
+        """Return the images with other classes, as `ImageSet.with_classes` does."""
+        return replace(self, source=RelabelledSource(self.source, classes, np.array(indices)))
 
 
 # The training images and the validation images of a data set.

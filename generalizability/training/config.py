@@ -13,6 +13,7 @@ from data.datasets import DATASETS
 from data.image_sets import Halves
 from recipes import RunConfig, recipe_for
 from s3net_common.checkpoints import LARGEST_IMAGE, check_metadata, is_number
+from s3net_common.class_names import match_classes
 from s3net_common.errors import InputError, nearest_names, shown
 from s3net_common.output_files import relative
 from s3net_networks import fix_options, list_networks
@@ -178,16 +179,35 @@ def check_same_recipe(flags: Flags, started: RunConfig, folder: Path) -> None:
             )
 
 
-def check_same_data(data: Halves, started: RunConfig, folder: Path) -> None:
-    """Check that the data are those of the run to be resumed, in `folder`.
+def check_same_data(data: Halves, started: RunConfig, folder: Path, prints: bool = False) -> Halves:
+    """Return the data with the classes in the order that the run in `folder` was started with.
+
+    Args:
+        data: the training images and the validation images.
+        started: the configuration of the run to be resumed.
+        folder: of the run.
+        prints: whether to print a line if the order of the classes has changed.
 
     Raises:
-        InputError: the number of images or the classes differ.
+        InputError: the number of images or the classes differ, or classes in another order would hold out other images.
     """
-    now = (len(data[0]), len(data[1]), data[0].classes)
-    if now != (started.train_images, started.val_images, started.classes):
+    train, val = data
+    counts = f"{started.train_images} + {started.val_images} images of {len(started.classes)} classes then"
+    refusal = (
+        f"the data are not those that {relative(folder)} was started on ({counts}, {len(train)} + {len(val)} of "
+        f"{len(train.classes)} now"
+    )
+    advice = "pass the same --data-dir, or start a new run with another --out"
+    match = match_classes(train.classes, started.classes, started.num_classes, folder / "config.json")
+    absent = match.subset and match.note
+    if absent or (len(train), len(val)) != (started.train_images, started.val_images):
+        raise InputError(f"{refusal}{f'; {match.note}' if absent else ''}): {advice}")
+    if match.note is None:
+        return data
+    if (started.hold_out, started.limit_train, started.limit_val) != (None, None, None):
         raise InputError(
-            f"the data are not those that {relative(folder)} was started on ({started.train_images} + "
-            f"{started.val_images} images of {len(started.classes)} classes then, {now[0]} + {now[1]} of {len(now[2])} "
-            "now): pass the same --data-dir, or start a new run with another --out"
+            f"{refusal}, and the order of the classes differs, which changes the choice of images): {advice}"
         )
+    if prints:
+        print(match.note)
+    return tuple(half.with_classes(started.classes, match.outputs) for half in data)

@@ -312,9 +312,14 @@ def progress_bar(ranks: Ranks, description: str, total: int, initial: int = 0) -
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: EvaluationBatches | DiskEvaluationBatches, trainer: Trainer
+    model: nn.Module,
+    batches: EvaluationBatches | DiskEvaluationBatches,
+    trainer: Trainer,
+    observe: Callable[[Tensor, Tensor], object] = lambda logits, labels: None,
 ) -> dict[str, float]:
     """Return mean cross-entropy, top-1 and top-5 error (%). Every image counts once over all ranks.
+
+    `observe` is called with the logits `(b, outputs)` and the labels `(b,)` of each of this rank's batches.
 
     Raises:
         InputError: no image can be read.
@@ -329,6 +334,7 @@ def evaluate(
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             wrong, wrong_top5 = top_errors(logits, labels)
             errors, errors_top5, count = errors + wrong, errors_top5 + wrong_top5, count + len(labels)
+            observe(logits, labels)
             bar.update()
     loss, errors, errors_top5, count = ranks.reduce([loss, errors, errors_top5, count])
     if not count:

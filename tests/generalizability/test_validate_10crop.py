@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torchvision import transforms
 
@@ -20,9 +21,10 @@ from data.batches import Normalization
 from data.ten_crops import CENTER_CROP, ten_crops
 from distributed import Ranks
 from models import create_model
+from recipes import RECIPES
 from s3net_common.checkpoints import load_weights
 from s3net_common.errors import InputError
-from validate_10crop import COUNTS, Args, wilson_interval
+from validate_10crop import Args, wilson_interval
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "validate_10crop.py"
 SHARED = Path(__file__).parents[3] / "shared"
@@ -133,7 +135,7 @@ def test_the_results_describe_the_evaluation(folder, tmp_path):
     digest = hashlib.sha256((folder / "best.safetensors").read_bytes()).hexdigest()
     assert results["checkpoint"]["sha256"] == digest and results["kind"] == "validate_10crop"
     assert results["images"] == {"path": str(folder), "count": 14, "skipped": 0, "classes": 7, "limit": None}
-    assert results["preprocessing"] == {"resize": 48, "crop": 33, "mean": MEAN, "std": STD}
+    assert results["preprocessing"] == {"resize": 48, "crop": 33, "image_size": 33, "mean": MEAN, "std": STD}
     model = create_model("s3net_imagenet_small", 7, **OPTIONS)
     assert results["parameters"] == sum(p.numel() for p in model.parameters())
     assert (results["dataset"], results["model"], results["outputs"]) == ("imagenet", "s3net_imagenet_small", 7)
@@ -166,10 +168,14 @@ def test_the_counts_of_all_ranks_add_up(folder, monkeypatch):
 
     total = count_errors(0, 1)
     monkeypatch.setattr(Ranks, "on_all_ranks", lambda self, action: action())
-    monkeypatch.setattr(Ranks, "reduce", lambda self, values: values)
+    monkeypatch.setattr(Ranks, "reduce", lambda self, values: values)  # each rank keeps its own counts
     parts = [count_errors(rank, 3) for rank in range(3)]
-    assert [part["images"] for part in parts] == [6, 4, 4]
-    assert {name: sum(part[name] for part in parts) for name in COUNTS} == total
+    assert [part["ten_crops"].images for part in parts] == [6, 4, 4]
+    for crops, confusion in total.items():
+        assert sum(part[crops].counts for part in parts).equal(confusion.counts)
+        for name in ("errors", "restricted_errors"):
+            sums = tuple(map(sum, zip(*(getattr(part[crops], name) for part in parts), strict=True)))
+            assert sums == getattr(confusion, name)
 
 
 def test_torchrun_counts_every_image_once_and_writes_one_file(folder, tmp_path):
@@ -189,32 +195,83 @@ def test_torchrun_counts_every_image_once_and_writes_one_file(folder, tmp_path):
 # -- Classes --
 
 
-def test_images_of_some_classes_need_the_names_of_all_outputs(folder, tmp_path):
-    checkpoint = save_checkpoint(tmp_path / "all.safetensors", [*CLASSES, "hen"])
-    with pytest.raises(
-        InputError, match=r"class 7 is 'hen' in the checkpoint and missing in --images; .* pass --classes FILE"
-    ):
-        evaluate(folder, tmp_path, checkpoint=checkpoint)
-    (tmp_path / "names.txt").write_text("".join(f"{name}\tsome animal\n" for name in [*CLASSES, "hen"]))
-    results = evaluate(folder, tmp_path, checkpoint=checkpoint, classes=tmp_path / "names.txt")
+def test_images_of_some_classes_are_matched_by_name_with_both_errors(folder, tmp_path, capsys):
+    names = ["hen", *reversed(CLASSES)]
+    whole, part = reordered(folder, names), save_checkpoint(tmp_path / "part.safetensors", names, outputs=8)
+    save_file(whole.state_dict(), part, metadata_of(part))
+    results = evaluate(folder, tmp_path, checkpoint=part)
+    assert "the images have 7 of the network's 8 classes, matched by name (absent: hen)" in capsys.readouterr().out
     assert (results["outputs"], results["images"]["classes"], results["images"]["count"]) == (8, 7, 14)
+    # The logit of the absent class is the largest for all images: all are errors, but not among the classes present.
+    assert results["ten_crops"]["top1_error"] == results["centre_crop"]["top1_error"] == 100
+    expected = plain_loop(folder)
+    assert results["centre_crop"]["restricted_top1_error"] == pytest.approx(expected[0], abs=1e-9)
+    assert results["ten_crops"]["restricted_top5_error"] == pytest.approx(expected[3], abs=1e-9)
+    assert results["confused_pairs"][0]["predicted"] == "hen"
 
 
-def test_class_folders_are_matched_to_outputs_by_name(folder, tmp_path):
-    """A plain state dict whose outputs have another order than the folders."""
-    state = create_model("s3net_imagenet_small", 7, **OPTIONS)
-    load_weights(state, folder / "best.safetensors")
-    order = [3, 1, 6, 0, 5, 2, 4]
-    state.classifier.weight.data = state.classifier.weight.data[order]
-    state.classifier.bias.data = state.classifier.bias.data[order]
-    torch.save(state.state_dict(), tmp_path / "plain.pt")
-    (tmp_path / "names.txt").write_text("\n".join(CLASSES[label] for label in order))
+def reordered(folder, names):
+    """Return the network of `folder` with outputs in another order, and new ones whose logit is always the largest."""
+    old = load_model(folder)
+    model = create_model("s3net_imagenet_small", len(names), **OPTIONS)
+    model.load_state_dict(
+        {key: value for key, value in old.state_dict().items() if "classifier" not in key}, strict=False
+    )
+    with torch.no_grad():
+        for i, name in enumerate(names):
+            known = name in CLASSES
+            model.classifier.weight[i] = old.classifier.weight[CLASSES.index(name)] if known else 0
+            model.classifier.bias[i] = old.classifier.bias[CLASSES.index(name)] if known else 1e4
+    return model
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_classes_in_another_order_are_matched_by_name(folder, tmp_path, capsys):
+    """A plain state dict with --classes, and a file with names: the outputs have another order than the folders."""
+    names = [CLASSES[i] for i in (3, 1, 6, 0, 5, 2, 4)]
+    model = reordered(folder, names)
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    (tmp_path / "names.txt").write_text("\n".join(names))
     flags = {"model": "s3net_imagenet_small", "model_options": json.dumps(OPTIONS), "classes": tmp_path / "names.txt"}
     results = evaluate(folder, tmp_path, checkpoint=tmp_path / "plain.pt", **flags)
     assert results["preprocessing"]["mean"] == [0.485, 0.456, 0.406] and results["dataset"] is None
-    save_file(state.state_dict(), tmp_path / "plain.safetensors")
-    args = Args(tmp_path / "plain.pt", folder, **SIZES, **flags)
-    assert validate_10crop.output_labels(validate_10crop.output_names(args, {}), CLASSES, True) == [3, 1, 5, 0, 6, 4, 2]
+    printed = capsys.readouterr().out
+    assert "differ in order: they are matched by name" in printed
+    assert "plain.pt does not say how its images are prepared: as for imagenet" in printed
+    named = save_checkpoint(tmp_path / "named.safetensors", names)
+    save_file(model.state_dict(), named, metadata_of(named))
+    assert errors_of(evaluate(folder, tmp_path, checkpoint=named)) == pytest.approx(plain_loop(folder), abs=1e-9)
+
+
+def test_the_checkpoint_says_how_its_images_are_prepared(folder, tmp_path):
+    results = evaluate(folder, tmp_path, resize=None, crop=None)  # trained on imagenet with 32 pixels
+    assert results["preprocessing"] == {"resize": 37, "crop": 32, "image_size": 32, "mean": MEAN, "std": STD}
+    results = evaluate(folder, tmp_path, resize=None, crop=28)
+    assert (results["preprocessing"]["resize"], results["preprocessing"]["crop"]) == (32, 28)
+
+
+def test_a_file_without_metadata_is_prepared_as_for_the_data_set(folder, tmp_path):
+    torch.save(load_model(folder).state_dict(), tmp_path / "plain.pt")
+    flags = {"checkpoint": tmp_path / "plain.pt", "model": "s3net_imagenet_small", "model_options": json.dumps(OPTIONS)}
+    results = evaluate(folder, tmp_path, dataset="cifar100", resize=None, crop=None, **flags)
+    recipe = RECIPES["cifar100"]
+    assert results["preprocessing"]["mean"] == list(recipe.mean) and results["preprocessing"]["std"] == list(recipe.std)
+    assert results["preprocessing"]["resize"] == results["preprocessing"]["crop"] == 32
+
+
+def test_errors_by_class_and_confusions(folder, tmp_path):
+    results = evaluate(folder, tmp_path)
+    rows = results["classes"]
+    assert [row["name"] for row in rows] == CLASSES and [row["images"] for row in rows] == [2] * 7
+    errors = sum(row["errors"] for row in rows)
+    assert 100 * errors / 14 == pytest.approx(results["ten_crops"]["top1_error"])
+    matrix = np.array(results["confusion_matrix"]["images"])
+    assert matrix.sum() == 14 and matrix.sum() - np.trace(matrix) == errors
+    assert Image.open(tmp_path / "results.png").size[0] > 500
 
 
 def error_message(folder, tmp_path, **flags):
@@ -229,13 +286,13 @@ def error_message(folder, tmp_path, **flags):
     [
         (
             ["ant", "bee", "cat", *CLASSES[3:]],
-            "trained on other classes: class 2 is 'cat' in the checkpoint and 'cow' in --images",
+            "the images have classes that the network does not have: cow; the 7 classes of",
         ),
-        (["ant", "cow", "bee", *CLASSES[3:]], "class 1 is 'cow' in the checkpoint and 'bee' in --images"),
-        (CLASSES[:6], "class 6 is missing in the checkpoint and 'gnu' in --images"),
+        (CLASSES[:6], "does not have: gnu; the 6 classes of"),
+        ([str(i) for i in range(7)], "does not have: ant, bee, cow, dog, eel and 2 more (7 of 7); the 7 classes of"),
     ],
 )
-def test_the_error_for_other_classes_names_the_first_difference(folder, tmp_path, trained, message):
+def test_unknown_classes_are_listed_and_refused(folder, tmp_path, trained, message):
     checkpoint = save_checkpoint(tmp_path / "other.safetensors", trained)
     assert message in error_message(folder, tmp_path, checkpoint=checkpoint)
 
@@ -261,17 +318,21 @@ def test_a_class_folder_without_an_output(folder, tmp_path):
     (tmp_path / "names.txt").write_text("\n".join(["ant", "bee", "cow", "dog", "eel", "fox", "hen"]))
     flags = {"model": "s3net_imagenet_small", "model_options": json.dumps(OPTIONS), "classes": tmp_path / "names.txt"}
     message = error_message(folder, tmp_path, checkpoint=tmp_path / "plain.pt", **flags)
-    assert message == "the images' class 'gnu' is not among the 7 of --classes"
+    assert message.startswith("the images have classes that the network does not have: gnu; the 7 classes of")
 
 
 def test_more_outputs_than_the_images_have_classes(tmp_path, folder):
     checkpoint = save_checkpoint(tmp_path / "more.safetensors", CLASSES, outputs=9)  # as trained with --num-classes 9
-    assert evaluate(folder, tmp_path, checkpoint=checkpoint)["outputs"] == 9
+    results = evaluate(folder, tmp_path, checkpoint=checkpoint)
+    assert results["outputs"] == 9 and "restricted_top1_error" not in results["ten_crops"]
     (tmp_path / "results.json").unlink()
     torch.save(create_model("s3net_imagenet_small", 9, **OPTIONS).state_dict(), tmp_path / "plain.pt")
     flags = {"model": "s3net_imagenet_small", "model_options": json.dumps(OPTIONS)}
     message = error_message(folder, tmp_path, checkpoint=tmp_path / "plain.pt", **flags)
-    assert "classifier.weight has shape (9, " in message and "pass --classes FILE with the class names" in message
+    assert "classifier.weight has shape (9, " in message and message.endswith("others, pass --num-classes N")
+    message = error_message(folder, tmp_path, checkpoint=tmp_path / "plain.pt", num_classes=9, **flags)
+    assert "names no classes, and the network has 9 outputs, and the images have 7 classes" in message
+    assert "pass --classes FILE" in message
 
 
 # -- Other input --
@@ -337,6 +398,9 @@ def test_results_are_overwritten_on_request_only(folder, tmp_path):
     with pytest.raises(InputError, match=r"exists already: pass --overwrite to replace it, or another --out"):
         validate_10crop.main(args)
     assert out.read_text() == "kept"
+    (tmp_path / "other.png").write_text("kept")
+    with pytest.raises(InputError, match=r"other\.png exists already"):
+        validate_10crop.main(Args(folder / "best.safetensors", folder, **SIZES, out=tmp_path / "other.json"))
 
 
 def test_the_default_file_has_the_names_of_run_and_checkpoint():

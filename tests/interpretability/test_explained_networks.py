@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from explain_images import NetworkArgs, chosen_networks, load_networks
@@ -84,3 +85,27 @@ def test_error_for_checkpoints_of_unclear_or_other_networks(tmp_path):
     for flags in ({"checkpoint": (file, file)}, {"networks": ("vgg19", "resnet50"), "checkpoint": (file,)}):
         with pytest.raises(InputError, match="give each of these networks at most one checkpoint"):
             chosen_networks(NetworkArgs(**flags))
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+@pytest.mark.parametrize("auxiliary", [True, False])
+def test_the_published_weights_transform_their_input(name, auxiliary, tmp_path):
+    """torchvision sets transform_input only together with weights that it downloads itself."""
+    published = torchvision.models.get_model(
+        name, weights=None, init_weights=False, transform_input=True, aux_logits=auxiliary, num_classes=4
+    ).eval()
+    torch.save(published.state_dict(), tmp_path / "weights.pth")
+    network = load_network(name, tmp_path / "weights.pth", num_classes=4)
+    assert network.model.transform_input
+    images = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(network.model(images), published(images))
+
+
+def test_targets_are_class_names_or_indices(tmp_path):
+    save_trained(tmp_path / "best.safetensors", "s3net_cifar", 7, depth=7)
+    network = load_network("s3net_cifar", tmp_path / "best.safetensors")
+    assert [network.target_index(target) for target in ("thing 6", "3", None)] == [6, 3, None]
+    arguments = NetworkArgs(checkpoint=(str(tmp_path / "best.safetensors"),), target="thing 8")
+    with pytest.raises(InputError, match="the network has no class 'thing 8': did you mean thing"):
+        load_networks(arguments, CPU)
