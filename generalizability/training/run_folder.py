@@ -249,5 +249,5 @@ def draw_curves(history: list[dict], path: Path, title: str) -> None:
     for axes in (loss, error, rate):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=110)
