@@ -176,4 +176,4 @@ def test_invalid_flags_are_an_input_error(flags, text):
 
 def test_a_missing_column_is_reported_in_one_line(run_script, error_line, houses):
     line = error_line(run_script("ntk_sensitivity.py", "--csv", houses, "--target", "cost", *SMALL))
-    assert "has no column 'cost': choose --target from size, age, price" in line
+    assert "has no column 'cost', only size, age, price: choose another --target" in line
