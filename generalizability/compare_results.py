@@ -113,6 +113,7 @@ def read_run(folder: Path) -> Run:
     if not (folder / "config.json").is_file():
         raise InputError(f"{relative(folder)} is not the folder of a run: it has no config.json")
     config = read_json(folder / "config.json")
+    config.pop("environment", None)  # where the data were, the number of workers
     for name, kind in REQUIRED_SETTINGS.items():
         if not isinstance(config.get(name), kind):
             raise InputError(

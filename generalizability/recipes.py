@@ -170,5 +170,5 @@ class RunConfig:
     train_images: int
     val_images: int
     classes: list[str]
-    hold_out: int | None = None
+    hold_out: int | float | None = None
     accumulate: int = 1

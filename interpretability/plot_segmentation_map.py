@@ -5,10 +5,10 @@
     python interpretability/plot_segmentation_map.py my/images --masks my/masks --networks resnet50 --faithfulness
 
 A mask has the name of its image: masks/photo.png belongs to photo.jpg. The object is where the mask's alpha is above
-127, or its grey value if it has no alpha channel. Files written into --out: `segmentation.png`, `segmentation-2.png`, ...
-(6 images on each), `dice.png`, `dice.csv` (Dice at the percentiles 99 to 80) and `scores.json` (Dice, IoU, pointing
-game, average precision). FullGrad is compared with two baseline maps: a centred Gaussian, which ignores the image, and
-the image's edges, which ignore the network.
+127, or its grey value if it has no alpha channel. Files written into --out: `segmentation.png` with 6 images, further
+images in `segmentation-2.png`, ..., `dice.png`, `dice.csv` (Dice at the percentiles 99 to 80) and `scores.json` (Dice,
+IoU, pointing game, average precision). FullGrad is compared with two baseline maps: a centred Gaussian, which ignores
+the image, and the image's edges, which ignore the network.
 """
 
 import csv

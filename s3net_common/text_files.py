@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def read_text(path: Path) -> str:
-    """Return a file's text with line ends of any system as "\\n".
+    """Return a file's text, with a line feed at the end of each line, whatever the system that wrote it.
 
     The text is UTF-8, with or without a byte-order mark, or UTF-16 with one.
 

@@ -20,10 +20,16 @@ Flags = dict[str, Any]  # the flags that the user gave, by name; see s3net_commo
 
 DEFAULT_DATASET = "cifar100"
 NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate", "connections")
+# How a run reads its data and computes, which does not change its results: kept in the run's folder for --resume.
+ENVIRONMENT_FLAGS = {
+    **dict.fromkeys(("data_dir", "device"), str),
+    **dict.fromkeys(("workers", "checkpoint_every", "max_pixels"), int),
+    **dict.fromkeys(("skip_unreadable", "compile", "tensorboard"), bool),
+}
 DATA_FLAGS = ("dataset", "image_size", "hold_out", "limit_train", "limit_val")  # which images, and how they are read
 MINIMUM = {
     **dict.fromkeys(("epochs", "batch_size", "accumulate", "checkpoint_every", "num_classes"), 1),
-    **dict.fromkeys(("hold_out", "limit_train", "limit_val"), 1),
+    **dict.fromkeys(("limit_train", "limit_val"), 1),
     **dict.fromkeys(("momentum", "weight_decay", "seed", "workers"), 0),
     "image_size": 4,
 }
@@ -46,11 +52,16 @@ def check_flags(flags: Flags) -> None:
         value = flags.get(name, minimum)
         if not minimum <= value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value} is not possible: give a number of {minimum} or more")
+    held_out = flags.get("hold_out", 1)
+    if not (0 < held_out < 1 or (isinstance(held_out, int) and held_out >= 1)):
+        raise InputError(
+            f"--hold-out {held_out} is not possible: give a number of images of 1 or more, or a fraction below 1"
+        )
     if not 0 < flags.get("lr", 1) < math.inf:
         raise InputError(f"--lr {flags['lr']} is not possible: give a number above 0")
     if flags.get("seed", 0) >= 2**62:
         raise InputError(f"--seed {flags['seed']} is not possible: give a number below 2^62")
-    if "checkpoint" in flags and "eval_only" not in flags:
+    if "checkpoint" in flags and not flags.get("eval_only"):
         raise InputError("--checkpoint is for --eval-only: leave it out, or pass --resume to resume a run")
 
 
@@ -87,6 +98,20 @@ def resolve_config(flags: Flags, data: Halves, device: torch.device) -> RunConfi
     if config.accumulate > config.batch_size:
         raise InputError(f"--accumulate {config.accumulate} is too large: the batch has {config.batch_size} images")
     return RunConfig(**json.loads(json.dumps(asdict(config))))  # tuples become lists, as in config.json
+
+
+def environment_of(flags: Flags) -> dict[str, str | int]:
+    """Return the values of `ENVIRONMENT_FLAGS` that the user gave, for JSON; the data folder as an absolute path."""
+    environment = {name: flags[name] for name in ENVIRONMENT_FLAGS if name in flags}
+    if "data_dir" in flags:
+        environment["data_dir"] = str(flags["data_dir"].absolute())
+    return environment
+
+
+def flags_of(environment: dict) -> Flags:
+    """Return the flags that `environment_of` stored. Values of a wrong type, in an edited file, are left out."""
+    flags = {name: environment[name] for name, kind in ENVIRONMENT_FLAGS.items() if type(environment.get(name)) is kind}
+    return flags | ({"data_dir": Path(flags["data_dir"])} if "data_dir" in flags else {})
 
 
 def check_same_recipe(flags: Flags, started: RunConfig) -> None:

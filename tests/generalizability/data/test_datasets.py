@@ -172,7 +172,7 @@ def test_cifar100_without_data_and_network(tmp_path, monkeypatch):
 def test_damaged_cifar100_is_not_overwritten(tmp_path):
     (tmp_path / "cifar-100-python").mkdir()
     (tmp_path / "cifar-100-python" / "test").write_bytes(b"half a file")
-    with pytest.raises(InputError, match="are damaged: delete them"):
+    with pytest.raises(InputError, match="are damaged or incomplete: delete them"):
         load_dataset("cifar100", tmp_path)
 
 
