@@ -79,8 +79,8 @@ def claim_folder(folder: Path, record: str, *others: str, overwrite: bool = Fals
 
 def _recorded_by_this_script(record: Path) -> bool:
     try:
-        recorded = shlex.split(json.loads(record.read_text())["command"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        recorded = shlex.split(str(json.loads(record.read_text())["command"]))
+    except (OSError, ValueError, KeyError, TypeError):  # missing, or no record
         return False
     return recorded[:2] == shlex.split(shell_command())[:2]
 

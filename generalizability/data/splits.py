@@ -33,16 +33,18 @@ def find_halves(data_dir: Path, splits: tuple[str, ...], lmdb: bool = False) -> 
 
 
 def _find_half(data_dir: Path, names: tuple[str, ...], lmdb: bool) -> Path | None:
-    """Return the path of a half, or None. A folder that holds images but no folders is a class, whatever its name."""
+    """Return the path of a half, or None. Among class folders, a folder without subfolders is a class like them."""
+    beside_classes = any(name.lower() not in OTHER_NAMES for name in _folder_names(data_dir))
     for name in names:
         path = find_split(data_dir, name) if lmdb else data_dir / name
-        if path is not None and (path.is_file() if path.suffix == ".lmdb" else path.is_dir() and not _is_class(path)):
+        if path is not None and path.exists() and not (beside_classes and _is_class(path)):
             return path
     return None
 
 
 def _is_class(folder: Path) -> bool:
-    entries = list(os.scandir(folder))
+    """Return whether a folder holds images and no folders."""
+    entries = list(os.scandir(folder)) if folder.is_dir() else []
     has_images = any(Path(entry.name).suffix.lower() in IMAGE_SUFFIXES for entry in entries)
     return has_images and not any(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
 
@@ -56,7 +58,7 @@ def _class_root(data_dir: Path, lmdb: bool) -> Path:
     names = _folder_names(data_dir)
     if not names:
         raise InputError(_no_images(data_dir, lmdb))
-    if split_names := [name for name in names if name.lower() in OTHER_NAMES and not _is_class(data_dir / name)]:
+    if split_names := _split_names(data_dir, names):
         raise InputError(
             f"{data_dir} has {split_names[0]}/, which is no class: name the folder of the training images train/, and "
             "that of the validation images val/ or test/"
@@ -67,6 +69,10 @@ def _class_root(data_dir: Path, lmdb: bool) -> Path:
             f"{data_dir / names[0]}"
         )
     return data_dir
+
+
+def _split_names(data_dir: Path, names: list[str]) -> list[str]:
+    return [name for name in names if name.lower() in OTHER_NAMES and not _is_class(data_dir / name)]
 
 
 def _folder_names(folder: Path) -> list[str]:
@@ -89,7 +95,7 @@ def _missing_half(
     if missing == "val":
         return f"{_no_images(data_dir, lmdb, 'val')}; or {hold_out}"
     names = _folder_names(data_dir)
-    if len(names) > 1 and not any(paths.values()) and not OTHER_NAMES.intersection(map(str.lower, names)):
+    if len(names) > 1 and not any(paths.values()) and not _split_names(data_dir, names):
         return f"{data_dir} has class folders, but no train/ and val/: {hold_out}, or another --data-dir"
     return _no_images(data_dir, lmdb)
 
