@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data import tiny_imagenet
 from data.image_sets import DiskImages, Halves, ImageSet, open_source
-from data.splits import SPLITS, find_halves
+from data.splits import HALVES, SPLITS, find_halves
 from s3net_common.errors import InputError, first_line, nearest_names
 from s3net_common.images import check_same_classes, class_images, class_names, read_square
 
@@ -82,9 +82,10 @@ def _load_cifar100(options: ReadOptions) -> tuple[ImageSet, ...]:
     The binary files are in `data_dir` or in `cifar-100-python/` there, or are unpacked from `cifar-100-python.tar.gz`.
     """
     data_dir = options.data_dir
+    names = [name for split in options.splits for name in HALVES[split]]
     if data_dir.name == "cifar-100-python.tar.gz":
         data_dir = data_dir.parent
-    if any((data_dir / split).is_dir() for split in ("train", "val", "test")):
+    elif any((data_dir / name).is_dir() for name in names):
         return _load_folder(replace(options, image_size=32))
     is_inner = data_dir.name == "cifar-100-python" or (data_dir / "meta").is_file()
     folder = data_dir.absolute() if is_inner else data_dir / "cifar-100-python"

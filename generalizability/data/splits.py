@@ -5,11 +5,11 @@ from pathlib import Path
 
 from data.image_sets import find_split
 from s3net_common.errors import InputError
-from s3net_common.images import IMAGE_SUFFIXES, class_names
+from s3net_common.images import IMAGE_SUFFIXES
 
 SPLITS = ("train", "val")
 HALVES = {"train": ("train",), "val": ("val", "test")}  # names of their folders, the preferred one first
-OTHER_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
 def find_halves(data_dir: Path, splits: tuple[str, ...], lmdb: bool = False) -> list[Path]:
@@ -34,7 +34,7 @@ def find_halves(data_dir: Path, splits: tuple[str, ...], lmdb: bool = False) -> 
 
 def _find_half(data_dir: Path, names: tuple[str, ...], lmdb: bool) -> Path | None:
     """Return the path of a half, or None. Among class folders, a folder without subfolders is a class like them."""
-    beside_classes = any(name.lower() not in OTHER_NAMES for name in _folder_names(data_dir))
+    beside_classes = any(name.lower() not in SPLIT_NAMES for name in _folder_names(data_dir))
     for name in names:
         path = find_split(data_dir, name) if lmdb else data_dir / name
         if path is not None and path.exists() and not (beside_classes and _is_class(path)):
@@ -72,14 +72,13 @@ def _class_root(data_dir: Path, lmdb: bool) -> Path:
 
 
 def _split_names(data_dir: Path, names: list[str]) -> list[str]:
-    return [name for name in names if name.lower() in OTHER_NAMES and not _is_class(data_dir / name)]
+    return [name for name in names if name.lower() in SPLIT_NAMES and not _is_class(data_dir / name)]
 
 
 def _folder_names(folder: Path) -> list[str]:
-    try:
-        return class_names(folder)
-    except (InputError, OSError):
+    if not folder.is_dir():
         return []
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _missing_half(

@@ -47,7 +47,7 @@ def find_images(
     Raises:
         InputError: the data are missing, damaged or incomplete, or could not be downloaded.
     """
-    root = next((r for r in (data_dir, data_dir / FOLDER) if any((r / split).is_dir() for split in splits)), None)
+    root = next((r for r in (data_dir, data_dir / FOLDER) if (r / splits[0]).is_dir()), None)
     if root is None:
         root = data_dir / FOLDER
         archive = data_dir / f"{FOLDER}.zip"

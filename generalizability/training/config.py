@@ -20,7 +20,7 @@ Flags = dict[str, Any]  # the flags that the user gave, by name; see s3net_commo
 
 DEFAULT_DATASET = "cifar100"
 NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate", "connections")
-# How a run reads its data and computes, which does not change its results: kept in the run's folder for --resume.
+# Flags that are no part of the recipe. The run's folder keeps them, and --resume uses them if they are not given again.
 ENVIRONMENT_FLAGS = {
     **dict.fromkeys(("data_dir", "device"), str),
     **dict.fromkeys(("workers", "checkpoint_every", "max_pixels"), int),

@@ -23,7 +23,7 @@ from training.engine import Progress, Trainer
 
 CHECKPOINT_FORMAT = 1
 RUN_FILES = ("last.pt", "best.safetensors", "metrics.jsonl", "curves.png", "summary.json", "config.json")
-ENVIRONMENT = "environment"  # in config.json: flags that do not change the results
+ENVIRONMENT = "environment"  # in config.json: flags that are no part of the recipe
 LOCK_SECONDS = 10.0  # DataLoader workers of a killed run hold its lock until they notice, up to 5 s later
 
 
@@ -54,7 +54,7 @@ class Run:
             )
 
     def environment(self) -> dict:
-        """Return the flags of the run that do not change its results, as far as `config.json` has them."""
+        """Return the flags of the run that are no part of its recipe, as far as `config.json` has them."""
         environment = self._config_values().get(ENVIRONMENT)
         return environment if isinstance(environment, dict) else {}
 
@@ -104,7 +104,7 @@ class Run:
     def create(self, config: RunConfig, environment: dict) -> None:
         """Create and lock the folder, remove an earlier run from it, and write the configuration.
 
-        `environment`: flags that do not change the results, for resuming.
+        `environment`: flags that are no part of the recipe, for resuming.
 
         Raises:
             InputError: the folder cannot be written, or another process trains into it.
