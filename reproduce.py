@@ -44,6 +44,8 @@ class Args:
     """Experiments to run. The page shows the results of all experiments in --out."""
     out: flag(Path, "DIR", "runs/reproduce-<budget>") = None
     """Folder for all results."""
+    overwrite: bool = False
+    """Replace the page and the logs in --out although they are not of an earlier run."""
 
 
 def main(args: Args, steps: Sequence[Step] | None = None) -> int:
@@ -63,6 +65,8 @@ def main(args: Args, steps: Sequence[Step] | None = None) -> int:
     if not args.only:
         raise InputError(f"--only needs one or more of {', '.join(EXPERIMENTS)}")
     out = (args.out or default_out(f"reproduce-{args.budget}")).resolve()
+    if not args.overwrite:
+        check_replaceable(out)
     steps = steps_of(args.budget, gpus) if steps is None else steps
     selected = [step for step in steps if step.experiment in args.only]
     failed = 0
@@ -83,6 +87,23 @@ def main(args: Args, steps: Sequence[Step] | None = None) -> int:
         + (f"; {failed} of {len(selected)} steps failed" if failed else "")
     )
     return 1 if failed else 0
+
+
+def check_replaceable(out: Path) -> None:
+    """Check that the page, the lock and the logs in `out` are those of an earlier run, of which a record is left.
+
+    Raises:
+        InputError: they are not.
+    """
+    files = [path for path in (out / "index.html", out / "lock") if path.is_file() and path.stat().st_size]
+    files += logs_folder(out).glob("*.log")
+    records = logs_folder(out).glob("*.json")
+    if files and not any(read_record(out, path.stem) for path in records):
+        names = ", ".join(str(path.relative_to(out)) for path in files)
+        raise InputError(
+            f"{from_root(out)} already holds {names}, not written by this script: pass another --out, or --overwrite "
+            "to replace files"
+        )
 
 
 @contextlib.contextmanager
@@ -170,6 +191,7 @@ def run_step(step: Step, out: Path, lock: IO) -> Record:
             record.seconds = before.seconds
         else:
             move_to_former(out / step.name)
+    write_record(out, step.name, record)  # before all other files, to show whose they are
     log = logs_folder(out) / f"{step.name}.log"
     with log.open("w") as file:
         code = run_command(step, record, out, file, lock)

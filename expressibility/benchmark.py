@@ -30,7 +30,7 @@ from kernels import B_STD, TOPOLOGIES, W_STD, Topology, kernel_row_blocks
 from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths, compare
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
-from s3net_common.output_files import default_out, make_folder, run_record, save_figure, write_json
+from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 from scaling_fit import fitted_order
 
 SCALING_DEPTH = 8  # Figure 3's K = 10
@@ -43,7 +43,9 @@ class Args:
     """Flags of the benchmark."""
 
     out: Path = field(default_factory=lambda: default_out("expressibility_benchmark"))
-    """Folder for benchmark.json and benchmark.png, created if missing."""
+    """Folder for benchmark.json and benchmark.png, created if missing. Those of an earlier run are replaced."""
+    overwrite: bool = False
+    """Replace files in --out that this script did not write."""
     depths: tuple[int, ...] = FIGURE_3_DEPTHS
     """Numbers of blocks of the compared networks, each at least 1."""
     repeats: int = 5
@@ -232,7 +234,7 @@ def main(args: Args) -> None:
         raise InputError(f"--repeats is {args.repeats}: it must be at least 1")
     if not args.points or min(args.points) < 1:
         raise InputError("--points must be one or more numbers of at least 1, such as --points 500 1000")
-    out = make_folder(args.out)
+    out = claim_folder(args.out, "benchmark.json", "benchmark.png", overwrite=args.overwrite)
     results = {
         "figure_3": measure_figure_3(depths, args.repeats),
         "scaling": measure_scaling(tuple(sorted(set(args.points)))),

@@ -24,6 +24,7 @@ WIDTHS = (32, 64, 128, 256, 512, 1024)
 DEPTH = 3
 POINTS = 6
 FEATURES = 8
+FILES = ("finite_width.json", "finite_width.png")
 
 
 def _relative_error(apply_fn: Callable, x: np.ndarray, limit: np.ndarray, params: Any) -> jax.Array:
@@ -86,10 +87,10 @@ def draw(results: dict[str, Any]) -> plt.Figure:
 
 
 def measure_and_save(out: Path) -> None:
-    """Write finite_width.json and finite_width.png into the folder `out`, and print the fitted powers."""
+    """Write `FILES` into the folder `out`, and print the fitted powers."""
     results = measure()
-    write_json(out / "finite_width.json", run_record() | results)
-    save_figure(out / "finite_width.png", draw(results))
+    write_json(out / FILES[0], run_record() | results)
+    save_figure(out / FILES[1], draw(results))
     for topology in TOPOLOGIES:
         print(f"Finite {topology} networks approach their NTK as width^({results[topology]['order']:.2f})")
-    print(f"Wrote {out / 'finite_width.json'} and {out / 'finite_width.png'}")
+    print(f"Wrote {out / FILES[0]} and {out / FILES[1]}")

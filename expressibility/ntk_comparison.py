@@ -25,7 +25,7 @@ from kernel_regression import NtkMatrices, mean_squared_error, ntk_matrices, pre
 from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES, Topology, stax_network
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
-from s3net_common.output_files import default_out, make_folder, run_record, save_figure, write_json
+from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 
 DIAG_REG = 0.1
 MAX_DEPTH = 100
@@ -53,7 +53,9 @@ class Args:
     """Flags of the comparison."""
 
     out: Path = field(default_factory=lambda: default_out("ntk_comparison"))
-    """Folder for the results, created if missing."""
+    """Folder for the results, created if missing. Those of an earlier run are replaced."""
+    overwrite: bool = False
+    """Replace files in --out that this script did not write."""
     depths: tuple[int, ...] = FIGURE_3_DEPTHS
     """Numbers of blocks, each at least 1. Figure 3's K counts Dense layers and is larger by 2."""
     h0_shortcut: bool = False
@@ -211,7 +213,9 @@ def check_depths(depths: tuple[int, ...]) -> tuple[int, ...]:
 def main(args: Args) -> None:
     """Compute Figure 3, print its table and write the results."""
     depths = check_depths(args.depths)
-    out = make_folder(args.out)
+    out = claim_folder(args.out, "ntk_results.json", "ntk_results.png", overwrite=args.overwrite)
+    if args.finite_width:
+        claim_folder(args.out, *finite_width.FILES, overwrite=args.overwrite)
     data = tabular.split(tabular.boston(), tabular.PAPER_SEED)
     comparison = compare(data, depths, h0_shortcut=args.h0_shortcut, progress=True)
     results = results_dict(comparison, len(data.y_test), args.h0_shortcut)

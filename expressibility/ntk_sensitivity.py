@@ -31,8 +31,8 @@ from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths
 from s3net_common.command_line import flag, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import (
+    claim_folder,
     default_out,
-    make_folder,
     run_record,
     save_figure,
     write_atomically,
@@ -48,7 +48,10 @@ class Args:
     """Flags of the study."""
 
     out: Path = field(default_factory=lambda: default_out("ntk_sensitivity"))
-    """Folder for sensitivity.json, sensitivity.png and baselines.png, created if missing."""
+    """Folder for sensitivity.json, sensitivity.png and baselines.png, created if missing. Those of an earlier run are
+    replaced, and an interrupted study with the same flags is continued."""
+    overwrite: bool = False
+    """Replace files in --out that this script did not write, and an interrupted study with other flags."""
     splits: int = 100
     """Number of random splits, at least 2, with a tenth of the rows for testing. Their seeds are 0, 1, 2, ..."""
     depths: tuple[int, ...] = FIGURE_3_DEPTHS
@@ -56,7 +59,8 @@ class Args:
     diag_regs: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """Regularisers relative to the mean of the kernel's diagonal, above 0. The paper's is 0.1."""
     csv: flag(Path, "FILE", DEFAULT_DATA) = None
-    """Comma-separated file to study instead: a line of column names, then lines of numbers. Needs --target."""
+    """Table to study instead: a line of column names, then lines of numbers, separated by commas, semicolons or tabs.
+    Needs --target."""
     target: flag(str, "COLUMN", "none") = None
     """Column of --csv to predict. All other columns are features."""
 
@@ -116,13 +120,18 @@ def evaluate(split: tabular.Split, depths: list[int], diag_regs: list[float]) ->
     return errors
 
 
-def evaluate_splits(tables: list[tabular.Table], settings: dict[str, Any], partial: Path) -> Iterator[dict[str, Any]]:
+def evaluate_splits(
+    tables: list[tabular.Table], settings: dict[str, Any], partial: Path, overwrite: bool = False
+) -> Iterator[dict[str, Any]]:
     """Yield a record of errors for every data set, scaling and split.
 
     Each record is also appended to the file `partial`, whose first line contains the settings. Records that the file
-    already contains are not computed again if its settings are equal.
+    already contains are not computed again.
+
+    Raises:
+        InputError: `partial` has other settings or is another file, and `overwrite` is False.
     """
-    finished = _read_partial(partial, settings)
+    finished = _read_partial(partial, settings, overwrite)
     # Without a last line that is incomplete since the process was killed while writing it.
     text = "".join(json.dumps(line) + "\n" for line in (settings, *finished.values()))
     write_atomically(partial, lambda temporary: temporary.write_text(text))
@@ -151,16 +160,24 @@ def _evaluate_split(table: tabular.Table, scaling: str, seed: int, settings: dic
     return record
 
 
-def _read_partial(partial: Path, settings: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
+def _read_partial(
+    partial: Path, settings: dict[str, Any], overwrite: bool
+) -> dict[tuple[str, str, int], dict[str, Any]]:
     lines = []
-    if partial.exists():
-        for text in partial.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-    if not lines or lines[0] != settings:
+    if not partial.exists():
         return {}
+    for text in partial.read_text(errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    if not lines or lines[0] != settings:
+        if overwrite:
+            return {}
+        raise InputError(
+            f"{partial} belongs to an interrupted study with other flags or data: repeat its command to continue it, "
+            "pass another --out, or --overwrite to replace it"
+        )
     return {(record["dataset"], record["scaling"], record["seed"]): record for record in lines[1:]}
 
 
@@ -314,9 +331,9 @@ def format_report(results: dict[str, Any]) -> str:
 def main(args: Args) -> None:
     """Run or continue the study, print the report and write the results."""
     tables, settings = check_args(args)
-    out = make_folder(args.out)
+    out = claim_folder(args.out, "sensitivity.json", "sensitivity.png", "baselines.png", overwrite=args.overwrite)
     partial = out / "sensitivity.partial.jsonl"
-    records = list(evaluate_splits(tables, settings, partial))
+    records = list(evaluate_splits(tables, settings, partial, args.overwrite))
     cells = compare_topologies(records, settings)
     results = {
         "settings": settings,

@@ -22,7 +22,7 @@ import numpy as np
 import expressions
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
-from s3net_common.output_files import default_out, make_folder, run_record, save_figure, write_json
+from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 from scaling_fit import fitted_order
 
 jax.config.update("jax_enable_x64", True)  # in float32, rounding exceeds the error beyond a hundred layers
@@ -49,7 +49,9 @@ class Args:
     depth: int = 32
     """Number of layers with one neuron each, from 1 to 4096."""
     out: Path = field(default_factory=lambda: default_out("one_neuron"))
-    """Folder for one_neuron.json and one_neuron.png, created if missing."""
+    """Folder for one_neuron.json and one_neuron.png, created if missing. Those of an earlier run are replaced."""
+    overwrite: bool = False
+    """Replace files in --out that this script did not write."""
 
 
 class Chain(NamedTuple):
@@ -258,7 +260,7 @@ def main(args: Args) -> None:
     function = expressions.parse(args.function)
     low, high = args.interval
     function(np.linspace(low, high, POINTS + 1))  # raises InputError before the folder is made
-    out = make_folder(args.out)
+    out = claim_folder(args.out, "one_neuron.json", "one_neuron.png", overwrite=args.overwrite)
     results, sparse, plain = study(function, low, high, args.depth)
     results = {"function": args.function, **results}
     write_json(out / "one_neuron.json", run_record() | results)

@@ -28,7 +28,7 @@ def draw_cells(results: dict[str, Any]) -> plt.Figure:
             axes = panels[row][column]
             selected = [cell for cell in cells if (cell["dataset"], cell["scaling"]) == (dataset, scaling)]
             image = _draw_map(axes, selected, settings["diag_regs"], limit)
-            axes.set_title(f"{dataset}, {scaling} features", fontsize=11)
+            axes.set_title(f"{dataset}, {scaling} features", fontsize=11, parse_math=False)
     explanation = (
         "Blue: the proposed topology has the smaller error. Red: the residual topology has. Number: % of "
         f"{settings['splits']} random splits on which the proposed topology has the smaller error, in brackets if the "
@@ -77,7 +77,8 @@ def draw_baselines(results: dict[str, Any]) -> plt.Figure:
         axes.barh([row["predictor"] for row in rows], [row["mse"] for row in rows], color=colours)
         for y, row in enumerate(rows):
             axes.text(row["mse"], y, f" {row['mse']:,.{2 if row['mse'] < 100 else 0}f}", va="center", fontsize=9)
-        axes.set(xlabel="mean squared error on test rows", title=dataset)
+        axes.set_xlabel("mean squared error on test rows")
+        axes.set_title(dataset, parse_math=False)
         axes.set_xlim(0, 1.15 * max(row["mse"] for row in rows))
     figure.suptitle(f"Mean error of the predictors on the same {results['settings']['splits']} splits", fontsize=11)
     return figure

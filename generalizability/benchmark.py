@@ -39,7 +39,7 @@ from recipes import RECIPES
 from s3net_common.command_line import flag, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
-from s3net_common.output_files import default_out, make_folder, relative, run_record, write_json
+from s3net_common.output_files import claim_folder, default_out, relative, run_record, write_json
 from s3net_networks import create_network
 from training.engine import Precision, Trainer
 
@@ -69,7 +69,9 @@ class Args:
     images: flag(Path, "DIR", "crops of two photographs") = None
     """Images for "decoding": a folder with a subfolder for each class."""
     out: Path = field(default_factory=lambda: default_out("benchmark"))
-    """Folder for benchmark.json."""
+    """Folder for benchmark.json. The file of an earlier run is replaced."""
+    overwrite: bool = False
+    """Replace files in --out that this script did not write."""
 
 
 # ---- The published formulation ------------------------------------------------------------------------------------
@@ -310,7 +312,7 @@ def main(args: Args) -> None:
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds} is too small: give 1 or more")
     join_ranks(args.device)  # raises an InputError if the device is missing
-    make_folder(args.out)
+    claim_folder(args.out, "benchmark.json", overwrite=args.overwrite)
     results = run_record() | {"threads": torch.get_num_threads(), "batch_size": BATCH}
     if args.only in ("all", "data"):
         results["data"] = benchmark_data(args.rounds)

@@ -24,8 +24,8 @@ from comparison.paper_tables import PAPER_ROWS, PaperRow
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import (
+    claim_folder,
     default_out,
-    make_folder,
     relative,
     save_figure,
     shell_command,
@@ -44,6 +44,8 @@ class Args:
     """Folders of runs of train_s3net.py, and results files of validate_10crop.py."""
     out: Path = field(default_factory=lambda: default_out("comparison"))
     """Folder for the table and the figure. The files of an earlier comparison are replaced."""
+    overwrite: bool = False
+    """Replace files in --out that this script did not write."""
 
 
 def main(args: Args) -> None:
@@ -58,13 +60,13 @@ def main(args: Args) -> None:
     runs = [read_run(path) for path in paths if not path.is_file()]
     rows = run_rows(runs) + [row for path in paths if path.is_file() for row in crop_rows(path)]
     tables = by_dataset(rows)
-    make_folder(args.out)
+    claim_folder(args.out, "comparison.json", "table.md", "table.csv", "scatter.png", overwrite=args.overwrite)
     markdown = "\n\n".join(markdown_section(dataset, rows) for dataset, rows in tables.items()) + "\n"
     every_row = [row for rows in tables.values() for row in rows]
     figure = draw_scatter({title(dataset): scatter_points(rows) for dataset, rows in tables.items()})
+    write_json(args.out / "comparison.json", {"command": shell_command(), "rows": [asdict(row) for row in every_row]})
     write_atomically(args.out / "table.md", lambda path: path.write_text(markdown, encoding="utf-8"))
     write_atomically(args.out / "table.csv", lambda path: path.write_text(csv_text(every_row), encoding="utf-8"))
-    write_json(args.out / "comparison.json", {"command": shell_command(), "rows": [asdict(row) for row in every_row]})
     save_figure(args.out / "scatter.png", figure, figure.dpi)
     print(markdown)
     print(f"written to {relative(args.out)}: table.md, table.csv, comparison.json, scatter.png")
@@ -111,6 +113,7 @@ def read_run(folder: Path) -> Run:
     if not (folder / "config.json").is_file():
         raise InputError(f"{relative(folder)} is not the folder of a run: it has no config.json")
     config = read_json(folder / "config.json")
+    config.pop("environment", None)  # where the data were, the number of workers
     for name, kind in REQUIRED_SETTINGS.items():
         if not isinstance(config.get(name), kind):
             raise InputError(

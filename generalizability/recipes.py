@@ -171,6 +171,6 @@ class RunConfig:
     train_images: int
     val_images: int
     classes: list[str]
-    hold_out: int | None = None
+    hold_out: int | float | None = None
     accumulate: int = 1
     init: str | None = None

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from comparison.budget_report import write_report
+from comparison.budget_report import REPORT_FILES, write_report
 from comparison.jobs import Job, flag_name, run_jobs
 from s3net_common.command_line import flag, run_script
 from s3net_common.errors import InputError
-from s3net_common.output_files import default_out, make_folder
+from s3net_common.output_files import claim_folder, default_out
 from s3net_networks.size import count_parameters
 
 PARTS = ("search", "comparison", "ablation")
@@ -71,7 +71,9 @@ class Args:
     device: flag(str, "DEVICE", "a GPU if there is one") = None
     """Device to train on: cpu, cuda or mps."""
     out: Path = field(default_factory=lambda: default_out("same_budget"))
-    """Folder for the runs and the results."""
+    """Folder for the runs and the results. The results of an earlier call are replaced; finished runs are kept."""
+    overwrite: bool = False
+    """Replace files in --out that this script did not write."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def main(args: Args) -> None:
         InputError: a flag is out of range, a run fails, or the search is not finished.
     """
     check_flags(args)
-    make_folder(args.out)
+    claim_folder(args.out, *REPORT_FILES, overwrite=args.overwrite)
     networks = compared_networks(args)
     jobs = {"search": search_jobs(args, networks)}
     if "search" in args.only:

@@ -36,6 +36,7 @@ from torch import nn
 from data.batches import Batches, make_batches
 from data.datasets import DATASETS, load_dataset
 from data.image_sets import Halves
+from data.splits import SPLITS
 from distributed import Ranks, join_ranks
 from recipes import RECIPES, RunConfig
 from s3net_common.command_line import flag, given_flags, run_script
@@ -53,6 +54,8 @@ from training.config import (
     check_flags,
     check_same_data,
     check_same_recipe,
+    environment_of,
+    flags_of,
     resolve_config,
 )
 from training.engine import (
@@ -82,8 +85,8 @@ class Args:
     dataset: flag(str, f"{{{','.join(DATASETS)}}}", DEFAULT_DATASET) = None
     """Images to train on: scikit-learn's digits (embedded), CIFAR-100, Tiny ImageNet, ImageNet, or your own."""
     data_dir: flag(Path, "DIR", "data/<dataset>") = None
-    """Folder of the images: cifar-100-python/, tiny-imagenet-200/, train.lmdb and val.lmdb, or train/<class>/* and
-    val/<class>/* (or test/<class>/*)."""
+    """Folder of the images: cifar-100-python/, tiny-imagenet-200/, train.lmdb and val.lmdb, train/<class>/* and
+    val/<class>/* (or test/<class>/*), or, with --hold-out, <class>/*."""
     download: bool = False
     """Download Tiny ImageNet (237 MiB) if it is missing. CIFAR-100 is downloaded without this flag."""
     model: flag(str, "NAME", RECIPE) = None
@@ -121,8 +124,9 @@ class Args:
     """Height and width in pixels of the images that the network reads."""
     seed: flag(int, "INT", "0") = None
     """Seed of the initial weights, the order of the images and their augmentation."""
-    hold_out: flag(int, "N", "the data set's own validation images") = None
-    """Hold out N training images and validate on them instead of on the validation set."""
+    hold_out: flag(int | float, "N|FRACTION", "the data set's own validation images") = None
+    """Hold out N training images, or a fraction of each class (0.1), and validate on them instead of on the validation
+    set. A folder needs no validation set then."""
     limit_train: flag(int, "N", "all") = None
     """Train on N of the training images only, always the same ones."""
     limit_val: flag(int, "N", "all") = None
@@ -143,11 +147,11 @@ class Args:
     out: flag(Path, "DIR", "runs/<dataset>-<model>-s<seed>, or runs/evaluation/<folder>-<checkpoint>") = None
     """Folder for everything that the run or the evaluation writes."""
     resume: bool = False
-    """Resume the run in --out, or start it if it does not exist."""
+    """Resume the run in --out, or start it if it does not exist. The run's folder knows all its flags."""
     checkpoint_every: flag(int, "N", "each epoch only") = None
     """Also save a checkpoint every N steps."""
     overwrite: bool = False
-    """Replace the run or the evaluation in --out."""
+    """Replace the run or the evaluation in --out, or files of something else with their names."""
     tensorboard: bool = False
     """Also write the metrics as TensorBoard events, into <out>/tensorboard."""
 
@@ -172,6 +176,10 @@ def main(args: Args) -> int:
     check_flags(flags)
     if "init" in flags:
         flags["init"] = recorded_init(flags["init"])
+    run = Run(flags.get("out") or default_folder(flags))
+    if args.resume:
+        flags = flags_of(run.environment()) | flags
+        check_flags(flags)
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
@@ -181,7 +189,8 @@ def main(args: Args) -> int:
         return evaluate_checkpoint(flags, ranks)
     start = ranks.on_main_rank(lambda: start_metadata(flags))
     completed = complete_flags(flags, start)
-    run = Run(flags.get("out") or default_folder(completed))
+    if "out" not in flags:  # the file of --init may name another network
+        run = Run(default_folder(completed))
     started = ranks.on_main_rank(lambda: open_run(flags, run))
     if started:  # the run's own images, also where the flags do not name them
         flags |= {name: getattr(started, name) for name in DATA_FLAGS}
@@ -195,9 +204,9 @@ def main(args: Args) -> int:
     restored = started is not None and ranks.on_main_rank(run.has_checkpoint)
     model = build_network(config, not restored, ranks)
     if started:
-        ranks.on_main_rank(run.hold)
+        ranks.on_main_rank(lambda: run.resume(config, environment_of(flags)))
     else:  # all flags are valid now, so the folder may be written
-        ranks.on_main_rank(lambda: run.create(config))
+        ranks.on_main_rank(lambda: run.create(config, environment_of(flags)))
     try:
         return train(flags, run, config, model, size, data, ranks)
     finally:
@@ -210,9 +219,9 @@ def check_tools(flags: Flags, ranks: Ranks) -> None:
     Raises:
         InputError: TensorBoard or a C++ compiler is missing.
     """
-    if "tensorboard" in flags and find_spec("tensorboard") is None:
+    if flags.get("tensorboard") and find_spec("tensorboard") is None:
         raise InputError("TensorBoard is not installed: pip install tensorboard, or leave out --tensorboard")
-    if "compile" in flags and ranks.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
+    if flags.get("compile") and ranks.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
         raise InputError("--compile on a CPU needs a C++ compiler, and there is none: leave it out")
 
 
@@ -226,16 +235,24 @@ def open_run(flags: Flags, run: Run) -> RunConfig | None:
     """Return the configuration of the run to be resumed, or None if a new one is to be started.
 
     Raises:
-        InputError: the folder cannot be written; it holds a run and neither --resume nor --overwrite is given; or a
-            flag differs from what the run was started with.
+        InputError: the folder cannot be written; it holds a run, and neither --resume nor --overwrite is given; it
+            holds other files with a run's names; or a flag differs from what the run was started with.
     """
     run.check_writable()  # before the data are read, which may take a while
-    if not run.exists() or ("overwrite" in flags and not was_restarted()):
+    files = run.files()
+    if not files or (flags.get("overwrite") and not (was_restarted() and "config.json" in files)):
         return None
-    if "resume" not in flags and not was_restarted():
+    if flags.get("resume") or was_restarted():
+        run.check_resumable()
+    elif run.is_run():
         raise InputError(
             f"{relative(run.folder)} already holds a run: pass --resume to resume it, --overwrite to replace it, "
             "or another --out"
+        )
+    else:
+        raise InputError(
+            f"{relative(run.folder)} already holds {', '.join(files)} of something else: pass another --out, or "
+            "--overwrite to replace these files"
         )
     started = run.read_config()
     check_same_recipe(flags, started, run.folder)
@@ -284,28 +301,40 @@ def resume_command(flags: Flags, folder: Path) -> str:
 # ---- Data ---------------------------------------------------------------------------------------------------------
 
 
-def read_data(flags: Flags, ranks: Ranks) -> Halves:
-    """Read the training and validation images. One rank of each node reads first: it may have to download."""
+def read_data(flags: Flags, ranks: Ranks, splits: tuple[str, ...] = SPLITS) -> Halves:
+    """Read the training and validation images. One rank of each node reads first: it may have to download.
+
+    Args:
+        flags: with --hold-out, only the training images are read, and split.
+        ranks: this process among the distributed ranks.
+        splits: "train" and "val", or only what is needed.
+
+    Returns:
+        The images of each of `splits`.
+    """
     dataset = flags.get("dataset", DEFAULT_DATASET)
     first_of_node = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    held_out = flags.get("hold_out")
 
     def read() -> Halves:
         return load_dataset(
             dataset,
             flags.get("data_dir", ROOT / "data" / dataset),
+            splits=splits if held_out is None else ("train",),
             image_size=flags.get("image_size", RECIPES[dataset].image_size),
             workers=max(1, loader_workers(flags)),
-            skip_unreadable="skip_unreadable" in flags,
-            download="download" in flags,
+            skip_unreadable=flags.get("skip_unreadable", False),
+            download=flags.get("download", False),
         )
 
     halves = ranks.on_all_ranks(lambda: read() if first_of_node else None)
     halves = ranks.on_all_ranks(lambda: halves or read())
     if ranks.is_main and (skipped := sum(half.skipped for half in halves)):
         print(f"left out {skipped} unreadable images", flush=True)
-    if (held_out := flags.get("hold_out")) is not None:
-        halves = ranks.on_all_ranks(lambda: halves[0].hold_out(held_out))
-    limits = (flags.get("limit_train"), flags.get("limit_val"))
+    if held_out is not None:
+        both = dict(zip(SPLITS, ranks.on_all_ranks(lambda: halves[0].hold_out(held_out)), strict=True))
+        halves = [both[split] for split in splits]
+    limits = (flags.get(f"limit_{split}") for split in splits)
     return tuple(half.subset(limit) for half, limit in zip(halves, limits, strict=True))
 
 
@@ -330,14 +359,14 @@ def train(
     """
     model.to(ranks.device, memory_format=torch.channels_last)
     batches, val_batches = make_batches(config, data, ranks, loader_workers(flags))
-    trainer = make_trainer(model, config, len(batches), "compile" in flags, ranks)
+    trainer = make_trainer(model, config, len(batches), flags.get("compile", False), ranks)
     trainer.stop_requested = stop = StopSignal()
     progress = load_progress(run, config, model, trainer, len(batches))
     trainer.checkpoint = save = partial(save_progress, run, config, model, trainer, progress)
     trainer.checkpoint_every = flags.get("checkpoint_every", 0)
     if config.init and progress.epoch == progress.step == 0:
         save()  # the file of --init is not needed again
-    log = TensorBoardLog(run.folder, progress) if "tensorboard" in flags and ranks.is_main else None
+    log = TensorBoardLog(run.folder, progress) if flags.get("tensorboard") and ranks.is_main else None
     if ranks.is_main:
         print(describe(run, config, size, trainer, progress), flush=True)
 
@@ -411,7 +440,7 @@ def evaluate_checkpoint(flags: Flags, ranks: Ranks) -> int:
     out = flags.get("out") or default_out("evaluation") / file_label(trained.file)
     # Without --out, an earlier evaluation of the same file is replaced.
     ranks.on_main_rank(lambda: check_out(out, "out" not in flags or "overwrite" in flags))
-    _, val = read_data(flags | {"dataset": dataset, "image_size": trained.preparation.resize}, ranks)
+    (val,) = read_data(flags | {"dataset": dataset, "image_size": trained.preparation.resize}, ranks, ("val",))
     precision = Precision(ranks.device, flags.get("amp", Precision.is_faster(ranks.device)))
     results, confusion = evaluate_trained_network(trained, val, precision, ranks, loader_workers(flags))
     if ranks.is_main:

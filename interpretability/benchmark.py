@@ -29,7 +29,7 @@ from full_grad import FullGrad
 from s3net_common.command_line import flag, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
-from s3net_common.output_files import ROOT, make_folder, run_record, write_json
+from s3net_common.output_files import ROOT, claim_folder, run_record, write_json
 from s3net_networks.own_models import models
 
 SPEED_NETWORKS = ("s3net_imagenet_small", "resnet50", "densenet169")
@@ -61,7 +61,9 @@ class Args:
     device: flag(str, DEVICES, "a GPU if there is one") = None
     """Device to compute on."""
     out: Path = ROOT / "runs" / "fullgrad_benchmark"
-    """Folder to write the JSON files into."""
+    """Folder to write the JSON files into. Those of an earlier run are replaced."""
+    overwrite: bool = False
+    """Replace files in --out that this script did not write."""
 
 
 # ---- The methods ----------------------------------------------------------------------------------------------------
@@ -231,7 +233,9 @@ def main(args: Args) -> None:
         raise InputError("--rounds and --batches must be 1 or more")
     device = choose_device(args.device)
     keep_freed_memory()
-    make_folder(args.out)
+    for name in ("speed", "completeness"):
+        if args.only in ("all", name):
+            claim_folder(args.out, f"{name}.json", overwrite=args.overwrite)
     record = run_record() | {"device": str(device), "threads": torch.get_num_threads()}
     if args.only != "completeness":
         rows = measure_speed(args, device)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import tyro
 
-from explained_networks import PAPER_NETWORKS, Network, load_network
+from explained_networks import PAPER_NETWORKS, Network, load_network, local_networks
 from faithfulness import area, deletion_curve, insertion_curve
 from full_grad import FullGrad, IncompleteWarning
 from map_scores import centred_gaussian, edge_map
@@ -20,6 +20,7 @@ from pictures import Picture, find_images, read_pictures, sample_crops, sample_p
 from s3net_common.checkpoints import read_metadata
 from s3net_common.command_line import flag
 from s3net_common.errors import InputError
+from s3net_common.images import IMAGE_SUFFIXES
 
 DEFAULT_NETWORK = "s3net_cifar"  # its trained weights are in the repository
 MOST_PROBABLE = 3  # classes listed for each image
@@ -74,6 +75,12 @@ class PictureExplanation:
     completeness_error: float
     seconds: float
     most_probable: list[tuple[int, float]]
+
+
+def is_image(word: str) -> bool:
+    """Return whether a word after the values of --networks or --checkpoint is an image, or a folder of images."""
+    path = Path(word)
+    return path.suffix.lower() in IMAGE_SUFFIXES or (path.is_dir() and word not in local_networks())
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -150,7 +157,8 @@ def picture_reader(args: NetworkArgs, masks: Path | None = None) -> Callable[[in
     """Return a function that reads the pictures of the command line in a given size.
 
     Without images on the command line it returns scikit-learn's photographs, or crops of them for the default network.
-    Each size is read once.
+    Each size is read once, the most frequent one at once: an image that cannot be read is reported before networks are
+    downloaded.
 
     Raises (the returned function, too):
         InputError: as `find_images` and `read_pictures`.
@@ -164,6 +172,8 @@ def picture_reader(args: NetworkArgs, masks: Path | None = None) -> Callable[[in
             return read_pictures(files, size, masks)
         return sample_crops(size) if default_network else sample_pictures(size)
 
+    if files:
+        read(args.image_size or 224)
     return read
 
 

@@ -76,7 +76,7 @@ def load_network(
     Raises:
         InputError: the name is unknown, the checkpoint does not fit, or there are no weights.
     """
-    in_torchvision = name in torchvision.models.list_models(module=torchvision.models)
+    in_torchvision = name in _torchvision_names()
     in_repository = name in list_networks() and not in_torchvision
     if checkpoint is None and not random_weights and in_repository:
         checkpoint = pretrained_file(name)
@@ -101,6 +101,15 @@ def load_network(
     network.classes = metadata.get("classes", network.classes)
     network.model.eval()
     return network
+
+
+def local_networks() -> list[str]:
+    """Return the names of the networks of `s3net_networks` and of torchvision."""
+    return [*list_networks(), *_torchvision_names()]
+
+
+def _torchvision_names() -> list[str]:
+    return torchvision.models.list_models(module=torchvision.models)
 
 
 def _from_repository(name: str, num_classes: int | None, metadata: dict[str, Any]) -> Network:
@@ -140,8 +149,7 @@ def _from_timm(name: str, num_classes: int | None, published: bool) -> Network:
 
     plain = name.removeprefix("timm/")
     if not timm.is_model(plain):
-        known = [*list_networks(), *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
-        hint = nearest_names(name, known)
+        hint = nearest_names(name, [*local_networks(), *timm.list_models()])
         if len(hint) > 200:  # no name is close, and all of them are listed
             hint = "see s3net_networks, torchvision and timm"
         raise InputError(f"there is no network {name!r}: {hint}")

@@ -8,7 +8,8 @@
 
 Files written into --out: `figure.png`, `saliency.json`, and for each network and image `maps/<network>/<image>.npy` and
 `overlays/<network>/<image>.png`; with --faithfulness also `faithfulness.png` and `faithfulness.json`. The figure has a
-row for each of the first 6 images and a column for each network; without arguments it has a column for each crop.
+row for each image, 6 on a page (`figure.png`, `figure-2.png`, ...), and a column for each network; without arguments it
+has a column for each crop.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from explain_images import (
     PictureExplanation,
     choose_device,
     explain_pictures,
+    is_image,
     load_networks,
     measure_faithfulness,
     picture_reader,
@@ -32,8 +34,8 @@ from pictures import Picture
 from s3net_common.command_line import run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
-from s3net_common.output_files import ROOT, make_folder, run_record, write_atomically, write_json
-from saliency_figures import draw_crops, draw_faithfulness, draw_maps, save_overlay
+from s3net_common.output_files import ROOT, claim_folder, run_record, write_atomically, write_json
+from saliency_figures import draw_crops, draw_faithfulness, draw_maps, page_names, save_overlay
 
 
 @dataclass
@@ -41,7 +43,9 @@ class Args(NetworkArgs):
     """Draw FullGrad saliency maps."""
 
     out: Path = ROOT / "runs" / "fullgrad"
-    """Folder to write the files into."""
+    """Folder to write the files into. Those of an earlier run are replaced."""
+    overwrite: bool = False
+    """Replace files in --out that this script did not write."""
 
 
 Column = tuple[Network, list[Picture], list[PictureExplanation]]  # of the figure
@@ -53,7 +57,7 @@ def main(args: Args) -> None:
         raise InputError(f"--batch-size {args.batch_size} is too small: give 1 or more")
     device = choose_device(args.device)
     keep_freed_memory()
-    make_folder(args.out)
+    claim_files(args)
     read_at_size = picture_reader(args)
     networks = load_networks(args, device)
     columns: list[Column] = []
@@ -70,10 +74,24 @@ def main(args: Args) -> None:
     write_json(args.out / "saliency.json", run_record() | {"device": device.type, "maps": map_rows(columns)})
     if args.faithfulness:
         faithfulness = {network.name: measure_faithfulness(network, *rest, device) for network, *rest in columns}
-        draw_faithfulness(args.out / "faithfulness.png", faithfulness)
         write_json(args.out / "faithfulness.json", run_record() | {"networks": faithfulness})
+        draw_faithfulness(args.out / "faithfulness.png", faithfulness)
     print_summary(columns)
     print(f"written to {args.out}")
+
+
+def claim_files(args: Args) -> None:
+    """Check that no file of something else would be replaced, and write a first saliency.json without maps.
+
+    Raises:
+        InputError: as `claim_folder`.
+    """
+    record = args.out / "saliency.json"
+    claim_folder(args.out, record.name, *page_names("figure.png"), "maps", "overlays", overwrite=args.overwrite)
+    if args.faithfulness:
+        claim_folder(args.out, "faithfulness.json", "faithfulness.png", overwrite=args.overwrite)
+    if not record.exists():
+        write_json(record, run_record() | {"maps": []})
 
 
 def write_maps(out: Path, network: Network, pictures: list[Picture], explanations: list[PictureExplanation]) -> None:
@@ -124,4 +142,4 @@ def print_summary(columns: list[Column]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Args, __doc__)
+    run_script(main, Args, __doc__, is_image)

@@ -5,9 +5,10 @@
     python interpretability/plot_segmentation_map.py my/images --masks my/masks --networks resnet50 --faithfulness
 
 A mask has the name of its image: masks/photo.png belongs to photo.jpg. The object is where the mask's alpha is above
-127, or its grey value if it has no alpha channel. Files written into --out: `segmentation.png`, `dice.png`, `dice.csv`
-(Dice at the percentiles 99 to 80) and `scores.json` (Dice, IoU, pointing game, average precision). FullGrad is compared
-with two baseline maps: a centred Gaussian, which ignores the image, and the image's edges, which ignore the network.
+127, or its grey value if it has no alpha channel. Files written into --out: `segmentation.png` with 6 images, further
+images in `segmentation-2.png`, ..., `dice.png`, `dice.csv` (Dice at the percentiles 99 to 80) and `scores.json` (Dice,
+IoU, pointing game, average precision). FullGrad is compared with two baseline maps: a centred Gaussian, which ignores
+the image, and the image's edges, which ignore the network.
 """
 
 import csv
@@ -26,6 +27,7 @@ from explain_images import (
     baseline_maps,
     choose_device,
     explain_pictures,
+    is_image,
     load_networks,
     measure_faithfulness,
     picture_reader,
@@ -36,8 +38,8 @@ from pictures import Picture
 from s3net_common.command_line import flag, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
-from s3net_common.output_files import ROOT, csv_cell, make_folder, run_record, write_atomically, write_json
-from saliency_figures import draw_dice, draw_faithfulness, draw_segmentations
+from s3net_common.output_files import ROOT, claim_folder, csv_cell, run_record, write_atomically, write_json
+from saliency_figures import draw_dice, draw_faithfulness, draw_segmentations, page_names
 
 DIGITS_FOLDER = ROOT / "runs" / "digits_network"
 DIGIT_SCENES = 20
@@ -52,7 +54,9 @@ class Args(NetworkArgs):
     percentile: float = 90.0
     """Percentile of the map from which a pixel belongs to the segmentation, above 0 and below 100."""
     out: Path = ROOT / "runs" / "segmentation"
-    """Folder to write the files into."""
+    """Folder to write the files into. Those of an earlier run are replaced."""
+    overwrite: bool = False
+    """Replace files in --out that this script did not write."""
 
 
 Column = tuple[str, list[Picture], list[np.ndarray]]  # a method's name, its pictures and its maps
@@ -64,7 +68,10 @@ def main(args: Args) -> None:
     check_flags(args)
     device = choose_device(args.device)
     keep_freed_memory()
-    make_folder(args.out)
+    files = (*page_names("segmentation.png"), "dice.png", "dice.csv")
+    claim_folder(args.out, "scores.json", *files, overwrite=args.overwrite)
+    if args.faithfulness:
+        claim_folder(args.out, "faithfulness.json", "faithfulness.png", overwrite=args.overwrite)
     read_at_size, networks = pictures_and_networks(args, device)
     columns: list[Column] = []
     errors, faithfulness = {}, {}
@@ -89,13 +96,13 @@ def main(args: Args) -> None:
         "mean": {name: mean_scores(method_scores) for name, method_scores in scores.items()},
         "by_image": scores,
     }
+    write_json(args.out / "scores.json", run_record() | report)
     draw_segmentations(args.out / "segmentation.png", pictures, columns, args.percentile)
     draw_dice(args.out / "dice.png", {name: dice_curves(method_scores) for name, method_scores in scores.items()})
     write_atomically(args.out / "dice.csv", lambda path: write_dice(path, scores))
-    write_json(args.out / "scores.json", run_record() | report)
     if faithfulness:
-        draw_faithfulness(args.out / "faithfulness.png", faithfulness)
         write_json(args.out / "faithfulness.json", run_record() | {"networks": faithfulness})
+        draw_faithfulness(args.out / "faithfulness.png", faithfulness)
     print_table(report)
     print(f"written to {args.out}")
 
@@ -176,4 +183,4 @@ def print_table(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Args, __doc__)
+    run_script(main, Args, __doc__, is_image)

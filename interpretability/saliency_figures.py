@@ -1,6 +1,8 @@
 """Figures of maps, segmentations, Dice coefficients and faithfulness curves."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from itertools import count, takewhile
 from pathlib import Path
 
 import matplotlib
@@ -16,8 +18,8 @@ from pictures import Picture
 from s3net_common.output_files import save_figure, write_atomically
 
 CELL = 2.1  # width of an image in a figure, in inches
-MOST_ROWS = 6  # images in a figure; the overlays are written for all images
-CAPTION = 24  # characters of a class name in a figure
+PAGE_ROWS = 6  # images on a page of a figure
+CAPTION = 24  # characters of a class name or a file name in a figure
 DPI = 110
 
 
@@ -56,22 +58,21 @@ def draw_maps(
 ) -> None:
     """Draw a row for each image and a column for each network, as in the paper's figure.
 
-    Under each map are the explained class and its probability. Only the first `MOST_ROWS` images are drawn.
+    Under each map are the explained class and its probability.
 
     Args:
-        path: PNG to write.
+        path: PNG to write; for the further pages see `pages`.
         pictures: the images of the first column.
         columns: each network with its pictures (in its image size) and their explanations.
     """
-    figure, axes = _grid(len(pictures), 1 + len(columns))
-    for row, picture in enumerate(pictures[:MOST_ROWS]):
-        _show(axes[row][0], picture.pixels, "")
-        for column, (network, resized, explanations) in enumerate(columns, start=1):
-            drawn = overlay(resized[row].pixels, explanations[row].saliency)
-            _show(axes[row][column], drawn, caption(network, explanations[row]))
-    for axis, title in zip(axes[0], ["image", *(network.name for network, _, _ in columns)], strict=True):
-        axis.set_title(title, fontsize=9)
-    save_figure(path, figure, DPI)
+    titles = ["image", *(network.name for network, _, _ in columns)]
+    for page, rows in pages(path, len(pictures)):
+        figure, axes = _grid(titles, [pictures[i] for i in rows])
+        for axis, i in zip(axes, rows, strict=True):
+            for column, (network, resized, explanations) in enumerate(columns, start=1):
+                drawn = overlay(resized[i].pixels, explanations[i].saliency)
+                _show(axis[column], drawn, caption(network, explanations[i]))
+        save_figure(page, figure, DPI)
 
 
 def draw_crops(
@@ -94,7 +95,7 @@ def draw_crops(
         _show(axes[1][column], picture.pixels, "")
         _show(axes[2][column], overlay(picture.original, np.asarray(enlarged)), "")
         lines = [f"{_short(network.class_name(i))} {probability:.2f}" for i, probability in explanation.most_probable]
-        axes[0][column].set_title("\n".join(lines), fontsize=9)
+        axes[0][column].set_title("\n".join(lines), fontsize=9, parse_math=False)
     size = len(pictures[0].pixels)
     for row, label in zip(axes, ("photograph", f"network's input, {size}x{size}", "FullGrad"), strict=True):
         row[0].set_ylabel(label, fontsize=9)
@@ -109,25 +110,22 @@ def draw_segmentations(
 ) -> None:
     """Draw a row for each image: the image, its true mask, and the segmentation by each method with its Dice.
 
-    Only the first `MOST_ROWS` images are drawn.
-
     Args:
-        path: PNG to write.
+        path: PNG to write; for the further pages see `pages`.
         pictures: pictures with masks, for the first two columns.
         columns: name of each method, its pictures (in its image size) and their maps.
         percentile: percentile of a map from which its pixels belong to the segmentation.
     """
-    figure, axes = _grid(len(pictures), 2 + len(columns))
-    for row, picture in enumerate(pictures[:MOST_ROWS]):
-        _show(axes[row][0], picture.pixels, "")
-        _show(axes[row][1], _cut_out(picture.pixels, picture.mask), "")
-        for column, (_, resized, maps) in enumerate(columns, start=2):
-            marked = segment(maps[row], percentile)
-            score = dice(marked, resized[row].mask)
-            _show(axes[row][column], _cut_out(resized[row].pixels, marked), f"Dice {score:.2f}")
-    for axis, title in zip(axes[0], ["image", "true mask", *(name for name, _, _ in columns)], strict=True):
-        axis.set_title(title, fontsize=9)
-    save_figure(path, figure, DPI)
+    titles = ["image", "true mask", *(name for name, _, _ in columns)]
+    for page, rows in pages(path, len(pictures)):
+        figure, axes = _grid(titles, [pictures[i] for i in rows])
+        for axis, i in zip(axes, rows, strict=True):
+            _show(axis[1], _cut_out(pictures[i].pixels, pictures[i].mask), "")
+            for column, (_, resized, maps) in enumerate(columns, start=2):
+                marked = segment(maps[i], percentile)
+                score = dice(marked, resized[i].mask)
+                _show(axis[column], _cut_out(resized[i].pixels, marked), f"Dice {score:.2f}")
+        save_figure(page, figure, DPI)
 
 
 def draw_dice(path: Path, curves: dict[str, np.ndarray]) -> None:
@@ -174,16 +172,39 @@ def draw_faithfulness(path: Path, results: dict[str, dict[str, dict]]) -> None:
     save_figure(path, figure, DPI)
 
 
-def _grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    rows = min(rows, MOST_ROWS)
-    figure = Figure(figsize=(CELL * columns, (CELL + 0.35) * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+def pages(path: Path, pictures: int) -> Iterator[tuple[Path, range]]:
+    """Yield the file and the pictures' indices of each page: figure.png, figure-2.png, ..., `PAGE_ROWS` on each.
+
+    Pages that an earlier run with more pictures has left are removed.
+    """
+    files = (path if number == 1 else path.with_stem(f"{path.stem}-{number}") for number in count(1))
+    for start in range(0, pictures, PAGE_ROWS):
+        yield next(files), range(start, min(start + PAGE_ROWS, pictures))
+    for surplus in takewhile(Path.is_file, files):
+        surplus.unlink()
+
+
+def page_names(name: str) -> tuple[str, str]:
+    """Return patterns of the names of a figure's pages."""
+    return name, f"{Path(name).stem}-[0-9]*.png"
+
+
+def _grid(titles: list[str], pictures: Sequence[Picture]) -> tuple[Figure, np.ndarray]:
+    """Return a figure with a titled column for each title, a named row for each picture, and pictures in column 0."""
+    figure = Figure(figsize=(CELL * len(titles), (CELL + 0.35) * len(pictures)), layout="constrained")
+    axes = figure.subplots(len(pictures), len(titles), squeeze=False)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9, parse_math=False)
+    for (axis, *_), picture in zip(axes, pictures, strict=True):
+        _show(axis, picture.pixels, "")
+        axis.set_ylabel(_short(picture.name), fontsize=8, parse_math=False)
+    return figure, axes
 
 
 def _show(axes: Axes, pixels: np.ndarray, text: str) -> None:
     axes.imshow(pixels)
     axes.set(xticks=[], yticks=[])
-    axes.set_xlabel(text, fontsize=8)
+    axes.set_xlabel(text, fontsize=8, parse_math=False)
 
 
 def _cut_out(pixels: np.ndarray, marked: np.ndarray) -> np.ndarray:
@@ -192,4 +213,5 @@ def _cut_out(pixels: np.ndarray, marked: np.ndarray) -> np.ndarray:
 
 
 def _short(name: str) -> str:
+    name = os.fsencode(name).decode("utf-8", "replace")  # file names need not be UTF-8
     return name if len(name) <= CAPTION else name[: CAPTION - 1] + "…"

@@ -3,13 +3,14 @@
 import contextlib
 import gc
 import io
+import math
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import Annotated, Any, TypeVar, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -30,8 +31,15 @@ def flag(kind: type, metavar: str | None, default: str) -> Any:
     return Annotated[optional, tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")]
 
 
-def run_script(main: Callable[[Args], int | None], arguments: type[Args], description: str) -> None:
+def run_script(
+    main: Callable[[Args], int | None],
+    arguments: type[Args],
+    description: str,
+    is_positional: Callable[[str], bool] = lambda word: False,
+) -> None:
     """Parse the command line into the dataclass `arguments`, call `main` with it, and exit with its result.
+
+    `is_positional` is as in `positional_first`.
 
     Exit code 2, with one line on stderr: flags that cannot be parsed, an InputError, a missing package, or a stdout
     that cannot be written (a full disk, or a pipe whose reader has ended). Ctrl-C exits with 130. SIGTERM raises
@@ -43,7 +51,7 @@ def run_script(main: Callable[[Args], int | None], arguments: type[Args], descri
         sys.modules["matplotlib"].use("Agg")
     try:
         with sigterm_as_exit():
-            code = main(parse_flags(arguments, description))
+            code = main(parse_flags(arguments, description, is_positional))
         sys.stdout.flush()  # an error here is still reported below
     except (InputError, ImportError) as error:
         # Of several distributed ranks, the first reports what all of them found.
@@ -74,8 +82,10 @@ def _end_process_group() -> None:
         dist.destroy_process_group()
 
 
-def parse_flags(arguments: type[Args], description: str) -> Args:
-    """Parse the command line into the dataclass `arguments`.
+def parse_flags(
+    arguments: type[Args], description: str, is_positional: Callable[[str], bool] = lambda word: False
+) -> Args:
+    """Parse the command line into the dataclass `arguments`. `is_positional` is as in `positional_first`.
 
     Raises:
         InputError: a flag is unknown, missing or has a value that cannot be parsed.
@@ -84,7 +94,8 @@ def parse_flags(arguments: type[Args], description: str) -> Args:
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            return tyro.cli(arguments, description=description)
+            words = positional_first(sys.argv[1:], arguments, is_positional)
+            return tyro.cli(arguments, args=words, description=description)
     except SystemExit as stop:
         if not stop.code:  # --help
             sys.stdout.flush()
@@ -95,6 +106,45 @@ def parse_flags(arguments: type[Args], description: str) -> Args:
         text = re.split(r" (?:Argument helptext|For full helptext)", text)[0].rstrip(". ")
         text = re.sub(r"no type matching .* - <class '\w+'>: ", "", text)  # printed for optional flags
         raise InputError(f"{text}; see --help") from None
+
+
+def positional_first(words: list[str], arguments: type, is_positional: Callable[[str], bool]) -> list[str]:
+    """Return the words of a command line with the positional ones first, since tyro takes them in one place only.
+
+    Args:
+        words: the command line without the script.
+        arguments: dataclass of flags. If it has no positional field, the words are returned unchanged.
+        is_positional: whether a word after the first value of a flag with any number of values is positional.
+    """
+    hints = get_type_hints(arguments, include_extras=True)
+    if not any(tyro.conf.Positional in getattr(hint, "__metadata__", ()) for hint in hints.values()):
+        return words
+    positional, rest, missing_values, first_value = [], [], 0.0, False
+    for i, word in enumerate(words):
+        if word == "--":
+            positional += words[i + 1 :]
+            break
+        if word.startswith("--") or word == "-h":
+            name, has_value, _ = word[2:].partition("=")
+            missing_values = 0 if has_value else _value_count(hints.get(name.replace("-", "_"), bool))
+            first_value = True
+            rest.append(word)
+        elif missing_values > 0 and (first_value or missing_values < math.inf or not is_positional(word)):
+            missing_values -= 1
+            first_value = False
+            rest.append(word)
+        else:
+            positional.append(word)
+    return positional + rest
+
+
+def _value_count(hint: Any) -> float:
+    """Return how many values a flag of this type has; infinity for any number."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) is tuple:
+        return math.inf if Ellipsis in get_args(hint) else len(get_args(hint))
+    return 0 if hint is bool else 1
 
 
 def given_flags(args: object) -> dict[str, Any]:

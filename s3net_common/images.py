@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from s3net_common.errors import InputError, first_line
+from s3net_common.text_files import read_text
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -38,7 +39,7 @@ def read_class_names(file: Path) -> list[str]:
         InputError: the file cannot be read, is empty, or contains a name twice.
     """
     try:
-        names = [name for line in file.read_text().splitlines() if (name := line.partition("\t")[0].strip())]
+        names = [name for line in read_text(file).splitlines() if (name := line.partition("\t")[0].strip())]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--classes {file} cannot be read: pass a text file with one class name per line") from error
     if not names:

@@ -53,6 +53,38 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def claim_folder(folder: Path, record: str, *others: str, overwrite: bool = False) -> Path:
+    """Create the output folder, check that no file of something else would be replaced in it, and return it.
+
+    A script's files of an earlier run may be replaced: their record names the script in `command` (see `run_record`).
+
+    Args:
+        folder: created if missing.
+        record: name of the script's JSON file, which is written before its other files.
+        others: names of the script's other files and folders, or patterns with `*`.
+        overwrite: whether any file may be replaced.
+
+    Raises:
+        InputError: the folder cannot be written, or holds such files without a record of this script.
+    """
+    make_folder(folder)
+    names = [path.name for pattern in (record, *others) for path in sorted(folder.glob(pattern))]
+    if names and not overwrite and not _recorded_by_this_script(folder / record):
+        raise InputError(
+            f"{relative(folder)} already holds {', '.join(names)}, not written by this script: pass another --out, or "
+            "--overwrite to replace files"
+        )
+    return folder
+
+
+def _recorded_by_this_script(record: Path) -> bool:
+    try:
+        recorded = shlex.split(str(json.loads(record.read_text())["command"]))
+    except (OSError, ValueError, KeyError, TypeError):  # missing, or no record
+        return False
+    return recorded[:2] == shlex.split(shell_command())[:2]
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary path beside `path`, then rename the file to `path`, all flushed to the disk.
 

@@ -74,6 +74,19 @@ def test_a_finished_step_is_skipped_until_its_command_changes(scripts, capsys):
     assert (scripts / "out" / "former" / "one-1" / "times").read_text() == "x"
 
 
+@pytest.mark.parametrize("name", ["index.html", "lock", "logs/one.log"])
+def test_files_of_something_else_are_not_replaced_unasked(scripts, name):
+    file = scripts / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("of the user")
+    steps = [make_step("one", f"{scripts}/works.py {{here}}")]
+    with pytest.raises(InputError, match=rf"already holds {name}, not written by this script: pass another --out"):
+        run(scripts, steps)
+    assert file.read_text() == "of the user"
+    assert run(scripts, steps, overwrite=True) == 0
+    assert run(scripts, steps) == 0
+
+
 def test_a_failure_is_one_line_and_the_other_steps_run(scripts, capsys):
     steps = [make_step("bad", f"{scripts}/fails.py"), make_step("good", f"{scripts}/works.py {{here}}", (LOG,))]
     assert run(scripts, steps) == 1

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from comparison.jobs import ENVIRONMENT_SETTINGS, TRAINER, Job
-from s3net_common.output_files import ROOT, save_figure, write_atomically, write_json
+from s3net_common.output_files import ROOT, save_figure, shell_command, write_atomically, write_json
 
 RECORDED = [  # what results.json takes from a run's summary.json
     "model",
@@ -29,6 +29,7 @@ RECORDED = [  # what results.json takes from a run's summary.json
     "device",
     "versions",
 ]
+REPORT_FILES = ("results.json", "tables.md", "search.png", "curves.png", "ablation.png")
 HEADINGS = {
     "search": "#### Search for the peak learning rate: error on held-out training images, %",
     "comparison": "#### Comparison, each network with its best peak: errors on the test images after the last epoch",
@@ -49,7 +50,8 @@ def write_report(out: Path, jobs: dict[str, dict[tuple, Job]], peaks: dict[str, 
         for part, part_jobs in jobs.items()
     }
     unfinished = sum(not job.finished() for part_jobs in jobs.values() for job in part_jobs.values())
-    write_json(out / "results.json", {"peaks": peaks, "unfinished_runs": unfinished, **rows})
+    record = {"command": shell_command(), "peaks": peaks, "unfinished_runs": unfinished, **rows}
+    write_json(out / "results.json", record)
     writers = {"search": search_table, "comparison": comparison_table, "ablation": ablation_table}
     tables = "\n".join(f"{HEADINGS[part]}\n\n{write(rows[part])}" for part, write in writers.items() if rows[part])
     write_atomically(out / "tables.md", lambda path: path.write_text(tables, encoding="utf-8"))

@@ -44,8 +44,13 @@ class Job:
         """
         if not (self.folder / "summary.json").is_file():
             return False
-        config = json.loads((self.folder / "config.json").read_text())
-        config |= config.pop("model_options")
+        try:
+            config = json.loads((self.folder / "config.json").read_text())
+            config |= config.pop("model_options")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.folder} holds a summary.json but no config.json of the trainer: pass another --out"
+            ) from error
         for name, value in self.settings.items():
             if name not in ENVIRONMENT_SETTINGS and config.get(name) != value:
                 raise InputError(

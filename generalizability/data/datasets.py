@@ -1,4 +1,4 @@
-"""The data sets by name. `load_dataset` returns the training and the validation images, in memory or on disk."""
+"""The data sets by name. `load_dataset` returns training and validation images, in memory or on disk."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import tiny_imagenet
-from data.image_sets import DiskImages, Halves, ImageSet, find_split, open_source
+from data.image_sets import DiskImages, Halves, ImageSet, open_source
+from data.splits import HALVES, SPLITS, find_halves
 from s3net_common.errors import InputError, first_line, nearest_names
 from s3net_common.images import check_same_classes, class_images, class_names, read_square
 
@@ -23,6 +24,8 @@ class ReadOptions:
 
     Attributes:
         data_dir: folder of the data. "cifar100" is downloaded to it if it has none; "digits" ignores it.
+        splits: the halves to read, "train" and "val" or one of them. If it is "train" alone, to be split, the folder
+            may also have its class folders without `train/`.
         image_size: height and width of "folder" images (short side resized, then a centre crop).
         workers: threads that decode image files, 1 or more.
         skip_unreadable: skip image files that cannot be decoded, and count them, instead of stopping.
@@ -30,6 +33,7 @@ class ReadOptions:
     """
 
     data_dir: Path
+    splits: tuple[str, ...] = SPLITS
     image_size: int = 32
     workers: int = os.cpu_count() or 1
     skip_unreadable: bool = False
@@ -37,7 +41,7 @@ class ReadOptions:
 
 
 def load_dataset(name: str, data_dir: Path, **options) -> Halves:
-    """Return the training and the validation images of a data set.
+    """Return the training and the validation images of a data set, or only one of these halves.
 
     Args:
         name: one of `DATASETS`.
@@ -56,7 +60,7 @@ def load_dataset(name: str, data_dir: Path, **options) -> Halves:
 # ---- The data sets ------------------------------------------------------------------------------------------------
 
 
-def _load_digits(options: ReadOptions) -> tuple[ImageSet, ImageSet]:
+def _load_digits(options: ReadOptions) -> tuple[ImageSet, ...]:
     """Return scikit-learn's 1,797 handwritten digits, 8x8 grey, as 32x32 colour images: 1,437 and 360 of them."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -68,77 +72,87 @@ def _load_digits(options: ReadOptions) -> tuple[ImageSet, ImageSet]:
     labels = torch.tensor(labels, dtype=torch.int64)
     splits = train_test_split(np.arange(len(labels)), test_size=360, random_state=0, stratify=labels)
     classes = [str(digit) for digit in range(10)]
-    return tuple(ImageSet(images[indices], labels[indices], classes) for indices in splits)
+    halves = {split: ImageSet(images[i], labels[i], classes) for split, i in zip(SPLITS, splits, strict=True)}
+    return tuple(halves[split] for split in options.splits)
 
 
-def _load_cifar100(options: ReadOptions) -> tuple[ImageSet, ImageSet]:
-    """Read `{train,test}/<class>/*` if the folder has it, else the official binary files; download them if missing."""
+def _load_cifar100(options: ReadOptions) -> tuple[ImageSet, ...]:
+    """Read the official binary files, or `{train,test}/<class>/*`. Unpack or download the former if both are missing.
+
+    The binary files are in `data_dir` or in `cifar-100-python/` there, or are unpacked from `cifar-100-python.tar.gz`.
+    """
     data_dir = options.data_dir
-    if (data_dir / "train").is_dir():
-        return _load_folder(replace(options, image_size=32))
-    if data_dir.name == "cifar-100-python":
+    names = [name for split in options.splits for name in HALVES[split]]
+    if data_dir.name == "cifar-100-python.tar.gz":
         data_dir = data_dir.parent
+    elif any((data_dir / name).is_dir() for name in names):
+        return _load_folder(replace(options, image_size=32))
+    is_inner = data_dir.name == "cifar-100-python" or (data_dir / "meta").is_file()
+    folder = data_dir.absolute() if is_inner else data_dir / "cifar-100-python"
+    return tuple(_read_cifar100(folder, split == "train") for split in options.splits)
+
+
+def _read_cifar100(folder: Path, train: bool) -> ImageSet:
+    """Read one of the official files in `folder`, `train` or `test`. The other one may be missing."""
     from torchvision.datasets import CIFAR100
+    from torchvision.datasets.utils import check_integrity
 
-    complete = (data_dir / "cifar-100-python" / "test").is_file()
-    image_sets = []
-    for train in (True, False):
-        try:
-            cifar = CIFAR100(data_dir, train=train, download=not complete)
-        except Exception as error:  # torchvision's download, unpacking and reading raise many kinds of exception
-            if complete:
-                raise InputError(
-                    f"the CIFAR-100 files in {data_dir}/cifar-100-python are damaged: delete them and run with network "
-                    "access, or pass another --data-dir"
-                ) from error
-            raise InputError(
-                f"CIFAR-100 is not in {data_dir} and could not be downloaded ({first_line(error).strip('<>')}): "
-                "run with network access, or pass --data-dir with a folder that contains cifar-100-python/ or "
-                "{train,test}/<class>/*"
-            ) from error
-        images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-        image_sets.append(ImageSet(images, torch.tensor(cifar.targets), cifar.classes))
-    return tuple(image_sets)
-
-
-def _load_folder(options: ReadOptions) -> tuple[ImageSet, ImageSet]:
-    """Read `train/<class>/*`, and `val/<class>/*` or `test/<class>/*`; classes in alphabetical order."""
-    data_dir = options.data_dir
-    train_dir = data_dir / "train"
-    val_dir = next((data_dir / split for split in ("val", "test") if (data_dir / split).is_dir()), None)
-    if not train_dir.is_dir() or val_dir is None:
+    data_dir, archive = folder.parent, folder.parent / CIFAR100.filename
+    present = any((folder / name).exists() for name in ("train", "test", "meta"))  # and not to be replaced
+    if not present and archive.is_file() and not check_integrity(str(archive), CIFAR100.tgz_md5):
         raise InputError(
-            f"{data_dir} has no images: it needs train/<class>/* and val/<class>/* (or test/<class>/*); pass --data-dir"
+            f"the checksum of {archive} is wrong: it is damaged or another file; delete it and run with network access"
         )
-    classes = class_names(train_dir)
-    check_same_classes(classes, class_names(val_dir), train_dir, val_dir)
+    reader = type("Half", (CIFAR100,), {"base_folder": folder.name, "test_list" if train else "train_list": []})
+    try:
+        cifar = reader(data_dir, train=train, download=not present)
+    except Exception as error:  # torchvision's download, unpacking and reading raise many kinds of exception
+        if present:
+            raise InputError(
+                f"the CIFAR-100 files in {folder} are damaged or incomplete: delete them and run with network access, "
+                "or pass another --data-dir"
+            ) from error
+        raise InputError(
+            f"CIFAR-100 is not in {data_dir} and could not be downloaded ({first_line(error).strip('<>')}): run with "
+            "network access, or pass --data-dir with a folder that contains cifar-100-python/, "
+            "cifar-100-python.tar.gz or {train,test}/<class>/*"
+        ) from error
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(images, torch.tensor(cifar.targets), cifar.classes)
+
+
+def _load_folder(options: ReadOptions) -> tuple[ImageSet, ...]:
+    """Read `train/<class>/*`, and `val/<class>/*` or `test/<class>/*`; classes in alphabetical order."""
+    folders = find_halves(options.data_dir, options.splits)
+    classes = _same_classes(folders, [class_names(folder) for folder in folders])
     return tuple(
         _read_images(folder, list(class_images(folder, classes)), classes, options.image_size, options)
-        for folder in (train_dir, val_dir)
+        for folder in folders
     )
 
 
-def _load_tiny_imagenet(options: ReadOptions) -> tuple[ImageSet, ImageSet]:
+def _load_tiny_imagenet(options: ReadOptions) -> tuple[ImageSet, ...]:
     """Read Tiny ImageNet's 64x64 images from its unpacked zip. They are resized batch by batch."""
-    train_files, val_files, classes = tiny_imagenet.find_images(options.data_dir, options.download)
+    files, classes = tiny_imagenet.find_images(options.data_dir, options.splits, options.download)
     return tuple(
-        _read_images(options.data_dir / split, files, classes, tiny_imagenet.IMAGE_SIZE, options)
-        for split, files in (("train", train_files), ("val", val_files))
+        _read_images(options.data_dir / split, split_files, classes, tiny_imagenet.IMAGE_SIZE, options)
+        for split, split_files in zip(options.splits, files, strict=True)
     )
 
 
-def _load_imagenet(options: ReadOptions) -> tuple[DiskImages, DiskImages]:
+def _load_imagenet(options: ReadOptions) -> tuple[DiskImages, ...]:
     """Open `{train,val}.lmdb` or `{train,val}/<class>/*`. The images stay on disk."""
-    paths = {split: find_split(options.data_dir, split) for split in ("train", "val")}
-    for split, path in paths.items():
-        if path is None:
-            raise InputError(
-                f"{options.data_dir} has neither {split}.lmdb nor {split}/<class>/*: make the first with "
-                "folder2lmdb.py, or pass --data-dir"
-            )
-    train, val = map(open_source, paths.values())
-    check_same_classes(train.classes, val.classes, *paths.values())
-    return tuple(DiskImages(source, torch.arange(len(source)), options.skip_unreadable) for source in (train, val))
+    paths = find_halves(options.data_dir, options.splits, lmdb=True)
+    sources = [open_source(path) for path in paths]
+    _same_classes(paths, [source.classes for source in sources])
+    return tuple(DiskImages(source, torch.arange(len(source)), options.skip_unreadable) for source in sources)
+
+
+def _same_classes(paths: list[Path], classes: list[list[str]]) -> list[str]:
+    """Return the classes of the first half, after a check that those of the other one, if any, are the same."""
+    if len(paths) == 2:
+        check_same_classes(*classes, *paths)
+    return classes[0]
 
 
 DATASETS: dict[str, Callable[[ReadOptions], Halves]] = {

@@ -34,13 +34,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def hold_out(self, count: int) -> tuple["ImageSet", "ImageSet"]:
-        """Split into all but `count` images for training, and `count` images for validation.
+    def hold_out(self, count: float) -> tuple["ImageSet", "ImageSet"]:
+        """Split into images for training and images for validation. For `count` see `stratified_split`.
 
         Raises:
             InputError: as `stratified_split`.
         """
-        return tuple(self._select(part) for part in stratified_split(self.labels, count, len(self.classes)))
+        return tuple(self._select(part) for part in stratified_split(self.labels, count, self.classes))
 
     def subset(self, count: int | None) -> "ImageSet":
         """Return `count` images, always the same ones, or all images if `count` is None.
@@ -181,10 +181,10 @@ class DiskImages:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def hold_out(self, count: int) -> tuple["DiskImages", "DiskImages"]:
+    def hold_out(self, count: float) -> tuple["DiskImages", "DiskImages"]:
         """Split as `ImageSet.hold_out` does."""
         labels = np.asarray(self.source.labels)[self.indices]
-        parts = stratified_split(labels, count, len(self.classes))
+        parts = stratified_split(labels, count, self.classes)
         return tuple(replace(self, indices=self.indices[part]) for part in parts)
 
     def subset(self, count: int | None) -> "DiskImages":
@@ -196,31 +196,35 @@ class DiskImages:
         return replace(self, source=RelabelledSource(self.source, classes, np.array(indices)))
 
 
-# The training images and the validation images of a data set.
-Halves = tuple[ImageSet, ImageSet] | tuple[DiskImages, DiskImages]
+# The training images and the validation images of a data set, or one of them.
+Halves = tuple[ImageSet, ...] | tuple[DiskImages, ...]
 
 
 # ---- Splits -------------------------------------------------------------------------------------------------------
 
 
-def stratified_split(labels: np.ndarray | Tensor, count: int, classes: int) -> tuple[Tensor, Tensor]:
+def stratified_split(labels: np.ndarray | Tensor, count: float, classes: list[str]) -> tuple[Tensor, Tensor]:
     """Split images at random, but always alike, with the same proportion of each class in both parts.
 
     Args:
         labels: int `(N,)`.
-        count: number of images in the second part.
-        classes: number of classes.
+        count: number of images in the second part, or their fraction, above 0 and below 1, of each class: at least one
+            image of each class is then in either part.
+        classes: names of the classes.
 
     Returns:
-        The indices of the first part, `(N - count,)`, and of the second part, `(count,)`.
+        The indices of the first part and of the second part.
 
     Raises:
         InputError: `count` leaves one part with fewer images than there are classes, or a class has only one image.
     """
-    if not classes <= count <= len(labels) - classes:
+    if count < 1:
+        return _split_classes(torch.as_tensor(labels), count, classes)
+    fewest, most = len(classes), len(labels) - len(classes)
+    if not fewest <= count <= most:
         raise InputError(
-            f"--hold-out {count} is not possible: give a number from {classes}, one image per class, to "
-            f"{max(classes, len(labels) - classes)}"
+            f"--hold-out {count} is not possible: give a number from {fewest}, one image per class, to "
+            f"{max(fewest, most)}, or a fraction below 1"
         )
     from sklearn.model_selection import train_test_split
 
@@ -229,6 +233,23 @@ def stratified_split(labels: np.ndarray | Tensor, count: int, classes: int) -> t
     except ValueError as error:  # a class with a single image
         raise InputError(f"--hold-out {count} is not possible: {error}") from error
     return tuple(torch.from_numpy(part) for part in parts)
+
+
+def _split_classes(labels: Tensor, fraction: float, classes: list[str]) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    counts = labels.bincount(minlength=len(classes)).tolist()
+    first, second = [], []
+    for name, indices in zip(classes, labels.argsort(stable=True).split(counts), strict=True):
+        if len(indices) < 2:
+            raise InputError(
+                f"--hold-out {fraction} is not possible: class {name!r} has fewer than two images; add some, or remove "
+                "the class"
+            )
+        held_out = min(max(1, round(fraction * len(indices))), len(indices) - 1)
+        order = indices[torch.randperm(len(indices), generator=generator)]
+        first.append(order[held_out:])
+        second.append(order[:held_out])
+    return torch.cat(first).sort().values, torch.cat(second).sort().values
 
 
 def random_subset(images: int, count: int) -> Tensor:

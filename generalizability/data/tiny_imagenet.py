@@ -7,12 +7,15 @@ tiny-imagenet-200/
     val/images/*.JPEG
     val/val_annotations.txt         file name, wnid and box of each image, separated by tabs
 
-Its test images have no labels, so networks are evaluated on the validation images.
+Many scripts sort the validation images into folders by class: val/<wnid>/*.JPEG or val/<wnid>/images/*.JPEG. They are
+read, too. The test images have no labels, so networks are evaluated on the validation images.
 """
 
 import os
+import re
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from torchvision.datasets.utils import check_integrity, download_url
@@ -20,27 +23,33 @@ from tqdm import tqdm
 
 from s3net_common.errors import InputError
 from s3net_common.images import check_same_classes, class_images, class_names
+from s3net_common.text_files import read_text
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 FOLDER = "tiny-imagenet-200"
 IMAGE_SIZE = 64
+WNID = re.compile(r"n\d{8}")
 
 Files = list[tuple[Path, int]]  # paths and labels
 
 
-def find_images(data_dir: Path, download: bool = False) -> tuple[Files, Files, list[str]]:
-    """Return the training files, the validation files, and the classes (wnids in alphabetical order).
+def find_images(
+    data_dir: Path, splits: Sequence[str] = ("train", "val"), download: bool = False
+) -> tuple[list[Files], list[str]]:
+    """Return the files of each split, and the classes (wnids in alphabetical order).
 
     Args:
         data_dir: the unpacked folder, or the folder that contains it or its zip. If there is only a zip, unpack it.
+        splits: "train" and "val", or one of them.
         download: download the zip if it is missing, too.
 
     Raises:
         InputError: the data are missing, damaged or incomplete, or could not be downloaded.
     """
-    root = data_dir if (data_dir / "train").is_dir() else data_dir / FOLDER
-    if not (root / "train").is_dir():
+    root = next((r for r in (data_dir, data_dir / FOLDER) if (r / splits[0]).is_dir()), None)
+    if root is None:
+        root = data_dir / FOLDER
         archive = data_dir / f"{FOLDER}.zip"
         if not archive.is_file() and not download:
             raise InputError(
@@ -51,12 +60,38 @@ def find_images(data_dir: Path, download: bool = False) -> tuple[Files, Files, l
             download_archive(archive)
         check_archive(archive, download)
         unpack(archive, root)
-    annotations = root / "val" / "val_annotations.txt"
-    classes = class_names(root / "train")
-    val_files, val_classes = read_annotations(annotations)
-    check_same_classes(classes, val_classes, root / "train", annotations)
-    labels = {name: label for label, name in enumerate(classes)}
-    return list(class_images(root / "train", classes)), [(path, labels[name]) for path, name in val_files], classes
+    classes = class_names(root / "train") if (root / "train").is_dir() else None
+    files = []
+    for split in splits:
+        if split == "train":
+            files.append(list(class_images(root / "train", classes)))
+        else:
+            split_files, classes = validation_files(root, classes)
+            files.append(split_files)
+    return files, classes
+
+
+def validation_files(root: Path, classes: list[str] | None) -> tuple[Files, list[str]]:
+    """Return the validation files and all classes, from the annotations, or from images sorted into folders by class.
+
+    `classes`: names of the classes, if the training images are there.
+
+    Raises:
+        InputError: as `read_annotations`; or the classes of the validation images are not `classes`.
+    """
+    val, annotations = root / "val", root / "val" / "val_annotations.txt"
+    sorted_names = sorted(entry.name for entry in _entries(val) if entry.is_dir() and WNID.fullmatch(entry.name))
+    if sorted_names and not any(entry.is_file() for entry in _entries(val / "images")):
+        check_same_classes(classes or sorted_names, sorted_names, root / "train", val)
+        return list(class_images(val, sorted_names)), sorted_names
+    named_files, names = read_annotations(annotations)
+    check_same_classes(classes or names, names, root / "train", annotations)
+    labels = {name: label for label, name in enumerate(names)}
+    return [(path, labels[name]) for path, name in named_files], names
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")] if folder.is_dir() else []
 
 
 def read_annotations(annotations: Path) -> tuple[list[tuple[Path, str]], list[str]]:
@@ -68,7 +103,7 @@ def read_annotations(annotations: Path) -> tuple[list[tuple[Path, str]], list[st
     """
     images = annotations.parent / "images"
     try:
-        lines = annotations.read_text().splitlines()
+        lines = read_text(annotations).splitlines()
         image_names = {entry.name for entry in os.scandir(images)}
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}): unpack {FOLDER}.zip again") from error

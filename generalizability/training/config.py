@@ -23,11 +23,17 @@ Flags = dict[str, Any]  # the flags that the user gave, by name; see s3net_commo
 
 DEFAULT_DATASET = "cifar100"
 NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate", "connections")
+# Flags that are no part of the recipe. The run's folder keeps them, and --resume uses them if they are not given again.
+ENVIRONMENT_FLAGS = {
+    **dict.fromkeys(("data_dir", "device"), str),
+    **dict.fromkeys(("workers", "checkpoint_every", "max_pixels"), int),
+    **dict.fromkeys(("skip_unreadable", "compile", "tensorboard"), bool),
+}
 DATA_FLAGS = ("dataset", "image_size", "hold_out", "limit_train", "limit_val")  # which images, and how they are read
 MAXIMUM = {"epochs": 100_000, "image_size": LARGEST_IMAGE, "seed": 2**62 - 1}
 MINIMUM = {
     **dict.fromkeys(("epochs", "batch_size", "accumulate", "checkpoint_every", "num_classes"), 1),
-    **dict.fromkeys(("hold_out", "limit_train", "limit_val"), 1),
+    **dict.fromkeys(("limit_train", "limit_val"), 1),
     **dict.fromkeys(("momentum", "weight_decay", "seed", "workers"), 0),
     "image_size": 4,
 }
@@ -50,13 +56,18 @@ def check_flags(flags: Flags) -> None:
         value = flags.get(name, minimum)
         if not minimum <= value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value} is not possible: give a number of {minimum} or more")
+    held_out = flags.get("hold_out", 1)
+    if not (0 < held_out < 1 or (isinstance(held_out, int) and held_out >= 1)):
+        raise InputError(
+            f"--hold-out {held_out} is not possible: give a number of images of 1 or more, or a fraction below 1"
+        )
     if not 0 < flags.get("lr", 1) < math.inf:
         raise InputError(f"--lr {flags['lr']} is not possible: give a number above 0")
     for name, maximum in MAXIMUM.items():
         if flags.get(name, maximum) > maximum:
             limit = "below 2^62" if name == "seed" else f"of at most {maximum:,}"
             raise InputError(f"--{name.replace('_', '-')} {flags[name]} is not possible: give a number {limit}")
-    if "checkpoint" in flags and "eval_only" not in flags:
+    if "checkpoint" in flags and not flags.get("eval_only"):
         raise InputError(
             "--checkpoint is for --eval-only: leave it out, or pass --resume to resume a run, or --init FILE to start "
             "a new one from these weights"
@@ -112,6 +123,20 @@ def check_sizes(config: RunConfig) -> None:
         )
     if config.accumulate > config.batch_size:
         raise InputError(f"--accumulate {config.accumulate} is too large: the batch has {config.batch_size} images")
+
+
+def environment_of(flags: Flags) -> dict[str, str | int]:
+    """Return the values of `ENVIRONMENT_FLAGS` that the user gave, for JSON; the data folder as an absolute path."""
+    environment = {name: flags[name] for name in ENVIRONMENT_FLAGS if name in flags}
+    if "data_dir" in flags:
+        environment["data_dir"] = str(flags["data_dir"].absolute())
+    return environment
+
+
+def flags_of(environment: dict) -> Flags:
+    """Return the flags that `environment_of` stored. Values of a wrong type, in an edited file, are left out."""
+    flags = {name: environment[name] for name, kind in ENVIRONMENT_FLAGS.items() if type(environment.get(name)) is kind}
+    return flags | ({"data_dir": Path(flags["data_dir"])} if "data_dir" in flags else {})
 
 
 def config_from_json(values: object, path: Path) -> RunConfig:

@@ -64,9 +64,8 @@ def evaluate_trained_network(
     val = val.with_classes(match.names, match.outputs)
     if isinstance(val, ImageSet):
         val.images = preparation.crop_centre(val.images)
-    model = trained.build(outputs, partial(print, flush=True) if ranks.is_main else None).to(
-        ranks.device, memory_format=torch.channels_last
-    )
+    model = trained.build(outputs, print if ranks.is_main else None)
+    model.to(ranks.device, memory_format=torch.channels_last)
     size = model_size(model, preparation.image_size, ranks.device)
     confusion = ConfusionMatrix(match.names, match.outputs)
     batches = make_evaluation_batches(

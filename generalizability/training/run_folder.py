@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from recipes import RunConfig
 from s3net_common.checkpoints import RUN_CONFIG, RUN_WEIGHTS, save_weights
 from s3net_common.errors import InputError
-from s3net_common.output_files import json_line, lock_exclusively, make_folder, write_atomically, write_json
+from s3net_common.output_files import json_line, lock_exclusively, make_folder, relative, write_atomically, write_json
 from s3net_common.weight_files import read_pickle
 from training.config import config_from_json
 from training.engine import Progress, Trainer
 from training.state_check import check_state
 
 CHECKPOINT_FORMAT = 1
+RUN_FILES = ("last.pt", "best.safetensors", "metrics.jsonl", "curves.png", "summary.json", "config.json")
+ENVIRONMENT = "environment"  # in config.json: flags that are no part of the recipe
 LOCK_SECONDS = 10.0  # DataLoader workers of a killed run hold its lock until they notice, up to 5 s later
 
 
@@ -37,9 +39,38 @@ class Run:
 
     # -- Opening --
 
-    def exists(self) -> bool:
-        """Whether the folder holds a run."""
-        return (self.folder / "config.json").is_file() or (self.folder / "last.pt").is_file()
+    def files(self) -> list[str]:
+        """Return the names of the files in the folder that a new run would replace."""
+        return [name for name in RUN_FILES if (self.folder / name).exists()]
+
+    def check_resumable(self) -> None:
+        """Check that the folder holds a run with a checkpoint, or one that ended before its first epoch.
+
+        Raises:
+            InputError: it holds other files, or results without a checkpoint.
+        """
+        files = self.files()
+        if "last.pt" not in files and files != ["config.json"]:
+            raise InputError(
+                f"{relative(self.folder)} holds {', '.join(files)} but no last.pt, without which no run can be "
+                "resumed: put last.pt back, pass another --out for a new run, or --overwrite to replace these files"
+            )
+
+    def environment(self) -> dict:
+        """Return the flags of the run that are no part of its recipe, as far as `config.json` has them."""
+        environment = self._config_values().get(ENVIRONMENT)
+        return environment if isinstance(environment, dict) else {}
+
+    def is_run(self) -> bool:
+        """Whether the folder holds a run, not files of something else with the same names."""
+        return (self.folder / "last.pt").exists() or "model_options" in self._config_values()
+
+    def _config_values(self) -> dict:
+        try:
+            values = json.loads((self.folder / "config.json").read_text())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return values if isinstance(values, dict) else {}
 
     def has_checkpoint(self) -> bool:
         """Whether the run saved a checkpoint."""
@@ -77,8 +108,10 @@ class Run:
             os.close(self._lock)
             self._lock = None
 
-    def create(self, config: RunConfig) -> None:
+    def create(self, config: RunConfig, environment: dict) -> None:
         """Create and lock the folder, remove an earlier run from it, and write the configuration.
+
+        `environment`: flags that are no part of the recipe, for resuming.
 
         Raises:
             InputError: the folder cannot be written, or another process trains into it.
@@ -86,18 +119,21 @@ class Run:
         make_folder(self.folder)
         self.hold()
         try:
-            for name in (
-                "last.pt",
-                "best.safetensors",
-                "metrics.jsonl",
-                "curves.png",
-                "summary.json",
-                "config.json",
-            ):
+            for name in RUN_FILES:
                 (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise InputError(f"{self.folder} cannot be written ({error.strerror}): pass another --out") from error
-        write_json(self.folder / "config.json", asdict(config))
+        write_json(self.folder / "config.json", asdict(config) | {ENVIRONMENT: environment})
+
+    def resume(self, config: RunConfig, environment: dict) -> None:
+        """Lock the folder of the run to be resumed, and keep its flags. For the arguments see `create`.
+
+        Raises:
+            InputError: another process trains into the folder, or it cannot be written.
+        """
+        self.hold()
+        if environment != self.environment():
+            write_json(self.folder / "config.json", asdict(config) | {ENVIRONMENT: environment})
 
     def read_config(self) -> RunConfig:
         """Return the configuration that the run was started with.
@@ -267,5 +303,5 @@ def draw_curves(history: list[dict], path: Path, title: str) -> None:
     for axes in (loss, error, rate):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=110)

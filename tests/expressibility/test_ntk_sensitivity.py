@@ -132,11 +132,16 @@ def test_a_killed_run_continues_with_its_records(houses, tmp_path):
     assert not partial.exists()
 
 
-def test_records_of_other_settings_are_not_used(houses, tmp_path):
+def test_records_of_other_settings_are_not_used_and_not_replaced_unasked(houses, tmp_path):
     partial = tmp_path / "partial.jsonl"
+    partial.write_text("another file")
     for splits in (2, 3):
         args = ntk_sensitivity.Args(csv=houses, target="price", splits=splits, depths=(1,), diag_regs=(0.1,))
-        records = list(ntk_sensitivity.evaluate_splits(*ntk_sensitivity.check_args(args), partial))
+        study, before = ntk_sensitivity.check_args(args), partial.read_text()
+        with pytest.raises(InputError, match="belongs to an interrupted study with other flags"):
+            list(ntk_sensitivity.evaluate_splits(*study, partial))
+        assert partial.read_text() == before
+        records = list(ntk_sensitivity.evaluate_splits(*study, partial, overwrite=True))
         assert len(records) == 2 * splits
         assert len(partial.read_text().splitlines()) == 1 + 2 * splits
 
@@ -171,4 +176,4 @@ def test_invalid_flags_are_an_input_error(flags, text):
 
 def test_a_missing_column_is_reported_in_one_line(run_script, error_line, houses):
     line = error_line(run_script("ntk_sensitivity.py", "--csv", houses, "--target", "cost", *SMALL))
-    assert "has no column 'cost': choose --target from size, age, price" in line
+    assert "has no column 'cost', only size, age, price: choose another --target" in line

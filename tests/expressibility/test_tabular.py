@@ -46,10 +46,61 @@ def test_the_target_may_be_any_column_of_a_csv_file(tmp_path):
     np.testing.assert_array_equal(table.features[8], [8.0, 1.0])
 
 
+SEMICOLONS = [f"{i},0;{i * i},0;{i % 7}" for i in range(25)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a;y;c\n" + "\n".join(SEMICOLONS),
+        "\ufeffa;y;c\r\n" + "\r\n".join(SEMICOLONS) + "\r\n;;\r\n;;\r\n",
+        "sep=;\na;y;c\n" + "\n".join(SEMICOLONS),
+        "a\ty\tc\n" + "\n".join(VALID).replace(",", "\t"),
+        '"a", "y","c",,\n' + "\n".join(VALID) + "\n\n,,,,\n",
+        "a,y,c\n" + ",\n".join(VALID) + ",\n",
+        "a,y,c,Unnamed: 3\n" + ",\n".join(VALID) + ",\n",
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_tables_as_spreadsheets_write_them(tmp_path, capsys, content, encoding):
+    (tmp_path / "some.csv").write_bytes(content.encode(encoding))
+    table = tabular.load_csv(tmp_path / "some.csv", "y")
+    np.testing.assert_array_equal(table.target, np.arange(25.0) ** 2)
+    np.testing.assert_array_equal(table.features, [[i, i % 7] for i in range(25)])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("names", [",a,y,c", "Unnamed: 0,a,y,c"])
+@pytest.mark.parametrize("label", [lambda i: i, lambda i: 24 - i, lambda i: f"row {i}", lambda i: f"{i}.0"])
+def test_row_numbers_and_row_names_are_left_out_with_a_line(tmp_path, capsys, names, label):
+    path = write(tmp_path / "some.csv", [names, *[f"{label(i)},{row}" for i, row in enumerate(VALID)]])
+    table = tabular.load_csv(path, "y")
+    np.testing.assert_array_equal(table.features, [[i, i % 7] for i in range(25)])
+    assert capsys.readouterr().err == f"{path}: column 1, row numbers or row names without a name, is left out\n"
+
+
+def test_a_feature_of_small_values_is_no_constant():
+    values = np.array([[1e-15], [2e-15], [3e-15]])
+    split = tabular.Split(values, np.arange(3.0), values, np.arange(3.0))
+    np.testing.assert_allclose(split.standardised().x_train.std(axis=0), 1)
+
+
 @pytest.mark.parametrize(
     ("lines", "text"),
     [
-        (["a,b,c", *VALID], "no column 'y': choose --target from a, b, c"),
+        (["a,b,c", *VALID], "no column 'y', only a, b, c: choose another --target"),
+        (["1,2,3", *VALID], "only 1, 2, 3: the first line must contain the column names"),
+        (["a y c", *VALID], "only a y c: columns are separated by commas, semicolons or tabs"),
+        (["a,,y", *VALID], "column 2 has no name: name it in the first line, or remove it"),
+        ([",y,c", *[f"{i}.5,{i},2" for i in range(25)]], "column 1 has no name"),
+        ([",y,c", *[f"{i // 2},{i},2" for i in range(25)]], "column 1 has no name"),
+        (["a,y,c", *VALID, "", "1,2,red"], "line 28, column 'c': 'red' is not a number"),
+        (["a,y,c", *VALID, "1_000,2,3"], "line 27, column 'a': '1_000' is not a number"),
+        (["a,y,c", *VALID, "1e300,2,3"], "line 27, column 'a': 1e300 is too large; use another unit"),
+        (["a,y,c", *VALID, "1e999,2,3"], "line 27, column 'a': 1e999 is not a finite number"),
+        (["a,y,c", *VALID, '"1,234",2,3'], "has '1,234' .line 27, column 'a'., but a decimal mark"),
+        (["a;y;c", *[row.replace(",", ";") for row in VALID], "1.234,5;2;3"], "'1.234,5' .line 27, column 'a'"),
+        (["a;y;c", *[row.replace(",", ";") for row in VALID], "1,5;2.5;3"], "'1,5' .* and '2.5' .line 27, column 'y'"),
         (["a,y,c", *VALID[:5]], "has 5 rows: at least 20 are needed"),
         (["a,y,c", *VALID, "1,2,red"], "line 27, column 'c': 'red' is not a number"),
         (["a,y,c", *VALID, "1,,3"], "line 27, column 'y': a value is missing"),
@@ -71,7 +122,7 @@ def test_unreadable_files_are_an_input_error(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*absent.csv: No such file"):
         tabular.load_csv(tmp_path / "absent.csv", "y")
     binary = tmp_path / "binary.csv"
-    binary.write_bytes(b"\xff\xfe\x00\x80")
+    binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="it is not a CSV file in UTF-8"):
         tabular.load_csv(binary, "y")
     with pytest.raises(InputError, match=r"cannot read .*: Is a directory"):

@@ -54,6 +54,19 @@ def compare(tmp_path, *runs):
     return [row for row in rows if row["source"] == "measured here"], rows, (tmp_path / "out" / "table.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["table.md", "table.csv", "comparison.json", "scatter.png"])
+def test_only_the_files_of_an_earlier_comparison_are_replaced(tmp_path, name):
+    run = write_run(tmp_path / "run", environment={"data_dir": "/data", "workers": 2})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("of the user")
+    with pytest.raises(InputError, match=f"already holds {name}, not written by this script"):
+        compare(tmp_path, run)
+    assert (tmp_path / "out" / name).read_text() == "of the user"
+    compare_results.main(Args((run,), tmp_path / "out", overwrite=True))
+    (row,), *_ = compare(tmp_path, run)
+    assert "data" not in row["setting"]
+
+
 def test_seeds_are_aggregated_with_mean_and_deviation(tmp_path, capsys):
     runs = [
         write_run(tmp_path / f"s{seed}", (40.0, 30.0, last), seed) for seed, last in ((0, 31.0), (1, 33.0), (2, 35.0))

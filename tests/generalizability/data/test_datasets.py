@@ -1,6 +1,9 @@
 """Data sets in memory, and their batches."""
 
+import hashlib
 import pickle
+import shutil
+import tarfile
 from urllib.error import URLError
 
 import numpy as np
@@ -145,8 +148,9 @@ def test_cifar100_in_class_folders(tmp_path):
     assert train.images[1, :, 5, 5].tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("inner_folder", [False, True])
-def test_cifar100_in_the_official_format(tmp_path, monkeypatch, inner_folder):
+@pytest.fixture
+def cifar_files(tmp_path, monkeypatch):
+    """Return the folder of three training and three test images in the official format, and their pixels."""
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     pixels = np.arange(3 * 3072, dtype=np.uint32).astype(np.uint8).reshape(3, 3072)
@@ -155,9 +159,40 @@ def test_cifar100_in_the_official_format(tmp_path, monkeypatch, inner_folder):
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["a", "b", "c"]}))
     monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: True)
     monkeypatch.setattr(CIFAR100, "_load_meta", lambda self: setattr(self, "classes", ["a", "b", "c"]))
-    train, val = load_dataset("cifar100", folder if inner_folder else tmp_path)
+    return folder, pixels
+
+
+@pytest.mark.parametrize("layout", ["outer", "inner", "renamed"])
+def test_cifar100_in_the_official_format(tmp_path, cifar_files, layout):
+    folder, pixels = cifar_files
+    data_dir = {"outer": tmp_path, "inner": folder, "renamed": tmp_path / "cifar"}[layout]
+    if layout == "renamed":
+        folder.rename(data_dir)
+    train, val = load_dataset("cifar100", data_dir)
     assert train.labels.tolist() == [2, 0, 1] and val.classes == ["a", "b", "c"]
     assert torch.equal(train.images.flatten(1), torch.from_numpy(pixels))
+
+
+def test_cifar100_is_evaluated_without_its_training_file(tmp_path, cifar_files):
+    folder, pixels = cifar_files
+    (folder / "train").unlink()
+    (val,) = load_dataset("cifar100", tmp_path, splits=("val",))
+    assert torch.equal(val.images.flatten(1), torch.from_numpy(pixels))
+
+
+@pytest.mark.parametrize("give_file", [False, True])
+def test_cifar100_as_the_universitys_archive(tmp_path, cifar_files, monkeypatch, give_file):
+    folder, pixels = cifar_files
+    archive = tmp_path / "cifar-100-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as content:
+        content.add(folder, "cifar-100-python")
+    shutil.rmtree(folder)
+    monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: folder.is_dir())
+    with pytest.raises(InputError, match=r"checksum of .*tar.gz is wrong: it is damaged or another file; delete it"):
+        load_dataset("cifar100", tmp_path)
+    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    train, val = load_dataset("cifar100", archive if give_file else tmp_path)
+    assert torch.equal(train.images.flatten(1), torch.from_numpy(pixels)) and len(val) == 3
 
 
 def test_cifar100_without_data_and_network(tmp_path, monkeypatch):
@@ -172,7 +207,7 @@ def test_cifar100_without_data_and_network(tmp_path, monkeypatch):
 def test_damaged_cifar100_is_not_overwritten(tmp_path):
     (tmp_path / "cifar-100-python").mkdir()
     (tmp_path / "cifar-100-python" / "test").write_bytes(b"half a file")
-    with pytest.raises(InputError, match="are damaged: delete them"):
+    with pytest.raises(InputError, match="are damaged or incomplete: delete them"):
         load_dataset("cifar100", tmp_path)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import shutil
 import threading
 import zipfile
 
@@ -43,6 +44,39 @@ def test_labels_come_from_the_folders_and_the_annotations(tree):
     lines = [line.split("\t") for line in (tree / "val" / "val_annotations.txt").read_text().splitlines()]
     assert val.labels.tolist() == [int(wnid[1:]) for _, wnid, *_ in lines]
     assert train.labels.tolist() == sorted(2 * list(range(10)))
+
+
+@pytest.mark.parametrize("subfolder", ["", "images"])
+@pytest.mark.parametrize("leftovers", [False, True])
+def test_validation_images_sorted_into_folders_by_class(tree, tmp_path, subfolder, leftovers):
+    root = tmp_path / "tiny-imagenet-200"
+    shutil.copytree(tree, root)
+    for line in (root / "val" / "val_annotations.txt").read_text().splitlines():
+        name, wnid, *_ = line.split("\t")
+        folder = root / "val" / wnid / subfolder
+        folder.mkdir(parents=True, exist_ok=True)
+        (root / "val" / "images" / name).rename(folder / name)
+    if not leftovers:
+        (root / "val" / "val_annotations.txt").unlink()
+        (root / "val" / "images").rmdir()
+    (expected,) = load_dataset("tinyimagenet", tree, splits=("val",))
+    (val,) = load_dataset("tinyimagenet", tmp_path, splits=("val",))
+    order, expected_order = (half.labels.argsort(stable=True) for half in (val, expected))
+    assert val.classes == expected.classes and val.labels.tolist() == sorted(expected.labels.tolist())
+    images, expected_images = val.images[order], expected.images[expected_order]
+    assert sorted(images.sum((1, 2, 3)).tolist()) == sorted(expected_images.sum((1, 2, 3)).tolist())
+    shutil.rmtree(root / "train")
+    (val,) = load_dataset("tinyimagenet", tmp_path, splits=("val",))
+    assert val.classes == expected.classes
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_annotations_with_a_byte_order_mark_and_windows_line_ends(tmp_path, encoding):
+    tree = make_tiny_imagenet(tmp_path, digit_photos(40, (64, 64)))
+    annotations = tree / "val" / "val_annotations.txt"
+    expected = load_dataset("tinyimagenet", tree, splits=("val",))[0].labels
+    annotations.write_bytes(annotations.read_text().replace("\n", "\r\n").encode(encoding))
+    assert torch.equal(load_dataset("tinyimagenet", tree, splits=("val",))[0].labels, expected)
 
 
 def test_images_are_resized_to_the_networks_input(tree):

@@ -1,0 +1,108 @@
+"""Which files a run replaces, and what its folder knows of it."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import train_s3net
+from s3net_common.errors import InputError
+from train_s3net import Args
+from training.run_folder import RUN_FILES, Run
+
+TINY = {"dataset": "digits", "growth_rate": 4, "depth": 7, "device": "cpu", "limit_train": 40, "limit_val": 20}
+TINY |= {"epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert train_s3net.main(Args(out=folder, **TINY)) == 0
+    return folder
+
+
+def copy_run(source, target, names=RUN_FILES):
+    target.mkdir()
+    for name in names:
+        (target / name).write_bytes((source / name).read_bytes())
+    return target
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def refusal(**flags):
+    with pytest.raises(InputError) as error:
+        train_s3net.main(Args(**TINY, **flags))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_file_of_something_else_is_replaced_only_with_overwrite(tmp_path, name):
+    (tmp_path / name).write_text('{"architectures": ["Other"]}')
+    before = contents(tmp_path)
+    for resume in (False, True):
+        message = refusal(out=tmp_path, resume=resume)
+        assert "another --out" in message
+        assert contents(tmp_path) == before
+    assert train_s3net.main(Args(out=tmp_path, overwrite=True, **TINY)) == 0
+    assert set(RUN_FILES) == set(contents(tmp_path))
+
+
+def test_a_run_without_last_pt_is_not_resumed(finished_run, tmp_path):
+    folder = copy_run(finished_run, tmp_path / "run", [name for name in RUN_FILES if name != "last.pt"])
+    before = contents(folder)
+    message = refusal(out=folder, resume=True)
+    assert "but no last.pt, without which no run can be resumed: put last.pt back" in message
+    assert "already holds a run: pass --resume" in refusal(out=folder)
+    assert contents(folder) == before
+
+
+def test_config_json_alone_starts_the_run(finished_run, tmp_path, capsys):
+    folder = copy_run(finished_run, tmp_path / "run", ["config.json"])
+    assert train_s3net.main(Args(out=folder, resume=True)) == 0
+    assert "40 training and 20 validation images" in capsys.readouterr().out
+    assert set(RUN_FILES) == set(contents(folder))
+
+
+def test_the_folder_knows_where_the_data_are_and_how_they_are_read(tmp_path, monkeypatch, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for level in range(6):
+            Image.new("RGB", (8, 8), (level, 9, 9)).save(tmp_path / "data" / name / f"{level}.png")
+    (tmp_path / "data" / "cat" / "broken.png").write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    flags = {"dataset": "folder", "data_dir": train_s3net.Path("data"), "hold_out": 0.25, "skip_unreadable": True}
+    flags |= {"growth_rate": 4, "depth": 7, "epochs": 2, "device": "cpu", "workers": 1, "image_size": 16}
+    save = Run.save
+
+    def save_and_stop(self, state):
+        save(self, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_s3net.main(Args(out=tmp_path / "run", **flags))
+    monkeypatch.undo()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    data = str(tmp_path / "data")
+    assert config["environment"] == {"data_dir": data, "device": "cpu", "skip_unreadable": True, "workers": 1}
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert train_s3net.main(Args(out=tmp_path / "run", resume=True, data_dir=tmp_path / "moved")) == 0
+    assert "2/2" in capsys.readouterr().out
+    assert train_s3net.main(Args(out=tmp_path / "run", resume=True)) == 0  # it now knows the new folder
+    assert "8 training and 4 validation images, 2 classes" in capsys.readouterr().out
+
+
+def test_edited_flags_of_a_wrong_type_are_left_out(finished_run, tmp_path):
+    folder = copy_run(finished_run, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    for environment in ({"workers": "many", "data_dir": 3, "device": None, "compile": 1}, [], None, "x"):
+        (folder / "config.json").write_text(json.dumps(config | {"environment": environment}))
+        assert train_s3net.main(Args(out=folder, resume=True, device="cpu")) == 0
+
+
+def test_a_flag_that_is_switched_off_is_not_given(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_s3net.py", "--no-overwrite", "--no-compile", "--no-resume"])
+    assert "already holds a run" in refusal(out=finished_run)

@@ -1,0 +1,43 @@
+"""The order of words on a command line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tyro
+
+from s3net_common.command_line import flag, parse_flags
+
+
+@dataclass
+class Args:
+    """Flags of every kind."""
+
+    images: tyro.conf.Positional[flag(tuple[Path, ...], "IMAGE ...", "none")] = ()
+    """Images."""
+    networks: flag(tuple[str, ...], "NAME ...", "none") = ()
+    """Names."""
+    target: flag(int, "INT", "none") = None
+    """Number."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Two numbers."""
+    fast: bool = False
+    """Switch."""
+
+
+@pytest.mark.parametrize(
+    ("words", "images", "networks", "target"),
+    [
+        ("a.jpg b.jpg --networks x y", ["a.jpg", "b.jpg"], ("x", "y"), None),
+        ("--networks x y a.jpg b.jpg", ["a.jpg", "b.jpg"], ("x", "y"), None),
+        ("a.jpg --networks x b.jpg --target 3 c.jpg", ["a.jpg", "b.jpg", "c.jpg"], ("x",), 3),
+        ("--fast a.jpg --target=3 b.jpg", ["a.jpg", "b.jpg"], (), 3),
+        ("--no-fast a.jpg --interval 0 2 b.jpg", ["a.jpg", "b.jpg"], (), None),
+        ("--networks x -- y", ["y"], ("x",), None),
+        ("--networks a.jpg", [], ("a.jpg",), None),
+    ],
+)
+def test_images_stand_before_between_or_after_flags(monkeypatch, words, images, networks, target):
+    monkeypatch.setattr("sys.argv", ["script.py", *words.split()])
+    args = parse_flags(Args, "", lambda word: word.endswith(".jpg"))
+    assert ([str(path) for path in args.images], args.networks, args.target) == (images, networks, target)

@@ -1,0 +1,78 @@
+"""Scripts replace files of their own only."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from s3net_common.errors import InputError
+from s3net_common.output_files import claim_folder, run_record, write_json
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_files_of_the_same_script_are_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "expressibility" / "benchmark.py")])
+    assert claim_folder(tmp_path / "new", "benchmark.json", "benchmark.png") == tmp_path / "new"
+    write_json(tmp_path / "benchmark.json", run_record())
+    (tmp_path / "benchmark.png").touch()
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "expressibility" / "benchmark.py"), "--repeats", "3"])
+    claim_folder(tmp_path, "benchmark.json", "benchmark.png")
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "generalizability" / "benchmark.py")])
+    with pytest.raises(InputError, match=r"already holds benchmark.json, benchmark.png, not written by this script"):
+        claim_folder(tmp_path, "benchmark.json", "benchmark.png")
+    claim_folder(tmp_path, "benchmark.json", "benchmark.png", overwrite=True)
+
+
+@pytest.mark.parametrize("record", ["", "[]", "3", "{}", '{"command": null}', '{"command": "python \'"}', "\xff"])
+def test_a_record_of_something_else_is_not_replaced(tmp_path, record):
+    (tmp_path / "results.json").write_text(record, encoding="latin-1")
+    with pytest.raises(InputError, match=r"already holds results.json, not written by this script: pass another --out"):
+        claim_folder(tmp_path, "results.json")
+
+
+def test_a_figure_without_a_record_is_not_replaced(tmp_path):
+    (tmp_path / "figure-2.png").touch()
+    with pytest.raises(InputError, match=r"already holds figure-2.png"):
+        claim_folder(tmp_path, "saliency.json", "figure-[0-9]*.png")
+
+
+OUTPUTS = {
+    "expressibility/ntk_comparison.py": ["ntk_results.json", "ntk_results.png", "finite_width.png"],
+    "expressibility/ntk_sensitivity.py": ["sensitivity.json", "baselines.png"],
+    "expressibility/one_neuron_approximation.py": ["one_neuron.json", "one_neuron.png"],
+    "expressibility/benchmark.py": ["benchmark.json", "benchmark.png"],
+    "generalizability/benchmark.py": ["benchmark.json"],
+    "generalizability/same_budget.py": ["results.json", "tables.md", "curves.png"],
+    "interpretability/benchmark.py": ["speed.json", "completeness.json"],
+    "interpretability/interpret_fullgrad.py": ["saliency.json", "figure.png", "maps", "faithfulness.json"],
+    "interpretability/plot_segmentation_map.py": ["scores.json", "dice.csv", "faithfulness.png"],
+}
+FLAGS = {
+    "expressibility/ntk_comparison.py": {"finite_width": True},
+    "interpretability/interpret_fullgrad.py": {"faithfulness": True},
+    "interpretability/plot_segmentation_map.py": {"faithfulness": True},
+}
+
+
+@pytest.mark.parametrize(("script", "name"), [(script, name) for script, names in OUTPUTS.items() for name in names])
+def test_every_script_checks_its_files_before_it_computes(tmp_path, script, name):
+    spec = importlib.util.spec_from_file_location(f"checked_{Path(script).stem}", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    (tmp_path / name).write_text("of the user")
+    with pytest.raises(InputError, match=f"{name}, not written by this script"):
+        module.main(module.Args(out=tmp_path, **FLAGS.get(script, {})))
+    assert [(path.name, path.read_text()) for path in tmp_path.glob(name)] == [(name, "of the user")]
+
+
+def test_a_record_is_written_before_the_files_that_it_explains(tmp_path, monkeypatch):
+    module = importlib.import_module("interpret_fullgrad")
+    module.claim_files(module.Args(out=tmp_path))
+    record = json.loads((tmp_path / "saliency.json").read_text())
+    assert record["maps"] == [] and record["command"].startswith("python ")
+    (tmp_path / "maps").mkdir()
+    module.claim_files(module.Args(out=tmp_path))
