@@ -1,7 +1,9 @@
 """Errors that users can correct, and helpers for their messages. Imports the standard library only."""
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -22,3 +24,9 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message without a final period, or its class's name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def printable(path: str | Path) -> str:
+    """Return a path for messages: bytes that are not UTF-8 and control characters become escape sequences."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

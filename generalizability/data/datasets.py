@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from data import tiny_imagenet
 from data.image_sets import DiskImages, Halves, ImageSet, find_split, open_source
+from data.memory import check_memory
 from s3net_common.errors import InputError, first_line, nearest_names
 from s3net_common.images import check_same_classes, class_images, class_names, read_square
+from s3net_common.unused_files import UnreadableImage, report_unreadable, unreadable_images
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,11 @@ def load_dataset(name: str, data_dir: Path, **options) -> Halves:
     """
     if name not in DATASETS:
         raise InputError(f"there is no data set {name!r}: {nearest_names(name, DATASETS)}")
-    return DATASETS[name](ReadOptions(Path(data_dir), **options))
+    train, val = DATASETS[name](ReadOptions(Path(data_dir), **options))
+    if train.skipped and (lost := {*range(len(train.classes))} - {*train.labels.tolist()}):
+        names = ", ".join(train.classes[label] for label in sorted(lost))
+        raise InputError(f"no training image of these classes can be read: {names}; repair some, or remove the classes")
+    return train, val
 
 
 # ---- The data sets ------------------------------------------------------------------------------------------------
@@ -111,7 +117,7 @@ def _load_folder(options: ReadOptions) -> tuple[ImageSet, ImageSet]:
             f"{data_dir} has no images: it needs train/<class>/* and val/<class>/* (or test/<class>/*); pass --data-dir"
         )
     classes = class_names(train_dir)
-    check_same_classes(classes, class_names(val_dir), train_dir, val_dir)
+    check_same_classes(classes, class_names(val_dir, keep=classes), train_dir, val_dir)
     return tuple(
         _read_images(folder, list(class_images(folder, classes)), classes, options.image_size, options)
         for folder in (train_dir, val_dir)
@@ -136,7 +142,8 @@ def _load_imagenet(options: ReadOptions) -> tuple[DiskImages, DiskImages]:
                 f"{options.data_dir} has neither {split}.lmdb nor {split}/<class>/*: make the first with "
                 "folder2lmdb.py, or pass --data-dir"
             )
-    train, val = map(open_source, paths.values())
+    train = open_source(paths["train"])
+    val = open_source(paths["val"], keep=train.classes)
     check_same_classes(train.classes, val.classes, *paths.values())
     return tuple(DiskImages(source, torch.arange(len(source)), options.skip_unreadable) for source in (train, val))
 
@@ -159,47 +166,39 @@ def _read_images(
     """Read `(path, label)` files of `folder` as `size`x`size` images, in threads.
 
     Raises:
-        InputError: the images do not fit into memory, one cannot be read and is not to be skipped, or all cannot be.
+        InputError: the images do not fit into memory, some cannot be read and are not to be skipped (the message names
+            them), or all cannot be.
     """
-    _check_memory(len(files) * 3 * size * size, f"{len(files):,} images of {size}x{size} in {folder}")
+    check_memory(len(files) * 3 * size * size, f"{len(files):,} images of {size}x{size} in {folder}")
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    readable = torch.ones(len(files), dtype=torch.bool)
 
-    def read(index: int) -> None:
+    def read(index: int) -> UnreadableImage | None:
         try:
             pixels = read_square(files[index][0], size)
-        except InputError:
-            if not options.skip_unreadable:
-                raise
-            readable[index] = False
-        else:
-            images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
+        except UnreadableImage as error:
+            return error
+        images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
+        return None
 
     with ThreadPoolExecutor(options.workers) as pool:
         progress = tqdm(total=len(files), desc=f"reading {folder.name}", unit="image", disable=None, leave=False)
+        errors = []
         try:
-            for _ in pool.map(read, range(len(files))):
+            for error in pool.map(read, range(len(files))):
+                errors.append(error)
                 progress.update()
-        except (InputError, KeyboardInterrupt):
+        except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
         finally:
             progress.close()
     labels = torch.tensor([label for _, label in files])
-    if skipped := int((~readable).sum()):
-        if skipped == len(files):
-            raise InputError(f"none of the {skipped} images in {folder} can be read")
+    if unreadable := [error for error in errors if error]:
+        if not options.skip_unreadable:
+            raise unreadable_images(unreadable)
+        report_unreadable(unreadable, folder)
+        readable = torch.tensor([error is None for error in errors])
+        if len(unreadable) == len(files):
+            raise InputError(f"none of the {len(files):,} images in {folder} can be read")
         images, labels = images[readable], labels[readable]
-    return ImageSet(images, labels, classes, skipped)
-
-
-def _check_memory(needed: int, description: str) -> None:
-    try:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not available on every system
-        return
-    if needed > 0.9 * available:
-        raise InputError(
-            f"{description} need {needed / 2**30:.1f} GiB of memory and {available / 2**30:.1f} GiB are free: "
-            "pass a smaller --image-size, or fewer images"
-        )
+    return ImageSet(images, labels, classes, len(unreadable))

@@ -209,7 +209,10 @@ def test_error_for_a_file_that_is_not_an_image(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     arguments = (tmp_path / "text.png", "--random-weights", "--networks", "squeezenet1_0")
     message = error_of(interpret_fullgrad, *arguments, cwd=tmp_path)
-    assert f"{tmp_path}/text.png cannot be read as an image (no image format that Pillow knows): repair it" in message
+    assert (
+        f"{tmp_path}/text.png cannot be read as an image (a text file that begins with 'not an image'): remove"
+        in message
+    )
 
 
 def test_error_for_a_network_without_weights(photographs, tmp_path, monkeypatch):
