@@ -56,7 +56,7 @@ def _walk(folder: Path, skipped: Skipped, visited: set[tuple[int, int]]) -> Iter
         visited.add(identity)
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        skipped.add(f"folders that cannot be opened: {error.strerror}", folder)
+        skipped.add(f"folders that cannot be opened ({error.strerror})", folder)
         return
     for entry in entries:
         path = Path(entry.path)
@@ -94,7 +94,7 @@ def _classify(entry: os.DirEntry) -> tuple[bool, str | None]:
         return False, "broken links"
     if not suffix:
         return False, None if _is_image(Path(entry.path)) else "files without a suffix that are no images"
-    return False, "files whose suffix is no image's"
+    return False, "files with other suffixes"
 
 
 def _is_broken_link(entry: os.DirEntry) -> bool:

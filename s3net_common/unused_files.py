@@ -15,8 +15,8 @@ FIRST_NAMES = 3  # names listed for each reason to leave files out
 
 # ---- Names and contents ---------------------------------------------------------------------------------------------
 
-HEIC = "HEIC images, which need a package: pip install pillow-heif"
-AVIF = "AVIF images, which need a newer Pillow: pip install --upgrade pillow"
+HEIC = "HEIC images, which need the package pillow-heif"
+AVIF = "AVIF images, which need a newer Pillow"
 NEEDED_PACKAGES = {  # by suffix, if Pillow does not read it
     **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), HEIC),
     **dict.fromkeys((".avif", ".avifs"), AVIF),
@@ -47,8 +47,8 @@ CONTENTS = {  # regular expressions for the first bytes, in lower case
     rb"ii[*+]\0|mm\0[*+]": DAMAGED.format("TIFF"),
     rb"riff.{4}webp": DAMAGED.format("WebP"),
     rb"\xff\x0a|\0\0\0\x0cjxl ": "a JPEG XL image, which Pillow cannot read: save it as JPEG or PNG",
-    rb".{4}ftyp.{0,20}avi[fs]": "an AVIF image that is damaged, truncated or needs pip install --upgrade pillow",
-    rb".{4}ftyp.{0,24}(hei[cxms]|hev[cx]|mi[af]1|msf1)": "a HEIC image, which needs a package: pip install pillow-heif",
+    rb".{4}ftyp.{0,20}avi[fs]": "an AVIF image that is damaged, truncated or needs a newer Pillow",
+    rb".{4}ftyp.{0,24}(hei[cxms]|hev[cx]|mi[af]1|msf1)": "a HEIC image, which needs the package pillow-heif",
     rb".{4}ftyp": "a video",
 }
 
@@ -56,13 +56,13 @@ CONTENTS = {  # regular expressions for the first bytes, in lower case
 def describe_content(start: bytes) -> str:
     """Return what a file is that Pillow does not take for an image, by its first bytes (some kilobytes)."""
     if not start.strip(b"\0"):
-        return "only zeros, perhaps of an interrupted copy" if start else "the file is empty"
-    if len(start) < 12:
-        return f"only {len(start)} bytes, perhaps of an interrupted copy"
+        return "only zeros, perhaps an interrupted copy" if start else "the file is empty"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
     for pattern, content in CONTENTS.items():
         if re.match(pattern, text.lower(), re.DOTALL):
             return content
+    if len(start) < 12:
+        return f"only {len(start)} B long, perhaps an interrupted copy"
     line = (text.decode("utf-8", "replace").splitlines() or [""])[0]
     if line and line.isprintable() and "\ufffd" not in line:
         return f"a text file that begins with {line[:40]!r}"
@@ -120,7 +120,7 @@ def unreadable_images(errors: Sequence[InputError]) -> InputError:
 def report_unreadable(errors: Sequence[InputError], folder: Path) -> None:
     """Print how many images of a folder were left out because they cannot be read, with names and reasons."""
     if errors:
-        report(f"left out of {printable(folder)}: {len(errors):,} unreadable: {_name_all(errors)}")
+        report(f"left out of {printable(folder)}: unreadable images: {len(errors):,} ({_name_all(errors)})")
 
 
 def report_once(errors: Sequence[InputError], reported: set[str]) -> None:
@@ -158,7 +158,7 @@ class Skipped:
         parts = []
         for reason, count in self.counts.items():
             more = ", ..." if count > FIRST_NAMES else ""
-            parts.append(f"{count:,} {reason} ({', '.join(self.names[reason])}{more})")
+            parts.append(f"{reason}: {count:,} ({', '.join(self.names[reason])}{more})")
         return "; ".join(parts)
 
     def report(self) -> None:

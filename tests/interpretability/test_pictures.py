@@ -80,13 +80,9 @@ def test_the_error_of_an_unreadable_file_has_its_path_and_the_reason(tmp_path):
     Image.new("L", (40, 40), 255).save(tmp_path / "cut.png")
     content = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[:50])
-    with pytest.raises(
-        InputError, match=r"cut\.png cannot be read as an image \(.+\): remove or repair it, or pass --skip-unreadable$"
-    ):
+    with pytest.raises(InputError, match=r"cut\.png cannot be read as an image \(.*truncated.*\): remove or repair it"):
         read_pictures([tmp_path / "cut.png"], 4)
-    with pytest.raises(
-        InputError, match=r"cut\.png cannot be read as an image \(.+\): remove or repair it, or pass --skip-unreadable$"
-    ):
+    with pytest.raises(InputError, match=r"cut\.png cannot be read as an image \(.*truncated.*\): remove or repair it"):
         read_mask(tmp_path / "cut.png", 4, (40, 40), tmp_path / "image.png")
     Image.new("L", (40, 40), 127).save(tmp_path / "dark.png")
     with pytest.raises(InputError, match=r"the mask .*dark\.png marks no pixel"):

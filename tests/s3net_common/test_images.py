@@ -159,7 +159,7 @@ def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "a pointer of Git LFS instead of the image"),
         (b"Access denied, please log in", "a text file that begins with 'Access denied, please log in'"),
         (bytes(5000), "only zeros"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "a HEIC image, which needs a package: pip install pillow-"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "a HEIC image, which needs the package pillow-heif"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "a PostScript file"),
         (b'<?xml version="1.0"?>\n<svg/>', "an SVG drawing"),
         (b"\xff\x0a\1\2\3\4\5\6\7\x08\x09\x80", "a JPEG XL image"),
@@ -273,15 +273,15 @@ def test_the_images_of_classes_are_listed_and_the_rest_is_counted(folder, capsys
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"left out of {folder}: ")
     for part in (
-        "1 hidden files (cat/._a.jpg)",
-        "3 hidden folders (cat/.Trash, cat/.ipynb_checkpoints, .Trash-1000)",
-        "5 folders of the operating system or an archive program (cat/@eaDir, dog/#recycle, @eaDir, ...)",
-        "1 pipes, sockets or devices (cat/pipe.jpg)",
-        "2 HEIC images, which need a package: pip install pillow-heif (dog/g.heic, bird/k.HEIC)",
-        "1 files without a suffix that are no images (dog/README)",
-        "1 files whose suffix is no image's (dog/notes.txt)",
-        "2 class folders without images (bird, empty)",
-        "1 images outside of class folders (stray.jpg)",
+        "hidden files: 1 (cat/._a.jpg)",
+        "hidden folders: 3 (cat/.Trash, cat/.ipynb_checkpoints, .Trash-1000)",
+        "folders of the operating system or an archive program: 5 (cat/@eaDir, dog/#recycle, @eaDir, ...)",
+        "pipes, sockets or devices: 1 (cat/pipe.jpg)",
+        "HEIC images, which need the package pillow-heif: 2 (dog/g.heic, bird/k.HEIC)",
+        "files without a suffix that are no images: 1 (dog/README)",
+        "files with other suffixes: 1 (dog/notes.txt)",
+        "class folders without images: 2 (bird, empty)",
+        "images outside of class folders: 1 (stray.jpg)",
     ):
         assert part in line
 
@@ -291,7 +291,7 @@ def test_folders_of_classes_without_images_are_kept_on_request(folder, tmp_path)
     assert class_names(folder, keep=None) == ["bird", "cat", "dog", "empty"]
     (tmp_path / "heic" / "a").mkdir(parents=True)
     (tmp_path / "heic" / "a" / "b.heic").touch()
-    with pytest.raises(InputError, match=r"heic has no images in its class folders .*; left out: 1 HEIC images.*a/b"):
+    with pytest.raises(InputError, match=r"heic has no images in its class folders .*; left out: HEIC.*: 1 .a/b"):
         class_names(tmp_path / "heic")
 
 
@@ -308,8 +308,8 @@ def test_links_to_folders_are_followed_without_loops(tmp_path, capsys):
     (root / "dog").symlink_to(tmp_path / "class")
     assert names_below(root) == ["cat/c.png 0", "cat/linked/a.png 0", "cat/z 0", "dog/b.png 1"]
     line = capsys.readouterr().err
-    assert "2 links to folders that are listed already or contain the link (cat/loop, cat/parent)" in line
-    assert "1 broken links (cat/self)" in line
+    assert "links to folders that are listed already or contain the link: 2 (cat/loop, cat/parent)" in line
+    assert "broken links: 1 (cat/self)" in line
 
 
 def test_a_broken_link_with_the_name_of_an_image_is_listed_and_then_refused(tmp_path):
@@ -337,8 +337,8 @@ def test_images_of_given_files_and_folders(folder, capsys):
         save_image(folder / "plain" / name)
     expected = [folder / "plain" / name for name in ("a.JPG", "b.png", "inner/c.pgm")]
     assert find_images([folder / "plain", folder / "stray.jpg"]) == [*expected, folder / "stray.jpg"]
-    assert "1 hidden files (._a.jpg)" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"there is no image in .*bird .*; left out: 1 HEIC images"):
+    assert "hidden files: 1 (._a.jpg)" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"there is no image in .*bird .*; left out: HEIC images"):
         find_images([folder / "bird"])
     with pytest.raises(InputError, match=r"there is no image .*absent\.jpg"):
         find_images([folder / "absent.jpg"])

@@ -120,6 +120,44 @@ def test_folders_without_images_or_classes(folder, tmp_path_factory):
         load_dataset("folder", folder)
 
 
+def test_one_error_names_all_unreadable_images(folder, capsys):
+    broken = [folder / "train" / "dog" / f"broken{i}.png" for i in range(3)]
+    for file in broken:
+        file.write_text("<html>")
+    with pytest.raises(InputError, match=r"^3 images cannot be read: .*broken0.png \(an HTML.*broken1.*broken2.png \("):
+        load_dataset("folder", folder)
+    train, _ = load_dataset("folder", folder, skip_unreadable=True)
+    assert train.skipped == 3 and "unreadable images: 3 (" in capsys.readouterr().err
+    for file in (folder / "train" / "dog").iterdir():
+        file.write_text("<html>")
+    with pytest.raises(InputError, match="no training image of these classes can be read: dog"):
+        load_dataset("folder", folder, skip_unreadable=True)
+
+
+def test_folders_without_images_are_no_classes(folder, capsys):
+    (folder / "train" / "bird").mkdir()
+    (folder / "train" / "bird" / "a.heic").touch()
+    train, val = load_dataset("folder", folder)
+    assert train.classes == val.classes == ["cat", "dog"] and train.labels.max() == 1
+    assert "class folders without images: 1 (bird)" in capsys.readouterr().err
+    for file in (folder / "test" / "dog").iterdir():
+        file.unlink()
+    train, val = load_dataset("folder", folder)  # a class without validation images
+    assert val.classes == ["cat", "dog"] and val.labels.max() == 0
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = Image.new("RGB", (20, 20))
+    photo.paste((255, 255, 255), (0, 0, 10, 20))
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        photo.save(tmp_path / split / "a" / "0.png", exif=exif)
+    train, _ = load_dataset("folder", tmp_path, image_size=20)
+    assert train.images[0, 0, :10].min() == 255 and train.images[0, 0, 10:].max() == 0
+
+
 def test_class_folders_without_images(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
