@@ -37,13 +37,13 @@ from data.image_lmdb import (
     split_record,
 )
 from s3net_common.command_line import flag, run_script
-from s3net_common.errors import InputError
-from s3net_common.images import class_images, class_names, decode, read_class_names
+from s3net_common.errors import InputError, printable
+from s3net_common.images import MAX_PIXELS, class_images, class_names, decode, limit_pixels, read_class_names
 from s3net_common.output_files import lock_exclusively, make_folder
+from s3net_common.unused_files import LISTED, UnreadableImage, unreadable_images
 
 # At most this much is lost if the process is killed. Decoding it takes far longer than the transaction's two fsyncs.
 TRANSACTION_BYTES = 4 * 2**20
-MAX_LISTED = 10  # bad images listed by name
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -62,6 +62,8 @@ class Args:
     """Threads that read and decode; 0 for one per processor."""
     skip_unreadable: bool = False
     """Skip images that cannot be decoded, and list them, instead of stopping."""
+    max_pixels: flag(int, "N", f"{MAX_PIXELS:,}") = None
+    """Refuse images of more pixels, which could be decompression bombs."""
     verify: bool = False
     """Decode every image of the finished file, and compare the records with the digest."""
     overwrite: bool = False
@@ -76,12 +78,19 @@ def read_classes(images: Path, file: Path | None) -> list[str]:
 
     Raises:
         InputError: the image folder is missing, or `file` cannot be read, is empty, contains a name twice, or lacks
-            the name of a class folder.
+            the name of a class folder. Without `file`: a class folder has no images. To leave it out would silently
+            change the labels of the classes after it, which another file of the same classes may have.
     """
     if not images.is_dir():
         raise InputError(f"there is no folder {images}: pass --images DIR with the images in DIR/<class>/")
     folders = class_names(images)
     if file is None:
+        if empty := sorted({*class_names(images, keep=None)} - {*folders}):
+            names = ", ".join(printable(images / name) for name in empty)
+            raise InputError(
+                f"there are no images in {names}: add some, remove the folder, or pass --classes FILE with the classes "
+                "in the order of their labels"
+            )
         return folders
     classes = read_class_names(file)
     if unknown := sorted(set(folders) - set(classes)):
@@ -117,7 +126,7 @@ class ReadFile:
     entry: bytes
     record: bytes = b""
     record_digest: bytes = b""
-    error: str | None = None
+    error: UnreadableImage | None = None
 
 
 def read_file(images: Path, path: Path, label: int) -> ReadFile:
@@ -127,7 +136,8 @@ def read_file(images: Path, path: Path, label: int) -> ReadFile:
         encoded = path.read_bytes()
         decode(encoded)
     except (OSError, InputError) as error:
-        return ReadFile(name, label, entry, error=getattr(error, "strerror", None) or str(error))
+        reason = getattr(error, "strerror", None) or str(error)
+        return ReadFile(name, label, entry, error=UnreadableImage(path, reason))
     record = make_record(name, label, encoded)
     return ReadFile(name, label, entry, record, hashlib.sha256(record).digest())
 
@@ -221,7 +231,7 @@ def check_listing(partial: Path, contents: Contents, images: Path, classes: list
     listing, count = "", len(contents) + len(contents.skipped)
     if contents.complete:
         count += 1  # the folder must not have another image
-    for path, _ in islice(class_images(images, classes), count):
+    for path, _ in islice(class_images(images, classes, reports=False), count):
         listing = chain(listing, list_entry(images, path))
     if classes != contents.classes or listing != contents.listing:
         raise InputError(
@@ -232,18 +242,25 @@ def check_listing(partial: Path, contents: Contents, images: Path, classes: list
 def append_missing(partial: Path, args: Args, contents: Contents, total: int, workers: int) -> None:
     """Append the images that the unfinished file lacks, and mark it as complete.
 
+    After an image that cannot be decoded and is not to be skipped, the other images are decoded only, so that one error
+    names all such images.
+
     Raises:
-        InputError: an image cannot be decoded and is not to be skipped, or none of the images can be decoded.
+        InputError: images cannot be decoded and are not to be skipped, or none of the images can be decoded.
     """
     done = len(contents) + len(contents.skipped)
-    files = islice(class_images(args.images, contents.classes), done, None)
+    files = islice(class_images(args.images, contents.classes, reports=False), done, None)
     results = map_in_threads(lambda file: read_file(args.images, *file), files, workers)
-    records, size = [], 0
+    records, size, errors = [], 0, []
     with tqdm(results, initial=done, total=total, desc=args.out.name, unit="image", disable=None) as progress:
         for file in progress:
+            if file.error is not None:
+                errors.append(file.error)
+                progress.write(f"cannot be decoded: {file.error.name} ({file.error.reason})", file=sys.stderr)
+            if errors and not args.skip_unreadable:
+                continue
             contents.listing = chain(contents.listing, file.entry)
             if file.error is not None:
-                report_unreadable(file, args, progress)
                 contents.skipped.append(file.name)
                 continue
             records.append(file.record)
@@ -253,22 +270,12 @@ def append_missing(partial: Path, args: Args, contents: Contents, total: int, wo
             if size >= TRANSACTION_BYTES:
                 append_records(partial, records, contents)
                 records, size = [], 0
+    if errors and not args.skip_unreadable:
+        raise unreadable_images(errors)
     if not len(contents):
         raise InputError(f"none of the {total:,} images in {args.images} can be decoded")
     contents.complete = True
     append_records(partial, records, contents)
-
-
-def report_unreadable(file: ReadFile, args: Args, progress: tqdm) -> None:
-    """Print the name of a skipped image that cannot be decoded.
-
-    Raises:
-        InputError: --skip-unreadable was not given.
-    """
-    text = f"{args.images / file.name} cannot be decoded ({file.error})"
-    if not args.skip_unreadable:
-        raise InputError(f"{text}: repair or remove it, or pass --skip-unreadable; the build will continue")
-    progress.write(f"skipped: {text}", file=sys.stderr)
 
 
 # ---- Verifying ----------------------------------------------------------------------------------------------------
@@ -290,8 +297,8 @@ def verify(path: Path, workers: int) -> ImageFolderLMDB:
                 error = f"its label is {label} and should be {labels[index]}"
             if error is not None:
                 bad += 1
-                if bad <= MAX_LISTED:
-                    progress.write(f"image {index}, {name}: {error}", file=sys.stderr)
+                if bad <= LISTED:
+                    progress.write(f"image {index}, {printable(name)}: {error}", file=sys.stderr)
     if bad:
         raise InputError(f"{bad:,} of {len(data):,} images in {path} cannot be used: build it again")
     if digest != data.digest:
@@ -326,8 +333,9 @@ def describe(path: Path, contents: Contents) -> str:
     if filled < len(contents.classes):
         lines.append(f"{len(contents.classes) - filled:,} of the {len(contents.classes):,} classes have no images")
     if skipped := contents.skipped:
-        lines.append(f"{len(skipped):,} images that cannot be decoded were skipped: {', '.join(skipped[:MAX_LISTED])}")
-        lines[-1] += ", ..." if len(skipped) > MAX_LISTED else ""
+        names = ", ".join(map(printable, skipped[:LISTED]))
+        lines.append(f"{len(skipped):,} images that cannot be decoded were skipped: {names}")
+        lines[-1] += ", ..." if len(skipped) > LISTED else ""
     return "\n".join(lines)
 
 
@@ -335,6 +343,7 @@ def main(args: Args) -> int:
     """Build, verify, or both."""
     if args.workers < 0:
         raise InputError(f"--workers {args.workers} is below 0: give 0 for one per processor")
+    limit_pixels(args.max_pixels)
     if args.images is None and not args.verify:
         raise InputError("there is nothing to do: pass --images DIR to build --out, or --verify to check it")
     workers = args.workers or os.cpu_count() or 1

@@ -12,7 +12,6 @@ characters in names are escaped, and an apostrophe goes before a name that a spr
 
 import csv
 import glob
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,12 +25,12 @@ from tqdm import tqdm
 
 from data.batches import Normalization
 from distributed import join_ranks
-from s3net_common.class_names import list_names
 from s3net_common.command_line import flag, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError, nearest_names, printable
-from s3net_common.images import IMAGE_SUFFIXES, read_rgb
+from s3net_common.images import MAX_PIXELS, find_images, limit_pixels, read_rgb
 from s3net_common.output_files import csv_cell, default_out, make_folder, relative, write_atomically
+from s3net_common.unused_files import UnreadableImage, report_once, unreadable_images
 from s3net_networks import list_networks
 from training.trained_network import TrainedNetwork, read_options, read_trained_network
 
@@ -52,6 +51,8 @@ class Args:
     """Classes listed for each image."""
     skip_unreadable: bool = False
     """Skip images that cannot be read, and list them, instead of stopping."""
+    max_pixels: flag(int, "N", f"{MAX_PIXELS:,}") = None
+    """Refuse images of more pixels, which could be decompression bombs."""
     batch_size: int = 32
     """Images in one pass."""
     device: flag(str, "{cpu,cuda,cuda:N,mps}", "a GPU if there is one") = None
@@ -91,11 +92,12 @@ class Prediction:
 def main(args: Args) -> int:
     """Predict the classes of the images, print them, and write the CSV file."""
     check_flags(args)
+    limit_pixels(args.max_pixels)
     keep_freed_memory()
     device = join_ranks(args.device).device
     out = args.out or default_out("predict") / "predictions.csv"
-    check_out(out, args.overwrite)
-    files = find_images(args.images)
+    check_out(out, args.overwrite or args.out is None)  # without --out, earlier predictions are replaced
+    files = find_files(args.images)
     trained = read_trained_network(
         args.checkpoint, args.model, read_options(args.model_options), args.num_classes, args.classes, args.dataset
     )
@@ -104,18 +106,17 @@ def main(args: Args) -> int:
     names = [*(trained.classes or []), *(f"output {i}" for i in range(len(trained.classes or []), outputs))]
     for note in trained.notes:
         print(note, flush=True)
-    predictions, skipped = [], []
+    predictions, errors = [], []
     with tqdm(total=len(files), unit="image", disable=None, leave=False) as bar:
-        for paths, pixels in read_batches(files, trained, args.batch_size, skipped if args.skip_unreadable else None):
-            if paths:
+        for paths, pixels in read_batches(files, trained, args.batch_size, errors):
+            if paths and (args.skip_unreadable or not errors):
                 predictions += predict_batch(model, names, trained, args.top, paths, pixels.to(device))
             bar.update(args.batch_size)
-    if not predictions:
-        raise InputError(f"none of the {len(files)} images can be read, the first is {files[0]}")
+    if errors and not (args.skip_unreadable and predictions):
+        raise unreadable_images(errors)
+    report_once(errors, set())
     write_atomically(out, lambda path: write_csv(path, predictions))
     print(table(predictions))
-    if skipped:
-        print(f"skipped {len(skipped)} that cannot be read: {list_names(list(map(str, skipped)))}")
     images = f"{len(predictions):,} image{'s' if len(predictions) > 1 else ''}"
     print(f"{images}: written to {relative(out)}", flush=True)
     return 0
@@ -155,7 +156,7 @@ def check_out(out: Path, overwrite: bool) -> None:
 # ---- Images -------------------------------------------------------------------------------------------------------
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
+def find_files(paths: Sequence[Path]) -> list[Path]:
     """Return the image files that the paths name, each once: files, those below folders, and those of patterns.
 
     Hidden files and folders below a folder are left out.
@@ -163,29 +164,17 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     Raises:
         InputError: a path does not exist, or a folder or pattern has no image.
     """
-    files: dict[Path, None] = {}
+    expanded: dict[Path, None] = {}
     for path in paths:
-        if path.is_file():
-            files[path] = None
-            continue
-        if path.is_dir():
-            walked = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
-            candidates = [f for f in walked if not any(part.startswith(".") for part in f.relative_to(path).parts)]
-        else:
-            matches = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207  also absolute ones
-            if not matches:
-                raise InputError(f"there is no image or folder {path}")
-            folders = sorted(match for match in matches if match.is_dir())
-            candidates = [match for match in matches if match.is_file()] + (find_images(folders) if folders else [])
-        images = sorted(file for file in candidates if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not images:
-            raise InputError(f"there is no image in {path} ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        files |= dict.fromkeys(images)
-    return list(files)
+        matches = [path] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  also absolute
+        if not matches:
+            raise InputError(f"there is no image or folder {printable(path)}")
+        expanded |= dict.fromkeys(map(Path, matches))
+    return list(dict.fromkeys(find_images(list(expanded))))
 
 
 def read_batches(
-    files: Sequence[Path], trained: TrainedNetwork, batch_size: int, skipped: list[Path] | None
+    files: Sequence[Path], trained: TrainedNetwork, batch_size: int, errors: list[UnreadableImage]
 ) -> Iterator[tuple[list[Path], Tensor]]:
     """Read and prepare images in threads; the next batch is read while the caller works on one.
 
@@ -193,22 +182,17 @@ def read_batches(
         files: image files.
         trained: says how the images are prepared.
         batch_size: images in a batch.
-        skipped: receives the files that cannot be read; None to stop at the first.
+        errors: receives an error for each image that cannot be read.
 
     Yields:
         Paths and uint8 pixels `(b, 3, crop, crop)` of the readable images of each batch.
-
-    Raises:
-        InputError: an image cannot be read and `skipped` is None; the message names it.
     """
 
-    def read(path: Path) -> Tensor | None:
+    def read(path: Path) -> Tensor | UnreadableImage:
         try:
-            return trained.preparation.pixels(read_rgb(path, orient=True))
-        except InputError:
-            if skipped is None:
-                raise
-            return None
+            return trained.preparation.pixels(read_rgb(path))
+        except UnreadableImage as error:
+            return error
 
     batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
     with ThreadPoolExecutor() as pool:
@@ -217,9 +201,8 @@ def read_batches(
             for batch, following in zip(batches, [*batches[1:], []], strict=True):
                 futures, pending = pending, [pool.submit(read, path) for path in following]
                 images = [(path, future.result()) for path, future in zip(batch, futures, strict=True)]
-                readable = [(path, pixels) for path, pixels in images if pixels is not None]
-                if skipped is not None:
-                    skipped += [path for path, pixels in images if pixels is None]
+                readable = [(path, pixels) for path, pixels in images if isinstance(pixels, Tensor)]
+                errors += [error for _, error in images if isinstance(error, UnreadableImage)]
                 stacked = torch.stack([pixels for _, pixels in readable]) if readable else torch.empty(0)
                 yield [path for path, _ in readable], stacked
         except BaseException:

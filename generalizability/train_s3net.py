@@ -42,6 +42,7 @@ from recipes import RECIPES, RunConfig
 from s3net_common.command_line import flag, given_flags, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
+from s3net_common.images import MAX_PIXELS, limit_pixels
 from s3net_common.output_files import ROOT, default_out, relative
 from s3net_networks import list_networks
 from s3net_networks.connections import CONNECTIONS
@@ -143,6 +144,8 @@ class Args:
     decode in the training process), threads for the other data sets."""
     skip_unreadable: bool = False
     """Skip image files that cannot be read, and print their number, instead of stopping."""
+    max_pixels: flag(int, "N", f"{MAX_PIXELS:,}") = None
+    """Refuse images of more pixels, which could be decompression bombs."""
 
     out: flag(Path, "DIR", "runs/<dataset>-<model>-s<seed>, or runs/evaluation/<folder>-<checkpoint>") = None
     """Folder for everything that the run or the evaluation writes."""
@@ -180,6 +183,7 @@ def main(args: Args) -> int:
     if args.resume:
         flags = flags_of(run.environment()) | flags
         check_flags(flags)
+    limit_pixels(flags.get("max_pixels"))
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True

@@ -35,6 +35,7 @@ from s3net_common.class_names import match_classes
 from s3net_common.command_line import flag, given_flags, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError, nearest_names
+from s3net_common.images import MAX_PIXELS, limit_pixels
 from s3net_common.output_files import default_out, make_folder, relative, run_record, write_json
 from s3net_networks import list_networks
 from s3net_networks.size import model_size
@@ -76,6 +77,8 @@ class Args:
     """Evaluate on N of the images only, always the same ones."""
     skip_unreadable: bool = False
     """Skip images that cannot be read, and count them, instead of stopping."""
+    max_pixels: flag(int, "N", f"{MAX_PIXELS:,}") = None
+    """Refuse images of more pixels, which could be decompression bombs."""
 
     batch_size: int = 16
     """Images per batch of a distributed rank, each with ten crops."""
@@ -94,6 +97,7 @@ class Args:
 def main(args: Args) -> int:
     """Evaluate the checkpoint on the images, print the errors, and write them to a JSON file."""
     check_flags(args)
+    limit_pixels(args.max_pixels)
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
@@ -252,7 +256,8 @@ def open_images(path: Path, limit: int | None = None, skip_unreadable: bool = Fa
     """
     if not path.exists():
         raise InputError(f"there is no {path}: pass --images with an LMDB file or a folder of <class>/*")
-    source = open_source(find_split(path, "val") or find_split(path, "test") or path)
+    # Class folders without images count, too: without class names in the checkpoint, the folders number the outputs.
+    source = open_source(find_split(path, "val") or find_split(path, "test") or path, keep=None)
     return DiskImages(source, torch.arange(len(source)), skip_unreadable).subset(limit)
 
 

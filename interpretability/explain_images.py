@@ -16,13 +16,14 @@ from explained_networks import PAPER_NETWORKS, Network, load_network, local_netw
 from faithfulness import area, deletion_curve, insertion_curve
 from full_grad import FullGrad, IncompleteWarning
 from map_scores import centred_gaussian, edge_map
-from pictures import Picture, find_images, read_pictures, sample_crops, sample_pictures
+from pictures import Picture, read_pictures, sample_crops, sample_pictures
 from s3net_common.checkpoints import read_metadata
 from s3net_common.command_line import flag
 from s3net_common.errors import InputError
-from s3net_common.images import IMAGE_SUFFIXES
+from s3net_common.images import IMAGE_SUFFIXES, MAX_PIXELS, find_images, limit_pixels
 
 DEFAULT_NETWORK = "s3net_cifar"  # its trained weights are in the repository
+USUAL_SIZE = 224  # image size of most networks
 MOST_PROBABLE = 3  # classes listed for each image
 DEVICES = "{cpu,cuda,cuda:N,mps}"
 
@@ -33,6 +34,10 @@ class NetworkArgs:
 
     images: tyro.conf.Positional[flag(tuple[Path, ...], "IMAGE ...", "images that come with the script")] = ()
     """Image files, or folders of them."""
+    skip_unreadable: bool = False
+    """Skip image files that cannot be read, and list them, instead of stopping."""
+    max_pixels: flag(int, "N", f"{MAX_PIXELS:,}") = None
+    """Refuse images of more pixels, which could be decompression bombs."""
     networks: flag(tuple[str, ...], "NAME ...", "the paper's four for your images, else S3-Net") = ()
     """Networks to explain: names of s3net_networks, torchvision or timm (timm/NAME if two have the name)."""
     checkpoint: flag(tuple[str, ...], "[NAME=]FILE ...", "published weights") = ()
@@ -157,23 +162,23 @@ def picture_reader(args: NetworkArgs, masks: Path | None = None) -> Callable[[in
     """Return a function that reads the pictures of the command line in a given size.
 
     Without images on the command line it returns scikit-learn's photographs, or crops of them for the default network.
-    Each size is read once, the most frequent one at once: an image that cannot be read is reported before networks are
-    downloaded.
+    Each size is read once. The usual size is read at once: if a picture cannot be used, no network need be downloaded.
 
     Raises (the returned function, too):
         InputError: as `find_images` and `read_pictures`.
     """
+    limit_pixels(args.max_pixels)
     files = find_images(args.images)
     default_network = not args.networks and not args.checkpoint
 
     @functools.cache
     def read(size: int) -> list[Picture]:
         if files:
-            return read_pictures(files, size, masks)
+            return read_pictures(files, size, masks, args.skip_unreadable)
         return sample_crops(size) if default_network else sample_pictures(size)
 
     if files:
-        read(args.image_size or 224)
+        read(max(1, args.image_size or USUAL_SIZE))
     return read
 
 

@@ -1,16 +1,17 @@
 """Images to explain and their masks, read from files and resized to squares."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from s3net_common.errors import InputError, first_line
-from s3net_common.images import IMAGE_SUFFIXES, decode, to_rgb
+from s3net_common.errors import InputError, printable
+from s3net_common.images import IMAGE_SUFFIXES, load_image, read_rgb, to_rgb
+from s3net_common.unused_files import UnreadableImage, report_once, unreadable_images
 
 ASPECT_TOLERANCE = 0.02  # relative, because a mask may have been rounded to whole pixels
 SAMPLE_CROPS = {  # square crops of scikit-learn's photographs: left, top and side in pixels
@@ -21,6 +22,8 @@ SAMPLE_CROPS = {  # square crops of scikit-learn's photographs: left, top and si
     "flower": ("flower.jpg", 145, 55, 330),
     "petals": ("flower.jpg", 230, 140, 160),
 }
+
+_reported: set[str] = set()  # messages about images left out, which are read once for each image size
 
 
 @dataclass
@@ -43,44 +46,37 @@ class Picture:
 # ---- Pictures -------------------------------------------------------------------------------------------------------
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the given image files, and the image files in the given folders and their subfolders, sorted by path.
-
-    Raises:
-        InputError: a path does not exist, or a folder contains no image.
-    """
-    files = []
-    for path in paths:
-        if path.is_dir():
-            images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not images:
-                raise InputError(f"there is no image in {path} ({', '.join(sorted(IMAGE_SUFFIXES))})")
-            files += images
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise InputError(f"there is no image {path}")
-    return files
-
-
-def read_pictures(files: Sequence[Path], size: int, masks: Path | None = None) -> list[Picture]:
-    """Read image files and resize them to `size` x `size` without cropping, as in the paper.
+def read_pictures(
+    files: Sequence[Path], size: int, masks: Path | None = None, skip_unreadable: bool = False
+) -> list[Picture]:
+    """Read image files, turn them upright, and resize them to `size` x `size` without cropping, as in the paper.
 
     Args:
         files: image files.
         size: height and width in pixels.
         masks: a folder with a mask for each image, or the mask of the only image; None to read no masks.
+        skip_unreadable: leave out files that cannot be read, and print their names once, instead of stopping.
 
     Raises:
-        InputError: a file cannot be read as an image, an image has no mask, or its mask does not fit.
+        InputError: files cannot be read as images (the message names all of them), an image has no mask, or its mask
+            does not fit.
     """
     pictures: dict[str, Picture] = {}
+    errors = []
     for file in files:
-        image = _read(file, lambda path: decode(path, orient=True))
-        mask = None if masks is None else read_mask(find_mask(file, masks), size, image.size, file)
-        candidates = chain([file.stem], (f"{file.stem}-{number}" for number in count(2)))
+        try:
+            image = read_rgb(file)
+            mask = None if masks is None else read_mask(find_mask(file, masks), size, image.size, file)
+        except UnreadableImage as error:
+            errors.append(error)
+            continue
+        stem = printable(file.stem)
+        candidates = chain([stem], (f"{stem}-{number}" for number in count(2)))
         name = next(name for name in candidates if name not in pictures)
         pictures[name] = Picture(name, _resize(image, size), mask)
+    if errors and not (skip_unreadable and pictures):
+        raise unreadable_images(errors)
+    report_once(errors, _reported)
     return list(pictures.values())
 
 
@@ -121,7 +117,8 @@ def find_mask(image: Path, masks: Path) -> Path:
         return masks
     files = [file for file in masks.glob("*") if file.stem == image.stem and file.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
-        raise InputError(f"there is no mask for {image}: put one in {masks / (image.stem + '.png')}")
+        path = printable(masks / f"{image.stem}.png")
+        raise InputError(f"there is no mask for {printable(image)}: put one in {path}")
     return min(files)
 
 
@@ -137,39 +134,23 @@ def read_mask(path: Path, size: int, image_size: tuple[int, int], image: Path) -
         image: path of the image, for error messages.
 
     Raises:
-        InputError: the mask cannot be read, marks no pixel, or differs from the image in its aspect ratio.
+        UnreadableImage: the mask cannot be read.
+        InputError: the mask marks no pixel, or differs from the image in its aspect ratio.
     """
-    mask = _read(path, _decode_alpha)
+    try:
+        mask = load_image(path, orient=True)
+        mask = mask.convert("RGBA").getchannel("A") if mask.has_transparency_data else to_rgb(mask).convert("L")
+    except InputError as error:
+        raise UnreadableImage(path, str(error)) from error
     width, height = mask.size
     if abs(width * image_size[1] / (height * image_size[0]) - 1) > ASPECT_TOLERANCE:
         raise InputError(
-            f"the mask {path} is {width}x{height}, but its image {image} is {image_size[0]}x{image_size[1]}: "
-            "they must have the same aspect ratio"
+            f"the mask {printable(path)} is {width}x{height}, but its image {printable(image)} is "
+            f"{image_size[0]}x{image_size[1]}: they must have the same aspect ratio"
         )
     marked = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 127
     if not marked.any():
-        raise InputError(f"the mask {path} marks no pixel: alpha (or the grey value) must be above 127 on the object")
-    return marked
-
-
-def _decode_alpha(path: Path) -> Image.Image:
-    """Return the alpha channel of an image file, or its grey values if it has none, as an image of mode "L"."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.has_transparency_data:
-            return image.convert("RGBA").getchannel("A")
-        return to_rgb(image).convert("L")
-
-
-def _read(path: Path, decoder: Callable[[Path], Image.Image]) -> Image.Image:
-    """Return `decoder(path)`.
-
-    Raises:
-        InputError: it failed; the message contains the path and the reason.
-    """
-    try:
-        return decoder(path)
-    except Exception as error:  # each image format's decoder raises exceptions of its own
         raise InputError(
-            f"{path} cannot be read as an image ({first_line(error)}): repair it or leave it out"
-        ) from error
+            f"the mask {printable(path)} marks no pixel: alpha (or the grey value) must be above 127 on the object"
+        )
+    return marked

@@ -1,8 +1,9 @@
 """Errors that users can correct, and helpers for their messages. Imports the standard library only."""
 
 import difflib
-import unicodedata
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -30,11 +31,7 @@ def shown(value: object) -> str:
     return " ".join(repr(value).split())[:60]
 
 
-def printable(text: str) -> str:
-    """Return a text with its control characters and undecodable bytes escaped, so that no terminal obeys them."""
-    return "".join(
-        character
-        if character.isprintable() or unicodedata.category(character) == "Zs"
-        else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
+def printable(text: str | Path) -> str:
+    """Return a text or path for messages: bytes that are not UTF-8 and control characters are escaped."""
+    decoded = os.fsencode(text).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)

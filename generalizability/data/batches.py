@@ -5,6 +5,7 @@ the number of distributed ranks, or earlier steps. A run can therefore be resume
 """
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,9 @@ from distributed import Ranks
 from recipes import RunConfig
 from s3net_common.errors import InputError, LocalError
 from s3net_common.images import read_rgb
+from s3net_common.unused_files import report_once, unreadable_images
+
+SEARCH_SECONDS = 60  # after an unreadable image, the time to look for others, so that one error names them
 
 
 class Normalization:
@@ -70,9 +74,9 @@ def step_part(step: int, batch_size: int, count: int, rank: int, world_size: int
         world_size: number of ranks.
 
     Returns:
-        The positions of the images in the epoch's order `(b,)`, their weight in the loss, and the size of the whole
-        batch. The weight is 1. If a batch has fewer images than there are ranks, each rank without an image gets the
-        first image with weight 0, because every rank must take part in the step.
+        The positions of the images in the epoch's order `(b,)`, their weight in the loss (1), and the size of the whole
+        batch. If a batch has fewer images than there are ranks, the ranks without an image get the first one with
+        weight 0, because every rank must take part in the step.
     """
     batch = range(step * batch_size, min((step + 1) * batch_size, count))
     part = torch.arange(batch.start, batch.stop).tensor_split(world_size)[rank]
@@ -114,7 +118,6 @@ class _Batches:
         self.normalize = Normalization(device, mean, std, image_size or self.images.shape[-1])
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
         return -(-len(self.labels) // self.batch_size)
 
     def close(self) -> None:
@@ -229,22 +232,21 @@ def center_crop(image: Image.Image, size: int) -> Tensor:
 class Decoder(Dataset):
     """Decoded and transformed images of a source.
 
-    `decoder[index, seed]` is `(pixels, label, problem)`: the transformed image, its label and, if the image cannot be
-    decoded, the error message (the pixels are then black). An exception would reach the main process with its
-    worker's traceback in the message.
+    `decoder[index, seed]` is `(pixels, label, problem)`: the transformed image, its label and, if it cannot be decoded,
+    the error, with black pixels. A raised exception would reach the main process with its worker's traceback in it.
     """
 
     source: Source
     transform: Transform
 
-    def __getitem__(self, item: Item) -> tuple[Tensor, int, str | None]:
+    def __getitem__(self, item: Item) -> tuple[Tensor, int, InputError | None]:
         index, seed = item
         label, problem = 0, None
         try:
             encoded, label = self.source.encoded(index)
             image = read_rgb(encoded, self.source.name(index), orient=False)
         except InputError as error:
-            image, problem = Image.new("RGB", (64, 64)), str(error)
+            image, problem = Image.new("RGB", (64, 64)), error
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -254,17 +256,19 @@ class Decoder(Dataset):
 # ---- Images on disk: batches --------------------------------------------------------------------------------------
 
 
-def collate(items: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Tensor, list[str | None]]:
+def collate(items: list[tuple[Tensor, int, InputError | None]]) -> tuple[Tensor, Tensor, list[InputError | None]]:
     """Return the pixels `(B, ...)`, labels `(B,)` and problems of a batch."""
     pixels, labels, problems = zip(*items, strict=True)
     return torch.stack(pixels), torch.tensor(labels), list(problems)
 
 
-def set_worker_signals(worker: int) -> None:
-    """Ignore Ctrl-C in a DataLoader worker: the terminal sends it to every process, and the main process handles it.
+def start_worker(max_pixels: float | None, worker: int) -> None:
+    """Set the signals of a DataLoader worker and its limit of pixels (Pillow's), which a spawned process lacks.
 
-    The main process ends its workers with SIGTERM, which therefore gets its default effect.
+    Ctrl-C is ignored: the terminal sends it to every process, and the main process handles it. The main process ends
+    its workers with SIGTERM, which therefore gets its default effect.
     """
+    Image.MAX_IMAGE_PIXELS = max_pixels
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -273,8 +277,7 @@ def set_worker_signals(worker: int) -> None:
 class _BatchSampler:
     """The batch sampler of a `_DiskBatches`, which sets the items of the next pass.
 
-    It is a separate object because a loader that refers to its owner would form a reference cycle. Without a cycle,
-    the workers end as soon as the loader is no longer used, not when garbage is collected.
+    A loader that refers to its owner would form a cycle, and its workers would only end with a garbage collection.
     """
 
     batches: Callable[[], Iterator[list[Item]]] = lambda: iter(())
@@ -308,6 +311,7 @@ class _DiskBatches:
         self.data, self.batch_size, self.device = data, batch_size, device
         self.normalize = Normalization(device, mean, std, image_size)
         self.sampler = _BatchSampler()
+        self.reported: set[str] = set()  # messages about the images left out
         self.loader = DataLoader(
             Decoder(data.source, transform),
             batch_sampler=self.sampler,
@@ -315,12 +319,11 @@ class _DiskBatches:
             collate_fn=collate,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=set_worker_signals,
+            worker_init_fn=partial(start_worker, Image.MAX_IMAGE_PIXELS),
             generator=torch.Generator(),  # by default each pass would advance the generator that dropout uses
         )
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
         return -(-len(self.data) // self.batch_size)
 
     def close(self) -> None:
@@ -331,12 +334,18 @@ class _DiskBatches:
         """Yield uint8 pixels, labels, and whether each image could be read (bool), on the CPU.
 
         Raises:
-            LocalError: an image cannot be read and `data.skip_unreadable` is False.
+            LocalError: an image cannot be read and `data.skip_unreadable` is False. The message also names others that
+                are found in `SEARCH_SECONDS`.
         """
         self.sampler.batches = batches
-        for pixels, labels, problems in self.loader:
-            if (problem := next(filter(None, problems), None)) and not self.data.skip_unreadable:
-                raise LocalError(problem)
+        loaded = iter(self.loader)
+        for pixels, labels, problems in loaded:
+            if (errors := list(filter(None, problems))) and not self.data.skip_unreadable:
+                deadline = time.monotonic() + SEARCH_SECONDS
+                while time.monotonic() < deadline and (batch := next(loaded, None)):
+                    errors += filter(None, batch[2])
+                raise LocalError(str(unreadable_images(errors)))
+            report_once(errors, self.reported)
             yield pixels, labels, torch.tensor([problem is None for problem in problems])
 
     def _to_device(self, *tensors: Tensor) -> list[Tensor]:
@@ -424,12 +433,10 @@ def make_batches(config: RunConfig, data: Halves, ranks: Ranks, loader_workers: 
     options = {"mean": config.mean, "std": config.std, "image_size": config.image_size, "flip": config.flip}
     options |= {"seed": config.seed, "rank": ranks.rank, "world_size": ranks.world_size}
     if isinstance(train, DiskImages):
-        return DiskTrainingBatches(
-            train, config.batch_size, ranks.device, workers=loader_workers, **options
-        ), evaluation
-    return TrainingBatches(
-        train, config.batch_size, ranks.device, crop_padding=config.crop_padding, **options
-    ), evaluation
+        training = DiskTrainingBatches(train, config.batch_size, ranks.device, workers=loader_workers, **options)
+    else:
+        training = TrainingBatches(train, config.batch_size, ranks.device, crop_padding=config.crop_padding, **options)
+    return training, evaluation
 
 
 def make_evaluation_batches(

@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 from data import tiny_imagenet
 from data.image_sets import DiskImages, Halves, ImageSet, open_source
+from data.memory import check_memory
 from data.splits import HALVES, SPLITS, find_halves
 from s3net_common.errors import InputError, first_line, nearest_names
 from s3net_common.images import check_same_classes, class_images, class_names, read_square
+from s3net_common.unused_files import UnreadableImage, report_unreadable, unreadable_images
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,16 @@ def load_dataset(name: str, data_dir: Path, **options) -> Halves:
     """
     if name not in DATASETS:
         raise InputError(f"there is no data set {name!r}: {nearest_names(name, DATASETS)}")
-    return DATASETS[name](ReadOptions(Path(data_dir), **options))
+    halves = DATASETS[name](options)
+    train = halves[0]
+    if (
+        "train" in options.splits
+        and train.skipped
+        and (lost := {*range(len(train.classes))} - {*train.labels.tolist()})
+    ):
+        names = ", ".join(train.classes[label] for label in sorted(lost))
+        raise InputError(f"no training image of these classes can be read: {names}; repair some, or remove the classes")
+    return halves
 
 
 # ---- The data sets ------------------------------------------------------------------------------------------------
@@ -124,7 +135,9 @@ def _read_cifar100(folder: Path, train: bool) -> ImageSet:
 def _load_folder(options: ReadOptions) -> tuple[ImageSet, ...]:
     """Read `train/<class>/*`, and `val/<class>/*` or `test/<class>/*`; classes in alphabetical order."""
     folders = find_halves(options.data_dir, options.splits)
-    classes = _same_classes(folders, [class_names(folder) for folder in folders])
+    classes = class_names(folders[0], _kept_without_images(options))
+    if len(folders) == 2:
+        check_same_classes(classes, class_names(folders[1], keep=classes), *folders)
     return tuple(
         _read_images(folder, list(class_images(folder, classes)), classes, options.image_size, options)
         for folder in folders
@@ -142,17 +155,17 @@ def _load_tiny_imagenet(options: ReadOptions) -> tuple[ImageSet, ...]:
 
 def _load_imagenet(options: ReadOptions) -> tuple[DiskImages, ...]:
     """Open `{train,val}.lmdb` or `{train,val}/<class>/*`. The images stay on disk."""
-    paths = find_halves(options.data_dir, options.splits, lmdb=True)
-    sources = [open_source(path) for path in paths]
-    _same_classes(paths, [source.classes for source in sources])
+    first, *others = paths = find_halves(options.data_dir, options.splits, lmdb=True)
+    sources = [open_source(first, _kept_without_images(options))]
+    for path in others:
+        sources.append(open_source(path, keep=sources[0].classes))
+        check_same_classes(sources[0].classes, sources[1].classes, *paths)
     return tuple(DiskImages(source, torch.arange(len(source)), options.skip_unreadable) for source in sources)
 
 
-def _same_classes(paths: list[Path], classes: list[list[str]]) -> list[str]:
-    """Return the classes of the first half, after a check that those of the other one, if any, are the same."""
-    if len(paths) == 2:
-        check_same_classes(*classes, *paths)
-    return classes[0]
+def _kept_without_images(options: ReadOptions) -> tuple | None:
+    """Return `keep` of `class_names` for the first half. An evaluation keeps all folders: they number the outputs."""
+    return () if "train" in options.splits else None
 
 
 DATASETS: dict[str, Callable[[ReadOptions], Halves]] = {
@@ -173,47 +186,39 @@ def _read_images(
     """Read `(path, label)` files of `folder` as `size`x`size` images, in threads.
 
     Raises:
-        InputError: the images do not fit into memory, one cannot be read and is not to be skipped, or all cannot be.
+        InputError: the images do not fit into memory, some cannot be read and are not to be skipped (the message names
+            them), or all cannot be.
     """
-    _check_memory(len(files) * 3 * size * size, f"{len(files):,} images of {size}x{size} in {folder}")
+    check_memory(len(files) * 3 * size * size, f"{len(files):,} images of {size}x{size} in {folder}")
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    readable = torch.ones(len(files), dtype=torch.bool)
 
-    def read(index: int) -> None:
+    def read(index: int) -> UnreadableImage | None:
         try:
             pixels = read_square(files[index][0], size)
-        except InputError:
-            if not options.skip_unreadable:
-                raise
-            readable[index] = False
-        else:
-            images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
+        except UnreadableImage as error:
+            return error
+        images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
+        return None
 
     with ThreadPoolExecutor(options.workers) as pool:
         progress = tqdm(total=len(files), desc=f"reading {folder.name}", unit="image", disable=None, leave=False)
+        errors = []
         try:
-            for _ in pool.map(read, range(len(files))):
+            for error in pool.map(read, range(len(files))):
+                errors.append(error)
                 progress.update()
-        except (InputError, KeyboardInterrupt):
+        except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
         finally:
             progress.close()
     labels = torch.tensor([label for _, label in files])
-    if skipped := int((~readable).sum()):
-        if skipped == len(files):
-            raise InputError(f"none of the {skipped} images in {folder} can be read")
+    if unreadable := [error for error in errors if error]:
+        if not options.skip_unreadable:
+            raise unreadable_images(unreadable)
+        report_unreadable(unreadable, folder)
+        readable = torch.tensor([error is None for error in errors])
+        if len(unreadable) == len(files):
+            raise InputError(f"none of the {len(files):,} images in {folder} can be read")
         images, labels = images[readable], labels[readable]
-    return ImageSet(images, labels, classes, skipped)
-
-
-def _check_memory(needed: int, description: str) -> None:
-    try:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not available on every system
-        return
-    if needed > 0.9 * available:
-        raise InputError(
-            f"{description} need {needed / 2**30:.1f} GiB of memory and {available / 2**30:.1f} GiB are free: "
-            "pass a smaller --image-size, or fewer images"
-        )
+    return ImageSet(images, labels, classes, len(unreadable))

@@ -8,7 +8,8 @@ Format "image-folder-lmdb", version 1. The file is an LMDB environment (no subdi
       offset  size  content
       0       4     label, unsigned, little-endian: an index into the info's `classes`
       4       2     n, the size of the name, unsigned, little-endian
-      6       n     the image file's name, relative to the image folder, in UTF-8, as in "n01440764/n01440764_18.JPEG"
+      6       n     the image file's name relative to the image folder, as in "n01440764/n01440764_18.JPEG",
+                    in UTF-8 unless the file system has other bytes
       6 + n   ...   the image file's bytes, untouched
 
 Images are sorted by class, and by name within a class. All labels therefore follow from `counts`, the number of images
@@ -33,7 +34,7 @@ import lmdb
 import numpy as np
 from torch.utils.data import Dataset
 
-from s3net_common.errors import InputError
+from s3net_common.errors import InputError, printable
 from s3net_common.images import decode
 from s3net_common.output_files import rename_durably
 
@@ -270,7 +271,8 @@ class ImageFolderLMDB(Dataset):
         try:
             image = decode(encoded)
         except InputError as error:
-            raise InputError(f"{self.name(index)} in {self.path} cannot be decoded: {error}") from error
+            name = printable(self.name(index))
+            raise InputError(f"{name} in {printable(self.path)} cannot be decoded: {error}") from error
         return (image if self.transform is None else self.transform(image)), label
 
     @property

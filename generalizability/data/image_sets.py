@@ -1,5 +1,7 @@
 """Sets of labelled images: `ImageSet` in memory, `DiskImages` in an LMDB file or in class folders, and their splits."""
 
+import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +13,7 @@ from torch import Tensor
 from data.image_lmdb import ImageFolderLMDB
 from s3net_common.errors import InputError
 from s3net_common.images import class_images, class_names
+from s3net_common.unused_files import UnreadableImage
 
 # ---- Images in memory ---------------------------------------------------------------------------------------------
 
@@ -79,15 +82,19 @@ class Source(Protocol):
 class ImageFolder:
     """The images of `folder/<class>/**` as a `Source`, classes in alphabetical order.
 
+    Args:
+        folder: contains a folder for each class.
+        keep: as of `class_names`.
+
     Raises:
         InputError: there are no class folders, or no images.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.classes = folder, class_names(folder)
+    def __init__(self, folder: Path, keep: Collection[str] | None = ()) -> None:
+        self.folder, self.classes = folder, class_names(folder, keep)
         files = list(class_images(folder, self.classes))
         # One array of bytes, not a million Python strings: DataLoader workers share its memory.
-        self.names = np.array([str(path.relative_to(folder)).encode() for path, _ in files])
+        self.names = np.array([os.fsencode(path.relative_to(folder)) for path, _ in files])
         self.labels = np.array([label for _, label in files])
 
     def __len__(self) -> int:
@@ -97,16 +104,17 @@ class ImageFolder:
         """Return the content of an image file, and its label.
 
         Raises:
-            InputError: the file cannot be read.
+            UnreadableImage: the file cannot be read.
         """
+        path = Path(self.name(index))
         try:
-            return Path(self.name(index)).read_bytes(), int(self.labels[index])
+            return path.read_bytes(), int(self.labels[index])
         except OSError as error:
-            raise InputError(f"{self.name(index)} cannot be read ({error.strerror})") from error
+            raise UnreadableImage(path, error.strerror) from error
 
     def name(self, index: int) -> str:
         """Return the path of an image."""
-        return str(self.folder / self.names[index].decode())
+        return str(self.folder / os.fsdecode(self.names[index]))
 
 
 @dataclass
@@ -141,13 +149,13 @@ class RelabelledSource:
         return self.source.name(index)
 
 
-def open_source(path: Path) -> Source:
-    """Open an LMDB file, or a folder with `<class>/*`.
+def open_source(path: Path, keep: Collection[str] | None = ()) -> Source:
+    """Open an LMDB file, or a folder with `<class>/*`. `keep` is as of `class_names`, for a folder.
 
     Raises:
         InputError: the file is no LMDB file of folder2lmdb.py, or the folder has no images.
     """
-    return ImageFolder(path) if path.is_dir() else ImageFolderLMDB(path)
+    return ImageFolder(path, keep) if path.is_dir() else ImageFolderLMDB(path)
 
 
 def find_split(folder: Path, split: str) -> Path | None:

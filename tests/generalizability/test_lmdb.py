@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import resource
 import signal
@@ -182,7 +183,7 @@ def test_an_interrupted_build_prints_how_to_continue(photographs, tmp_path, caps
     monkeypatch.setattr(folder2lmdb, "append_records", lambda *_: signal.raise_signal(number))
     with pytest.raises(exception), sigterm_as_exit():
         main(Args(tmp_path / "train.lmdb", photographs))
-    assert capsys.readouterr().err == "run the same command again to continue\n"
+    assert capsys.readouterr().err.endswith("\nrun the same command again to continue\n")
     assert not (tmp_path / "train.lmdb").exists()
 
 
@@ -193,12 +194,12 @@ def test_an_unreadable_image_stops_the_build_or_is_skipped(photographs, tmp_path
     folder, file = copy_tree(photographs, tmp_path / "images"), tmp_path / "val.lmdb"
     bad = folder / "dog" / "dog3.JPEG"
     bad.write_bytes(bad.read_bytes()[:900])
-    with pytest.raises(InputError, match=r"dog3.JPEG cannot be decoded \(.*truncated.*\): repair or remove it"):
+    with pytest.raises(InputError, match=r"dog3.JPEG cannot be read as an image \(.*truncated.*\): remove or"):
         main(Args(file, folder))
     assert not file.exists()
     assert main(Args(file, folder, skip_unreadable=True, verify=True)) == 0  # continues
     printed = capsys.readouterr()
-    assert f"skipped: {bad} cannot be decoded" in printed.err
+    assert f"cannot be decoded: {bad} (image file is truncated" in printed.err
     assert "1 images that cannot be decoded were skipped: dog/dog3.JPEG" in printed.out
     assert "is sound: 15 images decoded" in printed.out
     data = ImageFolderLMDB(file)
@@ -207,9 +208,41 @@ def test_an_unreadable_image_stops_the_build_or_is_skipped(photographs, tmp_path
     assert (tmp_path / "uninterrupted.lmdb").read_bytes() == file.read_bytes()
 
 
+def test_one_error_names_all_unreadable_images(photographs, tmp_path, small_transactions):
+    folder, file = copy_tree(photographs, tmp_path / "images"), tmp_path / "val.lmdb"
+    bad = ["cat/cat6.JPEG", "dog/dog3.JPEG", "eel/eel1.JPEG"]
+    for name in bad:
+        (folder / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"^3 images cannot be read: .*cat6.JPEG \(the file is empty\), .*dog3.*eel1"):
+        main(Args(file, folder))
+    assert main(Args(file, folder, skip_unreadable=True)) == 0  # continues
+    assert ImageFolderLMDB(file).skipped == bad
+    assert main(Args(tmp_path / "uninterrupted.lmdb", folder, skip_unreadable=True)) == 0
+    assert (tmp_path / "uninterrupted.lmdb").read_bytes() == file.read_bytes()
+
+
+def test_a_class_folder_without_images_is_refused_unless_the_order_is_given(photographs, tmp_path, capsys):
+    folder, names = copy_tree(photographs, tmp_path / "images"), tmp_path / "classes.txt"
+    (folder / "bee").mkdir()
+    with pytest.raises(InputError, match=r"there are no images in .*images/bee: add some, remove the folder, or pass"):
+        main(Args(tmp_path / "a.lmdb", folder))
+    names.write_text("bee\ncat\ndog\neel\n")
+    assert main(Args(tmp_path / "a.lmdb", folder, names)) == 0
+    assert ImageFolderLMDB(tmp_path / "a.lmdb").classes == ["bee", "cat", "dog", "eel"]
+    assert "class folders without images: 1 (bee)" in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_utf_8_is_kept(photographs, tmp_path):
+    folder = copy_tree(photographs, tmp_path / "images")
+    name = b"cat/caf\xe9.JPEG"
+    os.rename(folder / "cat" / "cat0.JPEG", os.fsencode(folder) + b"/" + name)  # noqa: PTH104
+    assert main(Args(tmp_path / "a.lmdb", folder, verify=True)) == 0
+    assert os.fsencode(ImageFolderLMDB(tmp_path / "a.lmdb").name(0)) == name
+
+
 def test_the_error_of_an_undecodable_image_names_it(tmp_path):
     append_records(tmp_path / "f", [make_record("a/b.jpg", 0, b"no image")], Contents(["a"], [1], complete=True))
-    with pytest.raises(InputError, match=r"a/b.jpg in .*f cannot be decoded: no image format that Pillow knows"):
+    with pytest.raises(InputError, match=r"a/b.jpg in .*f cannot be decoded: only 8 B"):
         ImageFolderLMDB(tmp_path / "f")[0]
 
 

@@ -388,7 +388,7 @@ def test_folders_without_images_or_classes(folder, tmp_path):
     (tmp_path / "images").mkdir()
     assert "has no class folders" in error_message(folder, tmp_path, images=tmp_path / "images")
     (tmp_path / "images" / "ant").mkdir()
-    assert "has no images (" in error_message(folder, tmp_path, images=tmp_path / "images")
+    assert "has no images in its class folders (" in error_message(folder, tmp_path, images=tmp_path / "images")
 
 
 def test_results_are_overwritten_on_request_only(folder, tmp_path):

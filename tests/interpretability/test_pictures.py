@@ -1,11 +1,13 @@
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pictures import find_images, read_mask, read_pictures
+from pictures import read_mask, read_pictures
 from s3net_common.errors import InputError
+from s3net_common.images import find_images
 
 ROTATED = 6  # EXIF orientation: the camera was turned by 90 degrees
 
@@ -78,20 +80,31 @@ def test_the_error_of_an_unreadable_file_has_its_path_and_the_reason(tmp_path):
     Image.new("L", (40, 40), 255).save(tmp_path / "cut.png")
     content = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[:50])
-    with pytest.raises(InputError, match=r"cut\.png cannot be read as an image \(.+\): repair it or leave it out$"):
+    with pytest.raises(InputError, match=r"cut\.png cannot be read as an image \(.*truncated.*\): remove or repair it"):
         read_pictures([tmp_path / "cut.png"], 4)
-    with pytest.raises(InputError, match=r"cut\.png cannot be read as an image \(.+\): repair it or leave it out$"):
+    with pytest.raises(InputError, match=r"cut\.png cannot be read as an image \(.*truncated.*\): remove or repair it"):
         read_mask(tmp_path / "cut.png", 4, (40, 40), tmp_path / "image.png")
     Image.new("L", (40, 40), 127).save(tmp_path / "dark.png")
     with pytest.raises(InputError, match=r"the mask .*dark\.png marks no pixel"):
         read_mask(tmp_path / "dark.png", 4, (40, 40), tmp_path / "image.png")
 
 
-def test_find_images_lists_folders_and_refuses_empty_ones(tmp_path):
-    (tmp_path / "inner").mkdir()
-    for name in ("b.png", "a.JPG", "inner/c.pgm", "notes.txt"):
-        (tmp_path / name).touch()
-    assert find_images([tmp_path]) == [tmp_path / name for name in ("a.JPG", "b.png", "inner/c.pgm")]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"there is no image in .*empty"):
-        find_images([tmp_path / "empty"])
+def test_one_error_names_all_unreadable_images_or_they_are_left_out(tmp_path, capsys):
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_text("<html>")
+    with pytest.raises(InputError, match=r"^3 images cannot be read: .*a\.png \(an HTML page.*b\.png .*c\.png \("):
+        read_pictures(find_images([tmp_path]), 4)
+    with pytest.raises(InputError, match="3 images cannot be read"):
+        read_pictures(find_images([tmp_path]), 4, skip_unreadable=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "d.png")
+    for size in (4, 5):  # the names are printed once
+        assert [picture.name for picture in read_pictures(find_images([tmp_path]), size, None, True)] == ["d"]
+    assert capsys.readouterr().err.count("b.png cannot be read as an image (an HTML page") == 1
+
+
+def test_a_name_that_is_not_utf_8_is_printable(tmp_path):
+    path = os.fsencode(tmp_path / "caf") + b"\xe9.png"
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", path)  # noqa: PTH104
+    (picture,) = read_pictures(find_images([tmp_path]), 4)
+    assert picture.name == "caf\\xe9"

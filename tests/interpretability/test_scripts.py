@@ -209,7 +209,22 @@ def test_error_for_a_file_that_is_not_an_image(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     arguments = (tmp_path / "text.png", "--random-weights", "--networks", "squeezenet1_0")
     message = error_of(interpret_fullgrad, *arguments, cwd=tmp_path)
-    assert f"{tmp_path}/text.png cannot be read as an image (no image format that Pillow knows): repair it" in message
+    assert (
+        f"{tmp_path}/text.png cannot be read as an image (a text file that begins with 'not an image'): remove"
+        in message
+    )
+
+
+def test_images_are_checked_before_weights_are_downloaded(photographs, tmp_path, monkeypatch):
+    def no_download(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_download)
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("<html>")
+    paths = (photographs / "images", tmp_path / "empty.png", tmp_path / "text.png")
+    message = error_of(interpret_fullgrad, *paths, "--networks", "squeezenet1_0", cwd=tmp_path)
+    assert message.startswith(f"2 images cannot be read: {tmp_path}/empty.png (the file is empty), {tmp_path}/text.png")
 
 
 def test_error_for_a_network_without_weights(photographs, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def test_folder_accepts_images_of_any_mode_and_size(folder):
     assert train.images.shape == (16, 3, 16, 16) and val.images.shape == (16, 3, 16, 16)
     assert train.classes == ["cat", "dog"] and train.labels.tolist() == [0] * 8 + [1] * 8
     assert train.images[0].unique(dim=1).flatten(1)[:, 0].tolist() == [0, 120, 200]
-    assert train.images[6].unique().tolist() == [155]  # 16 bits: 40,000 * 255 / 65,535, rounded down
+    assert train.images[6].unique().tolist() == [156]  # 16 bits: the upper 8 bits of 40,000
 
 
 def test_images_are_cropped_at_the_centre_and_transparency_becomes_white(tmp_path):
@@ -118,20 +118,59 @@ def test_folders_without_images_or_classes(folder, tmp_path_factory):
     with pytest.raises(InputError, match="has no class folders"):
         load_dataset("folder", empty)
     (folder / "test" / "bird").mkdir()
+    Image.new("RGB", (9, 9)).save(folder / "test" / "bird" / "a.png")
     with pytest.raises(InputError, match=r"class 'bird' is in .*test but not in .*train"):
         load_dataset("folder", folder)
+
+
+def test_one_error_names_all_unreadable_images(folder, capsys):
+    broken = [folder / "train" / "dog" / f"broken{i}.png" for i in range(3)]
+    for file in broken:
+        file.write_text("<html>")
+    with pytest.raises(InputError, match=r"^3 images cannot be read: .*broken0.png \(an HTML.*broken1.*broken2.png \("):
+        load_dataset("folder", folder)
+    train, _ = load_dataset("folder", folder, skip_unreadable=True)
+    assert train.skipped == 3 and "unreadable images: 3 (" in capsys.readouterr().err
+    for file in (folder / "train" / "dog").iterdir():
+        file.write_text("<html>")
+    with pytest.raises(InputError, match="no training image of these classes can be read: dog"):
+        load_dataset("folder", folder, skip_unreadable=True)
+
+
+def test_folders_without_images_are_no_classes(folder, capsys):
+    (folder / "train" / "bird").mkdir()
+    (folder / "train" / "bird" / "a.heic").touch()
+    train, val = load_dataset("folder", folder)
+    assert train.classes == val.classes == ["cat", "dog"] and train.labels.max() == 1
+    assert "class folders without images: 1 (bird)" in capsys.readouterr().err
+    for file in (folder / "test" / "dog").iterdir():
+        file.unlink()
+    train, val = load_dataset("folder", folder)  # a class without validation images
+    assert val.classes == ["cat", "dog"] and val.labels.max() == 0
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = Image.new("RGB", (20, 20))
+    photo.paste((255, 255, 255), (0, 0, 10, 20))
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        photo.save(tmp_path / split / "a" / "0.png", exif=exif)
+    train, _ = load_dataset("folder", tmp_path, image_size=20)
+    assert train.images[0, 0, :10].min() == 255 and train.images[0, 0, 10:].max() == 0
 
 
 def test_class_folders_without_images(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"train has no images \(.bmp"):
+    with pytest.raises(InputError, match=r"train has no images in its class folders \(AVIF, BMP"):
         load_dataset("folder", tmp_path)
 
 
 def test_images_that_do_not_fit_into_memory(folder, monkeypatch):
-    monkeypatch.setattr("os.sysconf", lambda name: 10 if name == "SC_AVPHYS_PAGES" else 4096)
-    with pytest.raises(InputError, match=r"GiB of memory.*smaller --image-size"):
+    monkeypatch.setattr("data.memory.available_memory", lambda: 40_960)
+    with pytest.raises(InputError, match=r"GiB of memory.*smaller --image-size.*folder2lmdb.py and pass --dataset"):
         load_dataset("folder", folder, image_size=512)
 
 

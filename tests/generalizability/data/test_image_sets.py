@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import os
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,9 @@ from torchvision import transforms
 import train_s3net
 from data.batches import Decoder, DiskEvaluationBatches, DiskTrainingBatches, random_crop
 from data.datasets import load_dataset
+from data.image_sets import open_source
 from s3net_common.errors import InputError, LocalError
+from s3net_common.images import limit_pixels
 from train_s3net import Args
 
 CPU = torch.device("cpu")
@@ -152,6 +155,42 @@ def test_an_unreadable_image_is_an_error_or_has_no_weight(tmp_path):
     assert weights.tolist().count(0.0) == 1 and len(weights) == 21
     evaluated = [labels for _, labels in DiskEvaluationBatches(val, 4, workers=0, **PLAIN).part()]
     assert sum(map(len, evaluated)) == 10 and len(val) == 11
+
+
+def test_one_error_names_all_unreadable_images_on_disk(tmp_path):
+    tree = make_imagenet(tmp_path, digit_photos(30, (50, 40)))
+    for name in ("a.png", "b.png"):
+        (tree / "val" / "class5" / name).write_bytes(b"")
+        (tree / "val" / "class9" / name).write_bytes(b"")
+    _, val = load_dataset("imagenet", tree)
+    for workers in (0, 1):
+        with pytest.raises(LocalError, match=r"^4 images cannot be read: .*class5/a.png .*class9/b.png"):
+            list(DiskEvaluationBatches(val, 4, workers=workers, **PLAIN).part())
+
+
+def test_images_on_disk_are_not_turned_and_may_have_any_name(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (40, 20)).save(folder / "0.jpg", exif=exif)
+    os.rename(folder / "0.jpg", os.fsencode(folder) + b"/caf\xe9.jpg")  # noqa: PTH104
+    source = open_source(tmp_path / "train")
+    pixels, _, problem = Decoder(source, transforms.PILToTensor())[0, None]
+    assert problem is None and pixels.shape == (3, 20, 40)
+
+
+def test_workers_have_the_limit_of_pixels(tmp_path):
+    tree = make_imagenet(tmp_path, digit_photos(30, (50, 40)))
+    _, val = load_dataset("imagenet", tree)
+    limit_pixels(1999)
+    try:
+        batches = DiskEvaluationBatches(val, 4, workers=1, **PLAIN)
+        batches.loader.multiprocessing_context = "spawn"
+        with pytest.raises(LocalError, match=r"10 images cannot be read.*its 2,000 pixels exceed the limit of 1,999"):
+            list(batches.part())
+    finally:
+        limit_pixels(None)
 
 
 def test_missing_or_different_training_and_validation_images(tmp_path, tree):
