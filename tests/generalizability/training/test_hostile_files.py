@@ -303,7 +303,7 @@ CONFIG_EDITS = {
         for name in ("epochs", "lr", "batch_size", "milestones", "amp", "flip", "model_options")
     },
     **{f"{name} list": {name: [1]} for name in ("dataset", "model", "num_classes", "seed", "lr", "val_images")},
-    **{f"{name} huge": {name: 10**15} for name in ("epochs", "num_classes", "image_size", "train_images", "seed")},
+    **{f"{name} huge": {name: 10**30} for name in ("epochs", "num_classes", "image_size", "train_images", "seed")},
     **{
         f"{name} negative": {name: -1}
         for name in ("epochs", "batch_size", "lr", "momentum", "image_size", "crop_padding")
