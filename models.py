@@ -34,7 +34,7 @@ __all__ = ["Block", "InputError", "Layer", "NormReluConv", "S3Net"]
 __all__ += ["create_model", "layers_per_block", "list_models", "load_weights", "pretrained_file", "read_metadata"]
 
 # Largest option, number of layers and number of parameters (8 GB in float32) of a network.
-MOST, MOST_LAYERS, MOST_PARAMETERS = 100_000, 10_000, 2_000_000_000
+MOST, MOST_LAYERS, MOST_PARAMETERS = 100_000, 2_000, 2_000_000_000
 
 # ---- The topology -------------------------------------------------------------------------------------------------
 
@@ -307,6 +307,7 @@ def _load_pretrained(model: S3Net, name: str, changed: Sequence[str]) -> S3Net:
     if "num_classes" not in read_metadata(file):
         raise InputError(f"{file} does not say how many classes it has: put the trainer's best.safetensors there")
     weights = fitting_weights(model, file, optional=head_names(model))
-    fitting = {key: value for key, value in weights.items() if value.shape == model.state_dict()[key].shape}
+    expected = model.state_dict()
+    fitting = {key: value for key, value in weights.items() if value.shape == expected[key].shape}
     model.load_state_dict(fitting, strict=False)
     return model

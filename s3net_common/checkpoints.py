@@ -104,8 +104,9 @@ def fitting_weights(
     if not isinstance(model, nn.Module):
         raise InputError(f"weights are loaded into a torch.nn.Module, and {type(model).__name__} is none")
     path = existing_file(path)
-    own_names = {without_wrappers(name): name for name in model.state_dict()}
-    expected = {name: model.state_dict()[own] for name, own in own_names.items()}
+    state = model.state_dict()
+    own_names = {without_wrappers(name): name for name in state}
+    expected = {name: state[own] for name, own in own_names.items()}
     optional = {without_wrappers(name) for name in optional}
     containers = _containers(path)
     matches: dict[str, Match] = {}

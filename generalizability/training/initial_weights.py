@@ -115,15 +115,15 @@ def copy_rows(new: Tensor, old: Tensor | None, rows: list[tuple[int, int]]) -> T
 def describe_rows(rows: list[tuple[int, int]], config: RunConfig) -> str:
     """Return which classes keep their rows of the classifier and which start anew."""
     kept = {row for row, _ in rows}
-    parts = []
-    for names, what in (
-        ([name for row, name in enumerate(config.classes) if row in kept], "classes kept"),
-        ([name for row, name in enumerate(config.classes) if row not in kept], "start anew"),
-    ):
-        if names:
-            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            parts.append(f"{len(names)} {what} ({shown})")
-    return f"classifier: {', '.join(parts)}"
+    names = {"kept": [], "new": []}
+    for row, name in enumerate(config.classes):
+        names["kept" if row in kept else "new"].append(name)
+    parts = [
+        f"{len(group)} {what} ({', '.join(group[:5])}{', ...' if len(group) > 5 else ''})"
+        for what, group in names.items()
+        if group
+    ]
+    return f"rows of the classifier: {', '.join(parts)}"
 
 
 def recorded_init(init: str) -> str:
