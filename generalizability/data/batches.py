@@ -441,7 +441,7 @@ def make_evaluation_batches(
     loader_workers: int,
     transform: Transform | None = None,
 ) -> EvaluationBatches | DiskEvaluationBatches:
-    """Return validation batches on this rank's device. Arguments are as of `make_batches`, `transform` as of Decoder."""
+    """Return validation batches on this rank's device. Arguments: as of `make_batches`, `transform` of `Decoder`."""
     batch_size = 500 if image_size <= 64 else 100
     options = {"mean": mean, "std": std, "image_size": image_size}
     if isinstance(val, DiskImages):
