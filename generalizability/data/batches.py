@@ -448,14 +448,10 @@ def make_evaluation_batches(
     loader_workers: int,
     transform: Transform | None = None,
 ) -> EvaluationBatches | DiskEvaluationBatches:
-    """Return batches of validation images on this rank's device.
-
-    For the arguments see `make_batches` and, for images on disk, `DiskEvaluationBatches`.
-    """
+    """Return validation batches on this rank's device. Arguments: as of `make_batches`, `transform` of `Decoder`."""
     batch_size = 500 if image_size <= 64 else 100
     options = {"mean": mean, "std": std, "image_size": image_size}
     if isinstance(val, DiskImages):
-        return DiskEvaluationBatches(
-            val, batch_size, ranks.device, workers=loader_workers, transform=transform, **options
-        )
+        options |= {"workers": loader_workers, "transform": transform}
+        return DiskEvaluationBatches(val, batch_size, ranks.device, **options)
     return EvaluationBatches(val, batch_size, ranks.device, **options)
