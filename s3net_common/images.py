@@ -169,9 +169,12 @@ def class_names(folder: Path, keep: Collection[str] | None = ()) -> list[str]:
             because the outputs of a network without class names are numbered by them.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or the folder cannot be opened.
     """
-    names = sorted(entry.name for entry in os.scandir(folder) if _classify(entry) == (True, None))
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if _classify(entry) == (True, None))
+    except OSError as error:
+        raise InputError(f"{printable(folder)} cannot be opened ({error.strerror})") from error
     if not names:
         raise InputError(f"{printable(folder)} has no class folders: put the images into {printable(folder)}/<class>/")
     if keep is None:
@@ -276,8 +279,8 @@ def limit_pixels(count: int | None) -> None:
     Image.MAX_IMAGE_PIXELS = (count or MAX_PIXELS) / 2  # Pillow warns above this number and refuses twice it
 
 
-def load_image(file: Path | bytes | memoryview, orient: bool) -> Image.Image:
-    """Load an image in its own mode. For the arguments see `decode`.
+def load_image(file: Path | bytes | memoryview, orient: bool, rgb: bool = False) -> Image.Image:
+    """Load an image in its own mode, or convert it with `to_rgb`. For the other arguments see `decode`.
 
     Raises:
         InputError: the image cannot be decoded; the message is the reason.
@@ -286,7 +289,8 @@ def load_image(file: Path | bytes | memoryview, orient: bool) -> Image.Image:
         with Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=FORMATS) as image:
             _scale_transparency(image)
             image.load()
-            return _turn_upright(image) if orient else image
+            image = _turn_upright(image) if orient else image
+            return to_rgb(image) if rgb else image
     except Exception as error:  # Pillow's decoders raise many kinds of exception
         raise InputError(_reason(error, file)) from error
 
@@ -302,7 +306,7 @@ def decode(file: Path | bytes | memoryview, orient: bool = False) -> Image.Image
     Raises:
         InputError: the image cannot be decoded; the message is the reason.
     """
-    return to_rgb(load_image(file, orient))
+    return load_image(file, orient, rgb=True)
 
 
 def read_rgb(file: Path | bytes | memoryview, name: str | Path | None = None, orient: bool = True) -> Image.Image:

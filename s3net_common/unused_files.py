@@ -124,11 +124,11 @@ def report_unreadable(errors: Sequence[InputError], folder: Path) -> None:
 
 
 def report_once(errors: Sequence[InputError], reported: set[str]) -> None:
-    """Print that images were left out because they cannot be read, unless `reported` has the message already."""
-    for message in {str(error).partition(": remove")[0]: None for error in errors}:
-        if message not in reported:
-            reported.add(message)
-            report(f"left out: {message}")
+    """Print the images that were left out because they cannot be read, except those in `reported`, and add them."""
+    new = [error for error in errors if str(error) not in reported]
+    reported.update(map(str, new))
+    if new:
+        report(f"left out, unreadable: {_name_all(new)}")
 
 
 def _name_all(errors: Sequence[InputError]) -> str:

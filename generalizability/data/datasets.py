@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ class ReadOptions:
         workers: threads that decode image files, 1 or more.
         skip_unreadable: skip image files that cannot be decoded, and count them, instead of stopping.
         download: download "tinyimagenet" if it is missing.
+        unreadable: the errors of the images that could not be decoded, filled while reading.
     """
 
     data_dir: Path
@@ -40,6 +41,7 @@ class ReadOptions:
     workers: int = os.cpu_count() or 1
     skip_unreadable: bool = False
     download: bool = False
+    unreadable: list[UnreadableImage] = field(default_factory=list)
 
 
 def load_dataset(name: str, data_dir: Path, **options) -> Halves:
@@ -56,13 +58,12 @@ def load_dataset(name: str, data_dir: Path, **options) -> Halves:
     """
     if name not in DATASETS:
         raise InputError(f"there is no data set {name!r}: {nearest_names(name, DATASETS)}")
-    halves = DATASETS[name](options)
-    train = halves[0]
-    if (
-        "train" in options.splits
-        and train.skipped
-        and (lost := {*range(len(train.classes))} - {*train.labels.tolist()})
-    ):
+    read_options = ReadOptions(Path(data_dir), **options)
+    halves = DATASETS[name](read_options)
+    if read_options.unreadable and not read_options.skip_unreadable:  # one error for training and validation images
+        raise unreadable_images(read_options.unreadable)
+    train = halves[0] if "train" in read_options.splits else None
+    if train and train.skipped and (lost := {*range(len(train.classes))} - {*train.labels.tolist()}):
         names = ", ".join(train.classes[label] for label in sorted(lost))
         raise InputError(f"no training image of these classes can be read: {names}; repair some, or remove the classes")
     return halves
@@ -185,9 +186,10 @@ def _read_images(
 ) -> ImageSet:
     """Read `(path, label)` files of `folder` as `size`x`size` images, in threads.
 
+    Images that cannot be read are left out, and their errors are added to `options.unreadable`.
+
     Raises:
-        InputError: the images do not fit into memory, some cannot be read and are not to be skipped (the message names
-            them), or all cannot be.
+        InputError: the images do not fit into memory, or all cannot be read and are to be skipped.
     """
     check_memory(len(files) * 3 * size * size, f"{len(files):,} images of {size}x{size} in {folder}")
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
@@ -214,11 +216,11 @@ def _read_images(
             progress.close()
     labels = torch.tensor([label for _, label in files])
     if unreadable := [error for error in errors if error]:
-        if not options.skip_unreadable:
-            raise unreadable_images(unreadable)
-        report_unreadable(unreadable, folder)
+        options.unreadable.extend(unreadable)
+        if options.skip_unreadable:
+            report_unreadable(unreadable, folder)
+            if len(unreadable) == len(files):
+                raise InputError(f"none of the {len(files):,} images in {folder} can be read")
         readable = torch.tensor([error is None for error in errors])
-        if len(unreadable) == len(files):
-            raise InputError(f"none of the {len(files):,} images in {folder} can be read")
         images, labels = images[readable], labels[readable]
     return ImageSet(images, labels, classes, len(unreadable))

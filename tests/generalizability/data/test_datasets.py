@@ -124,13 +124,13 @@ def test_folders_without_images_or_classes(folder, tmp_path_factory):
 
 
 def test_one_error_names_all_unreadable_images(folder, capsys):
-    broken = [folder / "train" / "dog" / f"broken{i}.png" for i in range(3)]
+    broken = [folder / split / "dog" / f"broken{i}.png" for i, split in enumerate(("train", "train", "test"))]
     for file in broken:
         file.write_text("<html>")
     with pytest.raises(InputError, match=r"^3 images cannot be read: .*broken0.png \(an HTML.*broken1.*broken2.png \("):
         load_dataset("folder", folder)
-    train, _ = load_dataset("folder", folder, skip_unreadable=True)
-    assert train.skipped == 3 and "unreadable images: 3 (" in capsys.readouterr().err
+    train, test = load_dataset("folder", folder, skip_unreadable=True)
+    assert (train.skipped, test.skipped) == (2, 1) and "unreadable images: 2 (" in capsys.readouterr().err
     for file in (folder / "train" / "dog").iterdir():
         file.write_text("<html>")
     with pytest.raises(InputError, match="no training image of these classes can be read: dog"):
