@@ -16,6 +16,7 @@ that compare_results.py reads.
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -289,8 +290,9 @@ def load_network(args: Args, metadata: dict, names: list[str] | None, labels: li
     outputs = args.num_classes or metadata.get("num_classes") or classes
     if outputs < classes:
         raise InputError(f"the network has {outputs} outputs and there are {classes} classes")
+    report = print if os.environ.get("RANK", "0") == "0" else None
     try:
-        model = create_with_weights(partial(create_network, name, outputs, **options), args.checkpoint, print)
+        model = create_with_weights(partial(create_network, name, outputs, **options), args.checkpoint, report)
     except InputError as error:
         if names is not None or args.num_classes is not None:
             raise
