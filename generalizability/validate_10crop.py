@@ -16,6 +16,7 @@ results are a JSON file that compare_results.py reads, with errors by class and 
 """
 
 import hashlib
+import os
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -212,7 +213,7 @@ def prepare(args: Args, device: torch.device) -> tuple[DiskImages, Network]:
     outputs = trained.outputs or len(images.classes)
     match = match_classes(images.classes, trained.classes, outputs, trained.file)
     preparation = crop_preparation(trained, args.resize, args.crop)
-    model = trained.build(outputs, print)
+    model = trained.build(outputs, print if os.environ.get("RANK", "0") == "0" else None)
     network = Network(
         name=trained.name,
         options=trained.options,

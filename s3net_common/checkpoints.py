@@ -177,12 +177,11 @@ def _describe(path: Path, container: str, match: Match, others: set[str]) -> str
     """Return a line about the choices that were made for a file, or None if there were none."""
     parts = []
     if container:
-        averaged = [name for name in others if name]
-        others_named = f" (not {', '.join(sorted(averaged)[:3])})" if averaged else ""
-        parts.append(f"took {container}{others_named}")
+        rejected = sorted(name for name in others if name)[:3]
+        parts.append(f"took {container}" + (f" (not {', '.join(rejected)})" if rejected else ""))
     parts += match.changes
     if match.left_out:
-        parts.append(f"left out {len(match.left_out)} other tensors ({match.left_out[0]}, ...)")
+        parts.append(f"left out other tensors: {len(match.left_out)} ({match.left_out[0]}, ...)")
     return f"weights of {path.name}: {'; '.join(parts)}" if parts else None
 
 
@@ -222,7 +221,7 @@ def check_tensors(
                 )
             raise InputError(f"{path} does not fit this network: {shapes}; {advice}")
         if finite and name.endswith(_FINITE) and not torch.isfinite(tensor.to(wanted.dtype)).all():
-            raise InputError(f"{path}: {name} holds NaN or infinite values: take a checkpoint from before that")
+            raise InputError(f"{path}: {name} holds NaN or infinite values: take an earlier checkpoint")
 
 
 def _unsupported_kind(tensor: Tensor, wanted: Tensor) -> str | None:

@@ -138,7 +138,7 @@ def _strip_prefix(tensors: dict[str, Tensor], expected: Collection[str], require
         fitting = [match for match in fitting if is_averaged(match.changes[0])] or fitting
     if len(fitting) > 1:
         several = " and ".join(match.changes[0].removeprefix("removed ") for match in fitting[:3])
-        raise InputError(f"several networks in it fit ({several}): save one of them as a file of its own")
+        raise InputError(f"several networks in the file fit ({several}): save one of them as a file of its own")
     own = _match(tensors, "", unchanged, expected, required)
     return fitting[0] if fitting else min([own, *matches], key=lambda match: len(match.missing))
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -213,6 +214,23 @@ def test_impossible_depth_names_the_nearest(depth, nearest):
 def test_options_out_of_range(options, message):
     with pytest.raises(InputError, match=message):
         create_model("s3net_cifar", **options)
+
+
+VALUES = [None, -1, 0, True, "x", "12", 12.5, float("nan"), float("inf"), 10**9, 10**30, [], {}, (6, "6"), (10**9,) * 3]
+VALUES += [(2,) * 5000, object(), torch.zeros(3), np.zeros(2), nn.Linear, b"x", 99_999]
+NAMES = ["name", "num_classes", "pretrained", "growth_rate", "depth", "num_init_features", "bn_size", "compression"]
+NAMES += ["stem", "drop_rate", "block_config", "block", "width"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_argument_gives_a_network_or_one_error_line(name):
+    for value in VALUES:
+        try:
+            model = create_model(**{"name": "s3net_cifar", "num_classes": 3} | {name: value})
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400
+        else:
+            assert parameters(model) < 2e9
 
 
 # -- Weights --

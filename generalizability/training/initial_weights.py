@@ -76,10 +76,11 @@ def start_from(file: Path, metadata: dict[str, Any], model: nn.Module, config: R
     weights = fitting_weights(model, file, optional=head, report=lines.append)
     expected = model.state_dict()
     loaded = {name: tensor for name, tensor in weights.items() if name not in head}
-    width = expected[head[0]].shape[1:] if head else None
     rows: list[tuple[int, int]] = []
-    if head and all(name in weights for name in head) and weights[head[0]].shape[1:] == width:
-        rows = matching_rows(config, metadata.get("classes"), len(weights[head[0]]))
+    if head and all(name in weights for name in head):
+        outputs = weights[head[0]].shape[:1]
+        if all(weights[name].shape == outputs + expected[name].shape[1:] for name in head):
+            rows = matching_rows(config, metadata.get("classes"), *outputs)
     for name in head:
         loaded[name] = copy_rows(expected[name], weights.get(name), rows)
     model.load_state_dict(loaded, strict=False)

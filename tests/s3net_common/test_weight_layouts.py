@@ -140,7 +140,7 @@ def test_more_than_34_layouts():
         ("Lightning", "weights of w.pt: took state_dict; removed model. from the names"),
         (
             "backbone beside another head",
-            "weights of w.pt: removed model. from the names; left out 1 other tensors (criterion.weight, ...)",
+            "weights of w.pt: removed model. from the names; left out other tensors: 1 (criterion.weight, ...)",
         ),
     ],
 )
@@ -155,7 +155,7 @@ def test_the_choice_is_reported_in_one_line(tmp_path, state, layout, line):
     ("layout", "message"),
     [
         (lambda s: s | prefixed("module.")(other(s)), "it also holds module."),
-        (lambda s: prefixed("encoder_q.")(s) | prefixed("encoder_k.")(s), "several networks in it fit"),
+        (lambda s: prefixed("encoder_q.")(s) | prefixed("encoder_k.")(s), "several networks in the file fit"),
         (lambda s: prefixed("module.")(s | {"blocks.0.layers.1.0.conv.weight": torch.ones(1)}), "also holds blocks.0."),
         (lambda s: prefixed("model.")(without(s, "stem.conv")), "it lacks stem.conv.weight of shape (8, 3, 3, 3)"),
     ],

@@ -141,6 +141,16 @@ def test_a_file_without_a_classifier(start, tmp_path):
     assert torch.equal(model.stem.conv.weight, weights["stem.conv.weight"])
 
 
+def test_a_classifier_of_other_shapes_starts_anew(start, tmp_path):
+    _, weights = start
+    for bad in ({"classifier.bias": torch.zeros(2)}, {"classifier.weight": torch.zeros(4, 7)}):
+        torch.save(weights | bad, tmp_path / "odd.pt")
+        line = start_from(
+            tmp_path / "odd.pt", {"classes": NAMES}, create_network("s3net_cifar", 4, **OPTIONS), Config(*NAMES)
+        )
+        assert line.endswith("4 new (ant, bee, cat, dog)")
+
+
 def test_pretrained_weights_of_the_repository(images, tmp_path, capsys):
     flags = {"init": "pretrained", "growth_rate": None, "depth": None, "image_size": 8}
     values = vars(args(images, "", tmp_path / "run")) | flags
@@ -173,7 +183,8 @@ def test_two_ranks_start_from_the_same_weights(start, images, tmp_path):
         "from train_s3net import *; import train_s3net\n"
         "def train(flags, run, config, model, size, data, ranks):\n"
         f"    torch.save(model.state_dict(), {str(tmp_path)!r} + f'/rank{{ranks.rank}}.pt')\n"
-        "    ranks.gather(0)\n    return 0\n"
+        "    ranks.gather(0)\n"
+        "    return 0\n"
         "train_s3net.train = train; run_script(main, Args, '')\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(program)]
