@@ -143,7 +143,7 @@ class Args:
     """DataLoader workers of each rank, which decode image files: processes for ImageNet, whose images stay on disk (0:
     decode in the training process), threads for the other data sets."""
     skip_unreadable: bool = False
-    """Skip image files that cannot be read, and print their number, instead of stopping."""
+    """Skip image files that cannot be read, and list them, instead of stopping."""
     max_pixels: flag(int, "N", f"{MAX_PIXELS:,}") = None
     """Refuse images of more pixels, which could be decompression bombs."""
 
