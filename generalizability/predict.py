@@ -28,7 +28,7 @@ from distributed import join_ranks
 from s3net_common.command_line import flag, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError, nearest_names, printable
-from s3net_common.images import MAX_PIXELS, find_images, limit_pixels, read_rgb
+from s3net_common.images import IMAGE_SUFFIXES, MAX_PIXELS, find_images, limit_pixels, read_rgb
 from s3net_common.output_files import csv_cell, default_out, make_folder, relative, write_atomically
 from s3net_common.unused_files import UnreadableImage, report_once, unreadable_images
 from s3net_networks import list_networks
@@ -166,11 +166,17 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     """
     expanded: dict[Path, None] = {}
     for path in paths:
-        matches = [path] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  also absolute
+        matches = [path] if path.exists() else _match(str(path))
         if not matches:
             raise InputError(f"there is no image or folder {printable(path)}")
-        expanded |= dict.fromkeys(map(Path, matches))
+        expanded |= dict.fromkeys(matches)
     return list(dict.fromkeys(find_images(list(expanded))))
+
+
+def _match(pattern: str) -> list[Path]:
+    """Return the folders and the image files that match a pattern, sorted by path."""
+    paths = map(Path, sorted(glob.glob(pattern, recursive=True)))  # noqa: PTH207  pathlib takes no absolute patterns
+    return [path for path in paths if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def read_batches(

@@ -1,4 +1,18 @@
 import os
+import signal
+
+import pytest
 
 # The tests run in several processes (pyproject.toml), and many start others: one thread each does not make them wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Restore the signal handlers, which a training run in the tests' process replaces."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for commands in the background
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -180,7 +180,7 @@ def test_a_run_is_resumed_on_classes_in_another_order(photographs, tmp_path, mon
         out = tmp_path / "lmdb" / f"{split}.lmdb"
         folder2lmdb.main(folder2lmdb.Args(images=data / split, out=out, classes=tmp_path / "names.txt"))
     seen = []
-    monkeypatch.setattr(train_s3net, "train", lambda flags, run, config, size, data, ranks: seen.append(data) or 0)
+    monkeypatch.setattr(train_s3net, "train", lambda *arguments: seen.append(arguments[-2]) or 0)
     assert train_s3net.main(Args(data_dir=tmp_path / "lmdb", resume=True, **flags)) == 0
     assert "matched by name" in capsys.readouterr().out
     assert seen[0][0].classes == NAMES and sorted(seen[0][0].source.labels) == sorted(list(range(12)) * 3)
@@ -249,13 +249,13 @@ def test_files_folders_and_patterns_give_each_image_once(photographs, tmp_path):
     hidden.write_bytes(b"")
     files = sorted((folder / "[all]").glob("*/*.png"))
     files.remove(hidden)
-    assert predict.find_images([folder / "[all]"]) == files
-    assert predict.find_images([files[2], folder, files[2]]) == [files[2], *(f for f in files if f != files[2])]
-    assert set(predict.find_images([folder / "*" / "*" / "*.png"])) == set(files)
-    assert set(predict.find_images([tmp_path / "d*"])) == set(files)
+    assert predict.find_files([folder / "[all]"]) == files
+    assert predict.find_files([files[2], folder, files[2]]) == [files[2], *(f for f in files if f != files[2])]
+    assert set(predict.find_files([folder / "*" / "*" / "*.png"])) == set(files)
+    assert set(predict.find_files([tmp_path / "d*"])) == set(files)
     for missing in ("nowhere", "*.tif"):
         with pytest.raises(InputError, match="there is no image or folder"):
-            predict.find_images([tmp_path / missing])
+            predict.find_files([tmp_path / missing])
 
 
 def test_unreadable_images_stop_the_prediction_or_are_listed(network, photographs, tmp_path, capsys):
@@ -267,9 +267,9 @@ def test_unreadable_images_stop_the_prediction_or_are_listed(network, photograph
         run_predict(tmp_path, data / "val", checkpoint=checkpoint)
     assert not (tmp_path / "predictions.csv").exists()
     assert len(run_predict(tmp_path, data / "val", checkpoint=checkpoint, skip_unreadable=True, batch_size=1)) == 4
-    assert "skipped 1 that cannot be read: " in (printed := capsys.readouterr().out)
+    assert "left out, unreadable: " in (printed := capsys.readouterr().err)
     assert "\x1b" not in printed and "b\\x1b[31m.png" in printed
-    with pytest.raises(InputError, match="none of the 1 images can be read"):
+    with pytest.raises(InputError, match="cannot be read as an image"):
         run_predict(tmp_path, broken, checkpoint=checkpoint, skip_unreadable=True)
 
 

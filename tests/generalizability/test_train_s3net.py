@@ -20,6 +20,7 @@ import train_s3net
 from s3net_common import output_files
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
+from s3net_networks import create_network
 from train_s3net import Args, resume_command
 from training import engine, run_folder
 
@@ -101,7 +102,7 @@ def test_the_summary_and_the_weights_describe_the_run(reference):
     )
     assert json.loads(metadata["options"]) == {"growth_rate": 4, "depth": 7, "drop_rate": 0.1}
     assert json.loads(metadata["mean"]) == [0.305] * 3
-    model = train_s3net.create_network(metadata["model"], 10, **json.loads(metadata["options"]))
+    model = create_network(metadata["model"], 10, **json.loads(metadata["options"]))
     assert summary["parameters"] == sum(p.numel() for p in model.parameters())
     # Stem, 3 layers, 2 transitions and the classifier, counted by hand; no bias counts.
     expected = 1024 * 27 * 24 + 1024 * 24 * 9 * 4 + 256 * 28 * 28 + 256 * 28 * 9 * 4 + 64 * 32 * 32
