@@ -2,8 +2,11 @@
 
 import difflib
 import os
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+
+TOO_MANY_FILES = "too many open files: raise their limit (ulimit -n 65536), or use fewer workers"
 
 
 class InputError(ValueError):
@@ -12,6 +15,10 @@ class InputError(ValueError):
 
 class LocalError(InputError):
     """An InputError that concerns one distributed rank. That rank prints it; all others stay silent."""
+
+
+class ReportedError(InputError):
+    """An InputError that another distributed rank prints. This process ends with its exit code and prints nothing."""
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
@@ -32,6 +39,12 @@ def shown(value: object) -> str:
 
 
 def printable(text: str | Path) -> str:
-    """Return a text or path for messages: bytes that are not UTF-8 and control characters are escaped."""
+    """Return a text or path for messages, with its control characters and undecodable bytes escaped.
+
+    No terminal obeys them then. All kinds of space are kept.
+    """
     decoded = os.fsencode(text).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in decoded
+    )
