@@ -201,7 +201,7 @@ def check_tensors(
         expected: of the network; may be on the meta device.
         optional: names whose shapes may differ.
         head: names of the classifier's tensors.
-        finite: refuse weights that are NaN or infinite.
+        finite: refuse weights that are NaN or infinite, and variances below 0.
 
     Raises:
         InputError: a tensor cannot be loaded; the message names it.
@@ -222,6 +222,8 @@ def check_tensors(
             raise InputError(f"{path} does not fit this network: {shapes}; {advice}")
         if finite and name.endswith(_FINITE) and not torch.isfinite(tensor.to(wanted.dtype)).all():
             raise InputError(f"{path}: {name} holds NaN or infinite values: take an earlier checkpoint")
+        if finite and name.endswith("running_var") and tensor.min() < 0:
+            raise InputError(f"{path} is damaged: {name}, a variance, has values below 0; get it again")
 
 
 def _unsupported_kind(tensor: Tensor, wanted: Tensor) -> str | None:

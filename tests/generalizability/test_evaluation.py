@@ -14,10 +14,12 @@ import folder2lmdb
 import predict
 import train_s3net
 from data.image_sets import DiskImages, open_source
+from recipes import RECIPES
 from s3net_common.checkpoints import pretrained_file, save_weights
 from s3net_common.errors import InputError
 from s3net_networks import create_network
 from train_s3net import Args
+from training.trained_network import read_trained_network
 
 NAMES = sorted(["ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx"])
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -279,6 +281,20 @@ def test_cells_of_the_csv_file_are_no_formulas(network, photographs, tmp_path, m
     classes = [f"@{name}\x1b" for name in NAMES]
     (row,) = run_predict(tmp_path, "=1+1.png", checkpoint=save_checkpoint(tmp_path / "b.safetensors", network, classes))
     assert row["image"] == "'=1+1.png" and row["class_1"][:2] == "'@" and row["class_1"][-4:] == "\\x1b"
+
+
+@pytest.mark.parametrize("lacking", ["mean", "std", "image_size"])
+def test_what_a_foreign_file_does_not_say_about_its_images(network, tmp_path, lacking):
+    """A dict "config" may be another program's, with some of the trainer's keys."""
+    config = {"model": "s3net_cifar", "model_options": {}, "mean": MEAN, "std": STD, "image_size": 24}
+    torch.save({"config": {key: config[key] for key in config.keys() - {lacking}}}, tmp_path / "a.pt")
+    trained = read_trained_network(tmp_path / "a.pt")
+    cifar = RECIPES["cifar100"]
+    for name in ("mean", "std", "image_size"):
+        expected = getattr(cifar, name) if name == lacking else config[name]
+        assert getattr(trained.preparation, name) == (expected if name == "image_size" else tuple(expected))
+    (note,) = trained.notes
+    assert "does not say how its images are prepared: as for cifar100" in note
 
 
 def test_a_plain_file_needs_the_networks_name(network, photographs, tmp_path, capsys):
