@@ -277,9 +277,8 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     args = parser.parse_args()
     pretend_cuda(args.dtype == "bfloat16")
-    from s3net_networks import list_networks
-
     from s3net_common.output_files import run_record
+    from s3net_networks import list_networks
 
     failures, results = 0, []
     for name in args.names or list_networks():
