@@ -82,12 +82,6 @@ def test_shared_modules_import_no_torch(module):
     assert run_python("-c", program, env={"PYTHONPATH": str(ROOT)}, check=True).stdout == "False\n"
 
 
-def test_tests_start_python_through_the_module_that_limits_threads_and_time():
-    for path in (ROOT / "tests").rglob("*.py"):
-        names = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-        assert path.name == "processes.py" or "sys.executable" not in names, path
-
-
 def test_models_is_short_and_begins_with_the_topology():
     lines = (ROOT / "models.py").read_text().splitlines()
     assert len(lines) <= 330
