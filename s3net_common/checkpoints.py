@@ -329,7 +329,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 1000
 
 
-def _are_options(value: object) -> bool:
+def are_options(value: object) -> bool:
     """Whether a value is a dict of a network's options. The network's builder checks their values."""
     reserved = {"name", "num_classes", "pretrained", "block"}
     return isinstance(value, dict) and all(isinstance(name, str) and name not in reserved for name in value)
@@ -343,7 +343,7 @@ def _is_colour(value: object, least: float) -> bool:
 _VALID: dict[str, tuple[Callable[[object], bool], str]] = {
     "model": (_is_text, "a network's name"),
     "dataset": (_is_text, "a data set's name"),
-    "model_options": (_are_options, "a dict of options"),
+    "model_options": (are_options, "a dict of options"),
     "num_classes": (lambda value: is_whole(value, 1, MOST_CLASSES), f"a whole number from 1 to {MOST_CLASSES:,}"),
     "classes": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of names"),
     "mean": (lambda value: _is_colour(value, -1000), "three numbers"),

@@ -19,7 +19,7 @@ from s3net_common.checkpoints import pretrained_file, save_weights
 from s3net_common.errors import InputError
 from s3net_networks import create_network
 from train_s3net import Args
-from training.trained_network import read_trained_network
+from training.trained_network import read_options, read_trained_network
 
 NAMES = sorted(["ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx"])
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -53,9 +53,9 @@ def write_folders(root, photographs, folders, splits=("train", "val")):
     return root
 
 
-def save_checkpoint(path, model, classes=NAMES, dataset="folder"):
+def save_checkpoint(path, model, classes=NAMES, dataset="folder", image_size=24):
     metadata = {"model": "s3net_cifar", "model_options": {"depth": 7, "growth_rate": 4}, "num_classes": 12}
-    metadata |= {"classes": classes, "mean": MEAN, "std": STD, "image_size": 24, "dataset": dataset}
+    metadata |= {"classes": classes, "mean": MEAN, "std": STD, "image_size": image_size, "dataset": dataset}
     save_weights(path, model.state_dict(), metadata)
     return path
 
@@ -275,6 +275,13 @@ def test_unreadable_images_stop_the_prediction_or_are_listed(network, photograph
         run_predict(tmp_path, broken, checkpoint=checkpoint, skip_unreadable=True)
 
 
+def test_a_size_that_the_network_cannot_take(network, photographs, tmp_path):
+    photographs[0].save(tmp_path / "a.png")
+    checkpoint = save_checkpoint(tmp_path / "a.safetensors", network, image_size=2)
+    with pytest.raises(InputError, match="this network cannot take images of 2x2"):
+        run_predict(tmp_path, tmp_path / "a.png", checkpoint=checkpoint)
+
+
 def test_cells_of_the_csv_file_are_no_formulas(network, photographs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photographs[0].save("=1+1.png")
@@ -308,8 +315,13 @@ def test_a_plain_file_needs_the_networks_name(network, photographs, tmp_path, ca
         run_predict(tmp_path, tmp_path / "a.png", checkpoint=tmp_path / "plain.pt", **flags)
     (row,) = run_predict(tmp_path, tmp_path / "a.png", checkpoint=tmp_path / "plain.pt", num_classes=12, **flags)
     assert row["class_1"].startswith("output ")
-    flags["classes"] = tmp_path / "names.txt"
-    (named,) = run_predict(tmp_path, tmp_path / "a.png", checkpoint=tmp_path / "plain.pt", **flags)
+    for options in ('{"num_classes": 12}', '{"pretrained": true}', "[1]", "{"):
+        with pytest.raises(InputError, match=r"--model-options .* is no JSON object of options"):
+            read_options(options)
+    flags |= {"classes": tmp_path / "names.txt", "checkpoint": tmp_path / "plain.pt"}
+    with pytest.raises(InputError, match="there are 12 class names for 4 outputs: correct --classes or --num-classes"):
+        run_predict(tmp_path, tmp_path / "a.png", num_classes=4, **flags)
+    (named,) = run_predict(tmp_path, tmp_path / "a.png", **flags)
     assert named["class_1"] == NAMES[int(row["class_1"].split()[1])]
     assert "does not say how its images are prepared: as for cifar100, 32 pixels" in capsys.readouterr().out
 
