@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import scipy.linalg
 
 LAST_RELEASE = (0, 6, 5)
 WORKING_JAX = "JAX 0.6 to 0.12"
@@ -84,6 +85,88 @@ def _removed_names_restored() -> Iterator[None]:
         yield
 
 
+# ---- Repairs of neural-tangents' own modules -----------------------------------------------------------------------
+
+
+class _Overlay:
+    """A module with some names replaced. Stands for `ad`, `core`, `jax` or `scipy` inside one of neural-tangents' modules."""
+
+    def __init__(self, module: types.ModuleType, **replaced: Any) -> None:
+        self.__dict__.update(replaced)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _linearize(function: Any, *primals: Any, has_aux: bool = False) -> tuple:
+    """Do what `jax.interpreters.ad.linearize` did in 2023, with JAX's public functions.
+
+    Args:
+        function: flattened function of the flat primals, from `jax.api_util.flatten_fun_nokwargs`.
+        primals: arrays.
+        has_aux: False.
+
+    Returns:
+        Flat outputs, a description of each output's tangent (`is_known()` is False), the program that maps the
+        tangents of the inputs to those of the outputs, and its constants.
+    """
+    outputs, linear = jax.linearize(function.call_wrapped, *primals)
+    program = jax.make_jaxpr(linear)(*primals)
+    unknown = types.SimpleNamespace(is_known=lambda: False)
+    return outputs, [unknown] * len(outputs), program.jaxpr, program.consts
+
+
+def _repair_structured_derivatives(empirical: types.ModuleType) -> None:
+    undefined = empirical.UndefinedPrimal
+
+    def read_primal(env: dict, variable: Any) -> Any:
+        return variable.val if hasattr(variable, "val") else env.get(variable, undefined(variable.aval))
+
+    def equation_vjp(equation: Any, cotangents: Any, *inputs: Any) -> tuple:
+        if equation is None:  # the identity
+            return (cotangents,)
+        transpose = empirical.ad.get_primitive_transpose(equation.primitive)
+        return transpose(cotangents, *inputs, **equation.params)
+
+    def get_flops(function: Callable, optimize: bool, *args: Any, **options: Any) -> float:
+        lowered = jax.jit(function).lower(*args, **options)
+        analysis = (lowered.compile() if optimize else lowered).cost_analysis()
+        return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
+
+    empirical.ad = _Overlay(
+        empirical.ad,
+        linearize=_linearize,
+        config=types.SimpleNamespace(jax_enable_checks=False),
+        source_info_util=types.SimpleNamespace(transform_name_stack=contextlib.nullcontext),
+    )
+    empirical._eqn_vjp_fn = equation_vjp  # it read attributes of primitives that are removed
+    empirical._read_primal = read_primal  # it asked for `core.DShapedArray`, which is removed
+    empirical._get_flops = get_flops  # `cost_analysis()` returns a dict since JAX 0.5
+
+
+def _repair_predict(predict: types.ModuleType) -> None:
+    def eigvalsh(matrix: Any, eigvals: tuple[int, int]) -> Any:
+        return scipy.linalg.eigvalsh(matrix, subset_by_index=eigvals)  # the argument's name since SciPy 1.14
+
+    def at_once_unless_traced(solver: Callable) -> Callable:
+        def solve(kernel: Any, *args: Any, **options: Any) -> Any:
+            traced = isinstance(kernel, jax.core.Tracer)
+            with contextlib.nullcontext() if traced else jax.ensure_compile_time_eval():
+                return solver(kernel, *args, **options)
+
+        return solve
+
+    predict.sp = _Overlay(scipy, linalg=_Overlay(scipy.linalg, eigvalsh=eigvalsh))
+    # Its `eval_context` around these two functions lets tracers of `vmap` and `grad` leak since JAX 0.4.36.
+    predict.jax = _Overlay(jax, core=_Overlay(jax.core, eval_context=contextlib.nullcontext))
+    for name in ("_get_cho_solve", "_get_fns_in_eigenbasis"):
+        setattr(predict, name, at_once_unless_traced(getattr(predict, name)))
+
+
+# ---- The import ----------------------------------------------------------------------------------------------------
+
+
 class _WithoutTensorFlow(types.ModuleType):
     """Replacement of `neural_tangents.experimental`, which would import TensorFlow and is not used here."""
 
@@ -118,7 +201,10 @@ def load() -> types.ModuleType:
     sys.modules["neural_tangents.experimental"] = _WithoutTensorFlow("neural_tangents.experimental")
     try:
         with _removed_names_restored():
-            return importlib.import_module("neural_tangents")
+            module = importlib.import_module("neural_tangents")
+        _repair_structured_derivatives(importlib.import_module("neural_tangents._src.empirical"))
+        _repair_predict(importlib.import_module("neural_tangents._src.predict"))
+        return module
     except (ImportError, AttributeError) as error:
         for name in [name for name in sys.modules if name.split(".")[0] == "neural_tangents"]:
             del sys.modules[name]  # so that the next import fails with the same message
