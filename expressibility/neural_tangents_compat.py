@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy
+import numpy as np
 import scipy.linalg
 
 LAST_RELEASE = (0, 6, 5)
@@ -89,7 +91,7 @@ def _removed_names_restored() -> Iterator[None]:
 
 
 class _Overlay:
-    """A module with some names replaced. Stands for `ad`, `core`, `jax` or `scipy` inside one of neural-tangents' modules."""
+    """A module with some names replaced, for use inside one of neural-tangents' modules."""
 
     def __init__(self, module: types.ModuleType, **replaced: Any) -> None:
         self.__dict__.update(replaced)
@@ -99,29 +101,26 @@ class _Overlay:
         return getattr(self._module, name)
 
 
-def _linearize(function: Any, *primals: Any, has_aux: bool = False) -> tuple:
-    """Do what `jax.interpreters.ad.linearize` did in 2023, with JAX's public functions.
-
-    Args:
-        function: flattened function of the flat primals, from `jax.api_util.flatten_fun_nokwargs`.
-        primals: arrays.
-        has_aux: False.
-
-    Returns:
-        Flat outputs, a description of each output's tangent (`is_known()` is False), the program that maps the
-        tangents of the inputs to those of the outputs, and its constants.
-    """
-    outputs, linear = jax.linearize(function.call_wrapped, *primals)
-    program = jax.make_jaxpr(linear)(*primals)
-    unknown = types.SimpleNamespace(is_known=lambda: False)
-    return outputs, [unknown] * len(outputs), program.jaxpr, program.consts
-
-
 def _repair_structured_derivatives(empirical: types.ModuleType) -> None:
-    undefined = empirical.UndefinedPrimal
+    """Replace what `empirical_ntk_fn` reads from inside JAX by public functions of JAX."""
 
-    def read_primal(env: dict, variable: Any) -> Any:
-        return variable.val if hasattr(variable, "val") else env.get(variable, undefined(variable.aval))
+    def primals_out_and_pullback(
+        function: Callable, mode: Any, _j_rules: bool, _s_rules: bool, _fwd: bool | None, *primals: Any
+    ) -> tuple[Any, Callable]:
+        flat, tree = jax.tree.flatten(primals)
+        with jax.disable_jit():  # so that the program of the tangents has no functions inside
+            outputs, linear = jax.linearize(lambda *flat: function(*jax.tree.unflatten(tree, flat)), *flat)
+            program = jax.make_jaxpr(lambda *tangents: jax.tree.leaves(linear(*tangents)))(*flat)
+
+        def pullback(*cotangents: Any) -> Any:
+            unknown = [empirical.UndefinedPrimal(variable.aval) for variable in program.jaxpr.invars]
+            flat_cotangents = tuple(jax.tree.leaves(cotangents))
+            results = empirical._backward_pass(
+                program.jaxpr, mode, program.consts, unknown, flat_cotangents, _j_rules, _s_rules, _fwd
+            )
+            return jax.tree.unflatten(tree, results)
+
+        return outputs, pullback
 
     def equation_vjp(equation: Any, cotangents: Any, *inputs: Any) -> tuple:
         if equation is None:  # the identity
@@ -129,20 +128,27 @@ def _repair_structured_derivatives(empirical: types.ModuleType) -> None:
         transpose = empirical.ad.get_primitive_transpose(equation.primitive)
         return transpose(cotangents, *inputs, **equation.params)
 
+    def read_primal(values: dict, variable: Any) -> Any:
+        return (
+            variable.val if hasattr(variable, "val") else values.get(variable, empirical.UndefinedPrimal(variable.aval))
+        )
+
     def get_flops(function: Callable, optimize: bool, *args: Any, **options: Any) -> float:
         lowered = jax.jit(function).lower(*args, **options)
         analysis = (lowered.compile() if optimize else lowered).cost_analysis()
-        return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
+        return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]  # a dict since JAX 0.5
 
+    empirical._get_primals_out_and_pullback = primals_out_and_pullback
+    empirical._eqn_vjp_fn = equation_vjp
+    empirical._read_primal = read_primal
+    empirical._get_flops = get_flops
     empirical.ad = _Overlay(
         empirical.ad,
-        linearize=_linearize,
         config=types.SimpleNamespace(jax_enable_checks=False),
         source_info_util=types.SimpleNamespace(transform_name_stack=contextlib.nullcontext),
     )
-    empirical._eqn_vjp_fn = equation_vjp  # it read attributes of primitives that are removed
-    empirical._read_primal = read_primal  # it asked for `core.DShapedArray`, which is removed
-    empirical._get_flops = get_flops  # `cost_analysis()` returns a dict since JAX 0.5
+    # jax.numpy's own functions refuse, or will refuse, shapes without values and arrays in place of dtypes.
+    empirical.jnp = _Overlay(jax.numpy, size=np.size, shape=np.shape, dtype=jax.numpy.result_type)
 
 
 def _repair_predict(predict: types.ModuleType) -> None:
