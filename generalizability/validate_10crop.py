@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from data.batches import DiskEvaluationBatches
 from data.image_sets import DiskImages, find_split, open_source
 from data.ten_crops import CENTER_CROP, ten_crops
-from distributed import Ranks, join_ranks
+from distributed import Ranks, device_name, join_ranks
 from s3net_common.class_names import match_classes
 from s3net_common.command_line import flag, given_flags, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
@@ -119,7 +119,7 @@ def main(args: Args) -> int:
         results |= {
             "seconds": seconds,
             "images_per_second": len(images) / seconds,
-            "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type,
+            "device": device_name(ranks.device),
             "processes": ranks.world_size,
             "precision": precision.name,
             **run_record(),
