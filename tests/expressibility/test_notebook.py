@@ -1,17 +1,13 @@
 import base64
 import json
 import re
-<<<<<<< HEAD
 import subprocess
 import zlib
-=======
->>>>>>> main
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from processes import run_python
 
 import build_notebook
 
@@ -68,18 +64,10 @@ def test_the_committed_notebook_contains_no_local_path_and_no_address_of_a_clone
     assert not re.search(r"/(home|root|Users|tmp)/", text)
 
 
-<<<<<<< HEAD
 def carried_files():
     source = next(cell.source for cell in read_notebook().cells if cell.id == "files")
     text = re.search(r'FILES = """(.*)"""', source, re.DOTALL)[1]
     return json.loads(zlib.decompress(base64.b85decode("".join(text.split()))))
-=======
-def run_set_up_cell(folder):
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    cell = next(cell.source for cell in notebook.cells if "sys.path" in cell.source)
-    # -I: only the cell puts the repository on sys.path.
-    return run_python("-I", "-c", f"{cell}\nimport ntk_comparison\nprint(ntk_comparison.__file__)", cwd=folder)
->>>>>>> main
 
 
 def test_the_notebook_carries_the_modules_and_the_data_as_they_are_in_the_repository():
