@@ -40,10 +40,11 @@ from data.image_sets import Halves
 from data.splits import SPLITS
 from distributed import Ranks, join_ranks
 from recipes import RECIPES, RunConfig
-from s3net_common.command_line import flag, given_flags, run_script
+from s3net_common.command_line import THREADS, flag, given_flags, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
 from s3net_common.images import MAX_PIXELS, limit_pixels
+from s3net_common.limits import available_processors
 from s3net_common.output_files import ROOT, default_out, relative
 from s3net_networks import list_networks
 from s3net_networks.connections import CONNECTIONS
@@ -147,6 +148,8 @@ class Args:
     yet tried on a GPU: compare its first losses with those of a run without it."""
     sync_bn: bool = False
     """BatchNorm over the images of all GPUs of a step instead of those of each GPU (SyncBatchNorm)."""
+    threads: THREADS = None
+    """Threads of each process. Beside other programs that compute, 1 can be many times as fast as all."""
     workers: flag(int, "N", "one a processor") = None
     """DataLoader workers of each rank, which decode image files: processes for ImageNet, whose images stay on disk (0:
     decode in the training process), threads for the other data sets."""
@@ -356,9 +359,7 @@ def loader_workers(flags: Flags) -> int:
     """Return the number of DataLoader workers of this rank: by default its share of the available processors."""
     if "workers" in flags:
         return flags["workers"]
-    # Slurm and containers give a process some of the machine's processors.
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, available_processors() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # ---- Training -----------------------------------------------------------------------------------------------------

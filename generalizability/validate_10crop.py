@@ -16,7 +16,6 @@ results are a JSON file that compare_results.py reads, with errors by class and 
 """
 
 import hashlib
-import os
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,6 +37,7 @@ from s3net_common.command_line import flag, given_flags, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError, nearest_names
 from s3net_common.images import MAX_PIXELS, limit_pixels
+from s3net_common.launcher import is_first_rank
 from s3net_common.output_files import default_out, make_folder, relative, run_record, write_json
 from s3net_networks import list_networks
 from s3net_networks.size import model_size
@@ -215,7 +215,7 @@ def prepare(args: Args, device: torch.device) -> tuple[DiskImages, Network]:
     outputs = trained.outputs or len(images.classes)
     match = match_classes(images.classes, trained.classes, outputs, trained.file)
     preparation = crop_preparation(trained, args.resize, args.crop)
-    model = trained.build(outputs, print if os.environ.get("RANK", "0") == "0" else None)
+    model = trained.build(outputs, print if is_first_rank() else None)
     network = Network(
         name=trained.name,
         options=trained.options,
