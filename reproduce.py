@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import IO, Literal
 
 import torch
-from tqdm import tqdm
 
 from reproduction.page import duration, write_page
 from reproduction.record import FAILED, FINISHED, LEFT_OUT, Record, logs_folder, read_record, write_record
@@ -30,6 +29,7 @@ from reproduction.steps import EXPERIMENTS, Step, steps_of
 from s3net_common.command_line import flag, run_script, sigterm_as_exit
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, default_out, lock_exclusively, machine, versions
+from s3net_common.progress import ProgressBar
 
 SAVE_SECONDS = 10.0  # interval at which a running step's time is saved, in case this program is killed
 
@@ -70,7 +70,7 @@ def main(args: Args, steps: Sequence[Step] | None = None) -> int:
     steps = steps_of(args.budget, gpus) if steps is None else steps
     selected = [step for step in steps if step.experiment in args.only]
     failed = 0
-    with sigterm_as_exit(), write_errors(out), locked(out) as lock, tqdm(selected, unit="step", disable=None) as bar:
+    with sigterm_as_exit(), write_errors(out), locked(out) as lock, ProgressBar(selected, unit="step") as bar:
         for step in bar:
             bar.set_description(step.name)
             try:

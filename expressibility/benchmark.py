@@ -22,7 +22,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tqdm import tqdm
 
 import tabular
 from kernel_regression import mean_squared_error
@@ -31,6 +30,7 @@ from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths, compare
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
+from s3net_common.progress import ProgressBar
 from scaling_fit import fitted_order
 
 SCALING_DEPTH = 8  # Figure 3's K = 10
@@ -166,7 +166,7 @@ def seconds_and_megabytes(function: Callable[[], object]) -> tuple[float, float]
 def measure_scaling(points: tuple[int, ...]) -> dict[str, Any]:
     """Measure time and memory of one kernel matrix by number of points, and fit the orders of growth."""
     scaling: dict[str, Any] = {"points": list(points), "topology": "proposed", "depth": SCALING_DEPTH}
-    bar = tqdm(total=len(MODES) * len(points), desc="kernel matrices", disable=None)
+    bar = ProgressBar(total=len(MODES) * len(points), desc="kernel matrices")
     for mode in MODES:
         measurements = []
         for n in points:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tqdm import tqdm
 
 import finite_width
 import tabular
@@ -26,6 +25,7 @@ from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES, Topology, stax_networ
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
+from s3net_common.progress import ProgressBar
 
 DIAG_REG = 0.1
 MAX_DEPTH = 100
@@ -116,7 +116,7 @@ def compare(
     """
     mse: dict[Topology, list[float]] = {topology: [] for topology in TOPOLOGIES}
     disagreement = 0.0 if check else float("nan")
-    bar = tqdm(total=len(depths) * len(TOPOLOGIES), desc="networks", disable=None if progress else True)
+    bar = ProgressBar(total=len(depths) * len(TOPOLOGIES), desc="networks", disable=not progress)
     for topology in TOPOLOGIES:
         matrices = ntk_matrices(
             data.x_train, data.x_test, topology, depths, h0_shortcut=h0_shortcut and topology == "proposed"

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from tqdm import tqdm
 
 import sensitivity_figures
 import tabular
@@ -38,6 +37,7 @@ from s3net_common.output_files import (
     write_atomically,
     write_json,
 )
+from s3net_common.progress import ProgressBar
 
 SCALINGS = ("raw", "standardised")
 DEFAULT_DATA = "Boston housing and diabetes"
@@ -139,7 +139,7 @@ def evaluate_splits(
         keys = [
             (table, scaling, seed) for table in tables for scaling in SCALINGS for seed in range(settings["splits"])
         ]
-        for table, scaling, seed in tqdm(keys, desc="splits", disable=None):
+        for table, scaling, seed in ProgressBar(keys, desc="splits"):
             record = finished.get((table.name, scaling, seed))
             if record is None:
                 record = _evaluate_split(table, scaling, seed, settings)

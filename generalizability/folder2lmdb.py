@@ -24,7 +24,6 @@ from typing import Annotated, TypeVar
 
 import lmdb
 import tyro
-from tqdm import tqdm
 
 from data.image_lmdb import (
     Contents,
@@ -40,6 +39,7 @@ from s3net_common.command_line import flag, run_script
 from s3net_common.errors import InputError, printable
 from s3net_common.images import MAX_PIXELS, class_images, class_names, decode, limit_pixels, read_class_names
 from s3net_common.output_files import lock_exclusively, make_folder
+from s3net_common.progress import ProgressBar
 from s3net_common.unused_files import LISTED, UnreadableImage, unreadable_images
 
 # At most this much is lost if the process is killed. Decoding it takes far longer than the transaction's two fsyncs.
@@ -104,7 +104,7 @@ def count_files(images: Path, classes: list[str]) -> int:
     Raises:
         InputError: there are none.
     """
-    files = tqdm(class_images(images, classes), desc="listing", unit="file", disable=None, leave=False)
+    files = ProgressBar(class_images(images, classes), desc="listing", unit="file", leave=False)
     return sum(1 for _ in files)
 
 
@@ -252,7 +252,7 @@ def append_missing(partial: Path, args: Args, contents: Contents, total: int, wo
     files = islice(class_images(args.images, contents.classes, reports=False), done, None)
     results = map_in_threads(lambda file: read_file(args.images, *file), files, workers)
     records, size, errors = [], 0, []
-    with tqdm(results, initial=done, total=total, desc=args.out.name, unit="image", disable=None) as progress:
+    with ProgressBar(results, initial=done, total=total, desc=args.out.name, unit="image") as progress:
         for file in progress:
             if file.error is not None:
                 errors.append(file.error)
@@ -290,7 +290,7 @@ def verify(path: Path, workers: int) -> ImageFolderLMDB:
     data = ImageFolderLMDB(path)
     labels, digest, bad = data.labels, "", 0
     results = map_in_threads(lambda index: check_record(data.record(index)), range(len(data)), workers)
-    with tqdm(results, total=len(data), desc=f"verifying {path.name}", unit="image", disable=None) as progress:
+    with ProgressBar(results, total=len(data), desc=f"verifying {path.name}", unit="image") as progress:
         for index, (name, label, record_digest, error) in enumerate(progress):
             digest = chain(digest, record_digest)
             if error is None and label != labels[index]:

@@ -21,7 +21,6 @@ from typing import Annotated
 import torch
 import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data.batches import Normalization
 from distributed import join_ranks
@@ -30,6 +29,7 @@ from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError, nearest_names, printable
 from s3net_common.images import IMAGE_SUFFIXES, MAX_PIXELS, find_images, limit_pixels, read_rgb
 from s3net_common.output_files import csv_cell, default_out, make_folder, relative, write_atomically
+from s3net_common.progress import ProgressBar
 from s3net_common.unused_files import UnreadableImage, report_once, unreadable_images
 from s3net_networks import list_networks
 from s3net_networks.size import count_multiply_adds
@@ -109,7 +109,7 @@ def main(args: Args) -> int:
     for note in trained.notes:
         print(note, flush=True)
     predictions, errors = [], []
-    with tqdm(total=len(files), unit="image", disable=None, leave=False) as bar:
+    with ProgressBar(total=len(files), unit="image", leave=False) as bar:
         for paths, pixels in read_batches(files, trained, args.batch_size, errors):
             if paths and (args.skip_unreadable or not errors):
                 predictions += predict_batch(model, names, trained, args.top, paths, pixels.to(device))

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from explain_images import DEVICES, choose_device
 from explained_networks import load_network
@@ -30,6 +29,7 @@ from s3net_common.command_line import flag, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, claim_folder, run_record, write_json
+from s3net_common.progress import ProgressBar
 from s3net_networks.own_models import models
 
 SPEED_NETWORKS = ("s3net_imagenet_small", "resnet50", "densenet169")
@@ -136,7 +136,7 @@ def measure_speed(args: Args, device: torch.device) -> list[dict[str, Any]]:
     """Return the rows of speed.json: the times of each network and batch size."""
     names = args.networks or SPEED_NETWORKS
     rows = []
-    with tqdm(total=len(names) * (1 + len(args.batches) * args.rounds), unit="round", disable=None) as bar:
+    with ProgressBar(total=len(names) * (1 + len(args.batches) * args.rounds), unit="round") as bar:
         for name in names:
             bar.set_description(name)
             model = load_network(name, random_weights=True).model.to(device).requires_grad_(False)
@@ -189,7 +189,7 @@ def measure_completeness(args: Args, device: torch.device) -> dict[str, dict[str
     """Return the larger completeness error of two random images, by network and precision."""
     names = args.networks or (*models.list_models(), *PIECEWISE_LINEAR, *SMOOTH, *ATTENTION)
     errors = {}
-    bar = tqdm(names, unit="network", disable=None)
+    bar = ProgressBar(names, unit="network")
     for name in bar:
         bar.set_description(name)
         model = load_network(name, random_weights=True).model.to(device)

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pictures import Picture
 from s3net_common.checkpoints import save_weights
+from s3net_common.progress import ProgressBar
 from s3net_networks import create_network
 
 SIZE = 36
@@ -96,7 +96,7 @@ def train_digits_network(epochs: int, device: torch.device) -> tuple[nn.Module, 
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=1e-4, nesterov=True)
     steps = epochs * (TRAINING // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
-    with tqdm(total=steps, desc="training on digits", unit="step", disable=None) as bar:
+    with ProgressBar(total=steps, desc="training on digits", unit="step") as bar:
         for epoch in range(epochs):
             images, _, labels = make_scenes(np.arange(TRAINING), seed=100 + epoch)
             x, y = normalise(images).to(device), torch.from_numpy(labels).to(device)

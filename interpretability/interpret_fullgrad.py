@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from explain_images import (
     NetworkArgs,
@@ -35,6 +34,7 @@ from s3net_common.command_line import run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, claim_folder, run_record, write_atomically, write_json
+from s3net_common.progress import ProgressBar
 from saliency_figures import draw_crops, draw_faithfulness, draw_maps, page_names, save_overlay
 
 
@@ -62,7 +62,7 @@ def main(args: Args) -> None:
     networks = load_networks(args, device)
     columns: list[Column] = []
     total = sum(len(read_at_size(network.image_size)) for network in networks)
-    with tqdm(total=total, unit="map", disable=None) as bar:
+    with ProgressBar(total=total, unit="map") as bar:
         for network in networks:
             bar.set_description(network.name)
             pictures = read_at_size(network.image_size)

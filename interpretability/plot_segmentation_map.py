@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from digit_scenes import NETWORK, digits_checkpoint, scene_pictures
 from explain_images import (
@@ -39,6 +38,7 @@ from s3net_common.command_line import flag, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, claim_folder, csv_cell, run_record, write_atomically, write_json
+from s3net_common.progress import ProgressBar
 from saliency_figures import draw_dice, draw_faithfulness, draw_segmentations, page_names
 
 DIGITS_FOLDER = ROOT / "runs" / "digits_network"
@@ -76,7 +76,7 @@ def main(args: Args) -> None:
     columns: list[Column] = []
     errors, faithfulness = {}, {}
     total = sum(len(read_at_size(network.image_size)) for network in networks)
-    with tqdm(total=total, unit="map", disable=None) as bar:
+    with ProgressBar(total=total, unit="map") as bar:
         for network in networks:
             bar.set_description(network.name)
             pictures = read_at_size(network.image_size)

@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from s3net_common.command_line import sigterm_as_exit
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT
+from s3net_common.progress import ProgressBar
 
 TRAINER = ROOT / "generalizability" / "train_s3net.py"
 ENVIRONMENT_SETTINGS = {"data_dir", "device"}  # they do not change what a run computes
@@ -80,7 +79,7 @@ def run_jobs(jobs: Iterable[Job], parallel_runs: int, description: str) -> None:
     active: set[subprocess.Popen] = set()
     with (
         sigterm_as_exit(),
-        tqdm(total=len(missing), desc=description, unit="run", disable=None) as bar,
+        ProgressBar(total=len(missing), desc=description, unit="run") as bar,
         ThreadPoolExecutor(parallel_runs) as pool,
     ):
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import tiny_imagenet
 from data.image_sets import DiskImages, Halves, ImageSet, open_source
@@ -17,6 +16,7 @@ from data.memory import check_memory
 from data.splits import SPLITS, find_half, find_halves
 from s3net_common.errors import InputError, first_line, nearest_names
 from s3net_common.images import check_same_classes, class_images, class_names, read_square
+from s3net_common.progress import ProgressBar
 from s3net_common.unused_files import UnreadableImage, report_unreadable, unreadable_images
 
 
@@ -204,7 +204,7 @@ def _read_images(
         return None
 
     with ThreadPoolExecutor(options.workers) as pool:
-        progress = tqdm(total=len(files), desc=f"reading {folder.name}", unit="image", disable=None, leave=False)
+        progress = ProgressBar(total=len(files), desc=f"reading {folder.name}", unit="image", leave=False)
         errors = []
         try:
             for error in pool.map(read, range(len(files))):
