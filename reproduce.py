@@ -26,8 +26,9 @@ import torch
 from reproduction.page import duration, write_page
 from reproduction.record import FAILED, FINISHED, LEFT_OUT, Record, logs_folder, read_record, write_record
 from reproduction.steps import EXPERIMENTS, Step, steps_of
+from s3net_common import progress
 from s3net_common.command_line import flag, run_script, sigterm_as_exit
-from s3net_common.errors import InputError
+from s3net_common.errors import InputError, printable
 from s3net_common.output_files import ROOT, default_out, lock_exclusively, machine, versions
 from s3net_common.progress import ProgressBar
 
@@ -70,18 +71,23 @@ def main(args: Args, steps: Sequence[Step] | None = None) -> int:
     steps = steps_of(args.budget, gpus) if steps is None else steps
     selected = [step for step in steps if step.experiment in args.only]
     failed = 0
-    with sigterm_as_exit(), write_errors(out), locked(out) as lock, ProgressBar(selected, unit="step") as bar:
-        for step in bar:
+    bar = ProgressBar(total=len(selected), unit="step")
+    with sigterm_as_exit(), write_errors(out), locked(out) as lock, bar:
+        for step in selected:
             bar.set_description(step.name)
             try:
                 if is_finished(step, out):
                     bar.write(f"{step.name}: already finished")
-                    continue
-                record = run_step(step, out, lock)
-                failed += record.status == FAILED
-                bar.write(f"{step.name}: {record.status}, {record.reason or duration(record.seconds)}")
+                else:
+                    record = run_step(step, out, lock, bar)
+                    failed += record.status == FAILED
+                    bar.write(f"{step.name}: {record.status}, {record.reason or duration(record.seconds)}")
+            except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM
+                bar.write(f"{bar.n} of {len(selected)} steps are done; {step.name} was stopped before its end")
+                raise
             finally:
                 write_page(out / "index.html", args.budget, steps, out)
+            bar.update()
     print(
         f"written to {from_root(out / 'index.html')}"
         + (f"; {failed} of {len(selected)} steps failed" if failed else "")
@@ -178,7 +184,7 @@ def missing_input(step: Step, out: Path) -> str:
     return ""
 
 
-def run_step(step: Step, out: Path, lock: IO) -> Record:
+def run_step(step: Step, out: Path, lock: IO, bar: ProgressBar) -> Record:
     """Run the step's script with its output in the step's log. Write and return the record."""
     record = Record(command_of(step, out), machine=machine(), versions=versions())
     if reason := missing_input(step, out):
@@ -194,7 +200,7 @@ def run_step(step: Step, out: Path, lock: IO) -> Record:
     write_record(out, step.name, record)  # before all other files, to show whose they are
     log = logs_folder(out) / f"{step.name}.log"
     with log.open("w") as file:
-        code = run_command(step, record, out, file, lock)
+        code = run_command(step, record, out, file, lock, bar)
     if code == 0:
         record.status = FINISHED
     else:
@@ -213,13 +219,16 @@ def move_to_former(folder: Path) -> None:
         folder.rename(former / f"{folder.name}-{number}")
 
 
-def run_command(step: Step, record: Record, out: Path, log: IO, lock: IO) -> int:
-    """Run the step in a new process group, which is ended if this program is ended. Return the exit code."""
+def run_command(step: Step, record: Record, out: Path, log: IO, lock: IO, bar: ProgressBar) -> int:
+    """Run the step in a new process group, which is ended if this program is ended. Return the exit code.
+
+    The bar shows the last line of the step's log, to which the scripts write their progress.
+    """
     program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
     process = subprocess.Popen(
         program[record.command[0]] + record.command[1:],
         cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONUNBUFFERED": "1", progress.SECONDS: "60"},
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -233,7 +242,7 @@ def run_command(step: Step, record: Record, out: Path, log: IO, lock: IO) -> int
             try:
                 return process.wait(timeout=SAVE_SECONDS)
             except subprocess.TimeoutExpired:
-                pass
+                bar.set_postfix_str(last_line(log))
             finally:
                 record.seconds = before + time.monotonic() - started
                 write_record(out, step.name, record)
@@ -241,6 +250,14 @@ def run_command(step: Step, record: Record, out: Path, log: IO, lock: IO) -> int
         if process.poll() is None:
             end_group(process)
         lock.truncate(0)
+
+
+def last_line(log: IO) -> str:
+    """Return the last line of a log in at most 100 characters, or an empty text."""
+    with Path(log.name).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))
+        lines = file.read().decode(errors="replace").split("\n")
+    return printable(next((line.strip() for line in reversed(lines) if line.strip()), ""))[:100]
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -258,4 +275,4 @@ def from_root(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(main, Args, __doc__)
+    run_script(main, Args, __doc__, resume="run the same command again to continue")

@@ -38,6 +38,7 @@ from data.image_lmdb import (
 from s3net_common.command_line import flag, run_script
 from s3net_common.errors import InputError, printable
 from s3net_common.images import MAX_PIXELS, class_images, class_names, decode, limit_pixels, read_class_names
+from s3net_common.limits import available_processors
 from s3net_common.output_files import lock_exclusively, make_folder
 from s3net_common.progress import ProgressBar
 from s3net_common.unused_files import LISTED, UnreadableImage, unreadable_images
@@ -346,14 +347,9 @@ def main(args: Args) -> int:
     limit_pixels(args.max_pixels)
     if args.images is None and not args.verify:
         raise InputError("there is nothing to do: pass --images DIR to build --out, or --verify to check it")
-    workers = args.workers or os.cpu_count() or 1
+    workers = args.workers or available_processors()
     if args.images is not None:
-        try:
-            contents = build(args, workers)
-        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or SIGTERM
-            print("run the same command again to continue", file=sys.stderr)
-            raise
-        print(describe(args.out, contents))
+        print(describe(args.out, build(args, workers)))
     if args.verify:
         data = verify(args.out, workers)
         print(f"{args.out} is sound: {len(data):,} images decoded, digest {data.digest}")
@@ -361,4 +357,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, Args, __doc__)
+    run_script(main, Args, __doc__, resume="run the same command again to continue")

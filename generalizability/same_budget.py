@@ -239,4 +239,4 @@ def best_peaks(networks: list[Network], search: dict[tuple[str, float], Job]) ->
 
 
 if __name__ == "__main__":
-    run_script(main, Args, __doc__)
+    run_script(main, Args, __doc__, resume="run the same command again to continue")

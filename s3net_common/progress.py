@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from s3net_common.errors import printable
 
+MARK = "... "  # at the beginning of a line, to tell it from results
 SECONDS = "S3NET_PROGRESS_SECONDS"  # environment variable: the interval of the lines, 180 by default
 
 
@@ -36,7 +37,7 @@ class ProgressBar(tqdm):
             return super().display(msg, pos)
         if msg is None and time.monotonic() - self._printed >= self._seconds:
             self._printed = time.monotonic()
-            print(self.line(), file=sys.stderr, flush=True)
+            print(MARK + self.line(), file=sys.stderr, flush=True)
         return False
 
     def clear(self, nolock: bool = False) -> None:

@@ -1,6 +1,5 @@
 """The data sets by name. `load_dataset` returns training and validation images, in memory or on disk."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from data.memory import check_memory
 from data.splits import SPLITS, find_half, find_halves
 from s3net_common.errors import InputError, first_line, nearest_names
 from s3net_common.images import check_same_classes, class_images, class_names, read_square
+from s3net_common.limits import available_processors
 from s3net_common.progress import ProgressBar
 from s3net_common.unused_files import UnreadableImage, report_unreadable, unreadable_images
 
@@ -38,7 +38,7 @@ class ReadOptions:
     data_dir: Path
     splits: tuple[str, ...] = SPLITS
     image_size: int = 32
-    workers: int = os.cpu_count() or 1
+    workers: int = field(default_factory=available_processors)
     skip_unreadable: bool = False
     download: bool = False
     unreadable: list[UnreadableImage] = field(default_factory=list)

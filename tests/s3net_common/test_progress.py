@@ -23,7 +23,7 @@ def test_without_a_terminal_a_line_is_printed_at_each_interval(monkeypatch, caps
         line = bar.line()
     lines = capsys.readouterr().err.splitlines()
     assert line == "epoch 3: 20 of 40 batches, 2 a second, 00:10 left, loss 2.5, 210 images/s"
-    assert line in lines and all(text.startswith("epoch 3: ") for text in lines)
+    assert f"... {line}" in lines and all(text.startswith("... epoch 3: ") for text in lines)
 
 
 def test_before_the_first_interval_nothing_is_printed(monkeypatch, capsys):
@@ -38,7 +38,7 @@ def test_a_total_that_is_not_known(monkeypatch, capsys):
     with ProgressBar(desc="listing", unit="file") as bar:
         bar.update(3)
         bar.refresh()
-    assert capsys.readouterr().err.splitlines()[-1].startswith("listing: 3 files, ")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("... listing: 3 files, ")
 
 
 @pytest.mark.parametrize("disable", [False, True])
