@@ -21,16 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-import torch
-
-from reproduction.page import duration, write_page
-from reproduction.record import FAILED, FINISHED, LEFT_OUT, Record, logs_folder, read_record, write_record
 from reproduction.steps import EXPERIMENTS, Step, steps_of
-from s3net_common import progress
-from s3net_common.command_line import flag, run_script, sigterm_as_exit
+from s3net_common.command_line import THREADS, answer_flags, flag, run_script, sigterm_as_exit
 from s3net_common.errors import InputError, printable
 from s3net_common.output_files import ROOT, default_out, lock_exclusively, machine, versions
-from s3net_common.progress import ProgressBar
 
 SAVE_SECONDS = 10.0  # interval at which a running step's time is saved, in case this program is killed
 
@@ -47,6 +41,19 @@ class Args:
     """Folder for all results."""
     overwrite: bool = False
     """Replace the page and the logs in --out although they are not of an earlier run."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import torch
+
+from reproduction.page import duration, write_page
+from reproduction.record import FAILED, FINISHED, LEFT_OUT, Record, logs_folder, read_record, write_record
+from s3net_common import progress
+from s3net_common.progress import ProgressBar
 
 
 def main(args: Args, steps: Sequence[Step] | None = None) -> int:

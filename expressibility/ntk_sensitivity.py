@@ -18,16 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy import stats
-
-import sensitivity_figures
-import tabular
-from baseline_regressors import BASELINES
-from kernel_regression import mean_squared_error, ntk_matrices, predict
-from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES
-from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths
-from s3net_common.command_line import flag, run_script
+from depths import FIGURE_3_DEPTHS, check_depths
+from s3net_common.command_line import THREADS, answer_flags, flag, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import (
     claim_folder,
@@ -37,7 +29,6 @@ from s3net_common.output_files import (
     write_atomically,
     write_json,
 )
-from s3net_common.progress import ProgressBar
 
 SCALINGS = ("raw", "standardised")
 DEFAULT_DATA = "Boston housing and diabetes"
@@ -63,6 +54,23 @@ class Args:
     Needs --target."""
     target: flag(str, "COLUMN", "none") = None
     """Column of --csv to predict. All other columns are features."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import numpy as np
+from scipy import stats
+
+import sensitivity_figures
+import tabular
+from baseline_regressors import BASELINES
+from kernel_regression import mean_squared_error, ntk_matrices, predict
+from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES
+from ntk_comparison import DIAG_REG
+from s3net_common.progress import ProgressBar
 
 
 def check_args(args: Args) -> tuple[list[tabular.Table], dict[str, Any]]:

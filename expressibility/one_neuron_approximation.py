@@ -14,27 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import matplotlib.pyplot as plt
-import numpy as np
-
-import expressions
-from jax_backend import jax_backend
-from s3net_common.command_line import run_script
+from s3net_common.command_line import THREADS, answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
-from scaling_fit import fitted_order
-
-jax.config.update("jax_enable_x64", True)  # in float32, rounding exceeds the error beyond a hundred layers
 
 MAX_DEPTH = 4096
 CURVE_DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ASYMPTOTIC_DEPTH = 16  # the order is fitted to this and larger depths
 POINTS = 4096
 ROUNDING = 1e-12
-
-Function = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass
@@ -53,6 +41,24 @@ class Args:
     """Folder for one_neuron.json and one_neuron.png, created if missing. Those of an earlier run are replaced."""
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+import expressions
+from jax_backend import jax_backend
+from scaling_fit import fitted_order
+
+jax.config.update("jax_enable_x64", True)  # in float32, rounding exceeds the error beyond a hundred layers
+Function = Callable[[np.ndarray], np.ndarray]
 
 
 class Chain(NamedTuple):

@@ -24,26 +24,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-
-from data.batches import TrainingBatches
-from data.image_sets import ImageSet
-from decoding_benchmark import benchmark_decoding, print_decoding
-from distributed import Ranks, device_name, join_ranks
 from recipes import RECIPES
-from s3net_common.command_line import flag, run_script
-from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.command_line import THREADS, answer_flags, flag, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, relative, run_record, write_json
-from s3net_common.progress import ProgressBar
-from s3net_networks import create_network
-from training.cuda_graphs import GraphedStep
-from training.engine import Precision, Trainer
 
 BATCH = 64
 NETWORKS = {  # measured networks by title: name and options
@@ -76,7 +60,29 @@ class Args:
     """Folder for benchmark.json. The file of an earlier run is replaced."""
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from data.batches import TrainingBatches
+from data.image_sets import ImageSet
+from decoding_benchmark import benchmark_decoding, print_decoding
+from distributed import Ranks, device_name, join_ranks
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.progress import ProgressBar
+from s3net_networks import create_network
+from training.cuda_graphs import GraphedStep
+from training.engine import Precision, Trainer
 
 # ---- The published formulation ------------------------------------------------------------------------------------
 

@@ -22,25 +22,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-import lmdb
 import tyro
 
-from data.image_lmdb import (
-    Contents,
-    ImageFolderLMDB,
-    append_records,
-    chain,
-    finish,
-    make_record,
-    reopen_unfinished,
-    split_record,
-)
-from s3net_common.command_line import flag, run_script
+from s3net_common.command_line import answer_flags, flag, run_script
 from s3net_common.errors import InputError, printable
 from s3net_common.images import MAX_PIXELS, class_images, class_names, decode, limit_pixels, read_class_names
 from s3net_common.limits import available_processors
 from s3net_common.output_files import lock_exclusively, make_folder
-from s3net_common.progress import ProgressBar
 from s3net_common.unused_files import LISTED, UnreadableImage, unreadable_images
 
 # At most this much is lost if the process is killed. Decoding it takes far longer than the transaction's two fsyncs.
@@ -70,6 +58,23 @@ class Args:
     overwrite: bool = False
     """Replace a finished file. Start again if an unfinished file belongs to other images."""
 
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import lmdb
+
+from data.image_lmdb import (
+    Contents,
+    ImageFolderLMDB,
+    append_records,
+    chain,
+    finish,
+    make_record,
+    reopen_unfinished,
+    split_record,
+)
+from s3net_common.progress import ProgressBar
 
 # ---- Reading the image folder -------------------------------------------------------------------------------------
 

@@ -2,6 +2,12 @@
 
 from dataclasses import dataclass, replace
 
+# The choices of flags, here so that --help needs no PyTorch. Tests compare them with the code that has them.
+DEFAULT_DATASET = "cifar100"
+SCHEDULES = ("step", "onecycle", "cosine")
+CONNECTIONS = ("sparse", "chain", "dense", "residual")
+DECODERS = ("cpu", "draft", "gpu")
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -18,19 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from explain_images import DEVICES, choose_device
-from explained_networks import load_network
-from full_grad import FullGrad
-from s3net_common.command_line import flag, run_script
-from s3net_common.cpu_kernels import keep_freed_memory
+from network_flags import DEVICES
+from s3net_common.command_line import THREADS, answer_flags, flag, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, claim_folder, run_record, write_json
-from s3net_common.progress import ProgressBar
-from s3net_networks.own_models import models
 
 SPEED_NETWORKS = ("s3net_imagenet_small", "resnet50", "densenet169")
 PIECEWISE_LINEAR = (
@@ -64,7 +55,23 @@ class Args:
     """Folder to write the JSON files into. Those of an earlier run are replaced."""
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from explain_images import choose_device
+from explained_networks import load_network
+from full_grad import FullGrad
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.progress import ProgressBar
+from s3net_networks.own_models import models
 
 # ---- The methods ----------------------------------------------------------------------------------------------------
 

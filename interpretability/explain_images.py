@@ -10,53 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 
-from explained_networks import PAPER_NETWORKS, Network, load_network, local_networks
+from explained_networks import PAPER_NETWORKS, Network, load_network
 from faithfulness import area, deletion_curve, insertion_curve
 from full_grad import FullGrad, IncompleteWarning
 from map_scores import centred_gaussian, edge_map
+from network_flags import NetworkArgs
 from pictures import Picture, read_pictures, sample_crops, sample_pictures
 from s3net_common.checkpoints import read_metadata
-from s3net_common.command_line import flag
 from s3net_common.errors import InputError
-from s3net_common.images import IMAGE_SUFFIXES, MAX_PIXELS, find_images, limit_pixels
+from s3net_common.images import find_images, limit_pixels
 
 DEFAULT_NETWORK = "s3net_cifar"  # its trained weights are in the repository
 USUAL_SIZE = 224  # image size of most networks
 MOST_PROBABLE = 3  # classes listed for each image
-DEVICES = "{cpu,cuda,cuda:N,mps}"
-
-
-@dataclass
-class NetworkArgs:
-    """Flags that choose networks and images."""
-
-    images: tyro.conf.Positional[flag(tuple[Path, ...], "IMAGE ...", "images that come with the script")] = ()
-    """Image files, or folders of them."""
-    skip_unreadable: bool = False
-    """Skip image files that cannot be read, and list them, instead of stopping."""
-    max_pixels: flag(int, "N", f"{MAX_PIXELS:,}") = None
-    """Refuse images of more pixels, which could be decompression bombs."""
-    networks: flag(tuple[str, ...], "NAME ...", "the paper's four for your images, else S3-Net") = ()
-    """Networks to explain: names of s3net_networks, torchvision or timm (timm/NAME if two have the name)."""
-    checkpoint: flag(tuple[str, ...], "[NAME=]FILE ...", "published weights") = ()
-    """Weights: the trainer's files (.safetensors, .pt), the authors' published files, or a state dict. NAME= says
-    which network a file is for, if there are several networks."""
-    num_classes: flag(int, "INT", "the checkpoint's, else the network's usual number") = None
-    """Outputs of the networks, for checkpoints without metadata."""
-    random_weights: bool = False
-    """Keep the initial weights (seed 0) instead of loading any, to try the method."""
-    target: flag(str, "CLASS", "the predicted class") = None
-    """Class to explain in every image: its name or, if no class has this name, its index."""
-    image_size: flag(int, "INT", "the network's own") = None
-    """Height and width in pixels that images are resized to."""
-    batch_size: int = 8
-    """Images in one pass."""
-    device: flag(str, DEVICES, "a GPU if there is one") = None
-    """Device to compute on."""
-    faithfulness: bool = False
-    """Also measure insertion and deletion; writes faithfulness.png and faithfulness.json."""
 
 
 @dataclass
@@ -80,12 +47,6 @@ class PictureExplanation:
     completeness_error: float
     seconds: float
     most_probable: list[tuple[int, float]]
-
-
-def is_image(word: str) -> bool:
-    """Return whether a word after the values of --networks or --checkpoint is an image, or a folder of images."""
-    path = Path(word)
-    return path.suffix.lower() in IMAGE_SUFFIXES or (path.is_dir() and word not in local_networks())
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -126,6 +87,8 @@ def load_networks(args: NetworkArgs, device: torch.device) -> list[Network]:
 
 def chosen_networks(args: NetworkArgs) -> dict[str, Path | None]:
     """Return the checkpoint of each network of the command line, by the network's name. None: published weights."""
+    if args.random_weights and args.checkpoint:
+        raise InputError("--random-weights loads no weights: leave out --checkpoint, or leave out --random-weights")
     checkpoints: dict[str, Path | None] = dict.fromkeys(args.networks)
     for text in args.checkpoint:
         name, equals, file = text.partition("=")

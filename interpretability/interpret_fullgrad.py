@@ -16,26 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from explain_images import (
-    NetworkArgs,
-    PictureExplanation,
-    choose_device,
-    explain_pictures,
-    is_image,
-    load_networks,
-    measure_faithfulness,
-    picture_reader,
-)
-from explained_networks import Network
-from pictures import Picture
-from s3net_common.command_line import run_script
-from s3net_common.cpu_kernels import keep_freed_memory
+from network_flags import NetworkArgs, is_image
+from s3net_common.command_line import answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, claim_folder, run_record, write_atomically, write_json
-from s3net_common.progress import ProgressBar
-from saliency_figures import draw_crops, draw_faithfulness, draw_maps, page_names, save_overlay
 
 
 @dataclass
@@ -47,6 +31,25 @@ class Args(NetworkArgs):
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
 
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__, is_image)
+
+import numpy as np
+
+from explain_images import (
+    PictureExplanation,
+    choose_device,
+    explain_pictures,
+    load_networks,
+    measure_faithfulness,
+    picture_reader,
+)
+from explained_networks import Network
+from pictures import Picture
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.progress import ProgressBar
+from saliency_figures import draw_crops, draw_faithfulness, draw_maps, page_names, save_overlay
 
 Column = tuple[Network, list[Picture], list[PictureExplanation]]  # of the figure
 

@@ -17,29 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from digit_scenes import NETWORK, digits_checkpoint, scene_pictures
-from explain_images import (
-    NetworkArgs,
-    baseline_maps,
-    choose_device,
-    explain_pictures,
-    is_image,
-    load_networks,
-    measure_faithfulness,
-    picture_reader,
-)
-from explained_networks import Network, load_network
-from map_scores import PERCENTILES, score_map
-from pictures import Picture
-from s3net_common.command_line import flag, run_script
-from s3net_common.cpu_kernels import keep_freed_memory
+from network_flags import NetworkArgs, is_image
+from s3net_common.command_line import answer_flags, flag, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, claim_folder, csv_cell, run_record, write_atomically, write_json
-from s3net_common.progress import ProgressBar
-from saliency_figures import draw_dice, draw_faithfulness, draw_segmentations, page_names
 
 DIGITS_FOLDER = ROOT / "runs" / "digits_network"
 DIGIT_SCENES = 20
@@ -58,6 +39,28 @@ class Args(NetworkArgs):
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
 
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__, is_image)
+
+import numpy as np
+import torch
+
+from digit_scenes import NETWORK, digits_checkpoint, scene_pictures
+from explain_images import (
+    baseline_maps,
+    choose_device,
+    explain_pictures,
+    load_networks,
+    measure_faithfulness,
+    picture_reader,
+)
+from explained_networks import Network, load_network
+from map_scores import PERCENTILES, score_map
+from pictures import Picture
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.progress import ProgressBar
+from saliency_figures import draw_dice, draw_faithfulness, draw_segmentations, page_names
 
 Column = tuple[str, list[Picture], list[np.ndarray]]  # a method's name, its pictures and its maps
 Scores = dict[str, dict[str, Any]]  # what score_map returns for each picture, by the picture's name

@@ -47,6 +47,7 @@ def answer_flags(
     sets the number of threads, which the packages read when they are imported. Until `run_script` is called, Ctrl-C
     ends the process without a traceback.
     """
+    os.environ["MPLBACKEND"] = "agg"  # Jupyter exports a backend that may be missing here; pictures go to files
     with safe_output():
         code = _guarded(lambda: parse_flags(arguments, description, is_positional) and None)
     if code:
@@ -76,7 +77,7 @@ def run_script(
     has ended). Ctrl-C exits with 130. SIGTERM raises SystemExit, so that temporary files are removed and child
     processes ended, and exits with 143.
     """
-    os.environ["MPLBACKEND"] = "agg"  # pictures go to files; Jupyter exports a backend that may be missing here
+    os.environ["MPLBACKEND"] = "agg"
     if "matplotlib" in sys.modules:
         sys.modules["matplotlib"].use("agg")
     if signal.getsignal(signal.SIGINT) == _end_import:

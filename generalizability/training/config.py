@@ -11,10 +11,9 @@ import torch
 import torchvision
 
 from data.datasets import DATASETS
-from data.decoding import DECODERS
 from data.image_sets import Halves
 from distributed import Ranks
-from recipes import RunConfig, recipe_for
+from recipes import DECODERS, DEFAULT_DATASET, RunConfig, recipe_for
 from s3net_common.checkpoints import check_metadata, is_number
 from s3net_common.class_names import match_classes
 from s3net_common.errors import InputError, nearest_names, shown
@@ -25,12 +24,11 @@ from training.engine import SCHEDULES, Precision
 
 Flags = dict[str, Any]  # the flags that the user gave, by name; see s3net_common.command_line.given_flags
 
-DEFAULT_DATASET = "cifar100"
 NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate", "connections")
 # Flags that are no part of the recipe. The run's folder keeps them, and --resume uses them if they are not given again.
 ENVIRONMENT_FLAGS = {
     **dict.fromkeys(("data_dir", "device"), str),
-    **dict.fromkeys(("workers", "checkpoint_every", "max_pixels", "threads"), int),
+    **dict.fromkeys(("workers", "checkpoint_every", "max_pixels"), int),
     **dict.fromkeys(("skip_unreadable", "compile", "graphs", "tensorboard"), bool),
 }
 DATA_FLAGS = ("dataset", "image_size", "hold_out", "limit_train", "limit_val")  # which images, and how they are read

@@ -5,8 +5,9 @@ import torch
 import torchvision
 from torch import nn
 
-from explain_images import NetworkArgs, chosen_networks, load_networks
+from explain_images import chosen_networks, load_networks
 from explained_networks import IMAGENET_MEAN, PAPER_NETWORKS, load_network
+from network_flags import NetworkArgs
 from s3net_common.checkpoints import save_weights
 from s3net_common.errors import InputError
 from s3net_networks import create_network
@@ -85,6 +86,8 @@ def test_error_for_checkpoints_of_unclear_or_other_networks(tmp_path):
     for flags in ({"checkpoint": (file, file)}, {"networks": ("vgg19", "resnet50"), "checkpoint": (file,)}):
         with pytest.raises(InputError, match="give each of these networks at most one checkpoint"):
             chosen_networks(NetworkArgs(**flags))
+    with pytest.raises(InputError, match="--random-weights loads no weights: leave out --checkpoint"):
+        chosen_networks(NetworkArgs(checkpoint=(file,), random_weights=True))
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])

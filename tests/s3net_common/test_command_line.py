@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import tyro
+from processes import run_python
 
 from s3net_common.command_line import flag, parse_flags, run_script
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -51,3 +54,32 @@ def test_a_path_that_the_system_refuses_is_an_error_of_one_line(monkeypatch, cap
     assert (
         capsys.readouterr().err == f"error: {'x' * 300}\\x1b cannot be used (File name too long): give another path\n"
     )
+
+
+SCRIPTS = [
+    *(ROOT / "expressibility" / name for name in ("benchmark", "ntk_comparison", "ntk_sensitivity", "build_notebook")),
+    ROOT / "expressibility" / "one_neuron_approximation",
+    *(ROOT / "generalizability" / name for name in ("benchmark", "compare_results", "folder2lmdb", "predict")),
+    *(ROOT / "generalizability" / name for name in ("same_budget", "train_s3net", "validate_10crop")),
+    *(ROOT / "interpretability" / name for name in ("benchmark", "interpret_fullgrad", "plot_segmentation_map")),
+    ROOT / "reproduce",
+]
+HELP_OF_ALL = """
+import contextlib, io, runpy, sys
+for script in sys.argv[1:]:
+    sys.argv, sys.path[0] = [script, "--help"], script.rpartition("/")[0]
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    print(script, "--" in text.getvalue(), sorted({"torch", "jax", "matplotlib", "sklearn"} & sys.modules.keys()))
+"""
+
+
+def test_help_imports_no_slow_package():
+    found = [
+        path for path in ROOT.rglob("*.py") if "tests" not in path.parts and "\n    run_script(main" in path.read_text()
+    ]
+    assert {path.with_suffix("") for path in found if ".venv" not in path.parts} == set(SCRIPTS)
+    scripts = [f"{script}.py" for script in SCRIPTS]
+    done = run_python("-c", HELP_OF_ALL, *scripts, env={"PYTHONPATH": str(ROOT)}, check=True)
+    assert done.stdout.splitlines() == [f"{script} True []" for script in scripts]
