@@ -47,6 +47,12 @@ def pretrained_file(name: str) -> Path:
     return file
 
 
+def file_label(checkpoint: Path) -> str:
+    """Return `<folder>-<file>` of a file of weights, for names of outputs. The folder names the run."""
+    name = checkpoint.name.removesuffix(".tar").rsplit(".", 1)[0]
+    return f"{checkpoint.resolve().parent.name}-{name}"
+
+
 # ---- Weights ------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import json
 import math
 import os
 import re
@@ -145,6 +146,20 @@ def _value_count(hint: Any) -> float:
     if get_origin(hint) is tuple:
         return math.inf if Ellipsis in get_args(hint) else len(get_args(hint))
     return 0 if hint is bool else 1
+
+
+def read_options(text: str | None) -> dict:
+    """Parse the value of --model-options.
+
+    Raises:
+        InputError: it is not a JSON object.
+    """
+    try:
+        if isinstance(options := json.loads(text or "{}"), dict):
+            return options
+    except ValueError:
+        pass
+    raise InputError(f"--model-options {text} is no JSON object: write '{{\"growth_rate\": 24}}'")
 
 
 def given_flags(args: object) -> dict[str, Any]:
