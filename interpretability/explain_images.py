@@ -17,7 +17,7 @@ from tqdm import tqdm
 from explained_networks import PAPER_NETWORKS, Network, load_network, local_networks
 from faithfulness import area, deletion_curve, insertion_curve
 from full_grad import FullGrad, IncompleteWarning
-from map_scores import centred_gaussian, edge_map, mask_map, random_map
+from map_scores import bootstrap, centred_gaussian, edge_map, interval, mask_map, random_map
 from pictures import Picture, read_pictures, sample_crops, sample_pictures
 from s3net_common.checkpoints import file_label, read_metadata
 from s3net_common.command_line import flag, read_options
@@ -274,7 +274,8 @@ def measure_faithfulness(
 
     Returns:
         For each method, by name: `insertion` and `deletion`, the mean curves over the pictures; `insertion_area` and
-        `deletion_area`, a list with the area of each picture's curve.
+        `deletion_area`, the mean area under the curves; `insertion_interval` and `deletion_interval`, the 95% interval
+        of this mean from a bootstrap over the pictures.
     """
     images = network_input(network, pictures, device)
     target = torch.tensor(targets, device=device)
@@ -285,7 +286,9 @@ def measure_faithfulness(
         for kind, measure in (("insertion", insertion_curve), ("deletion", deletion_curve)):
             curves = measure(network.model, images, stacked, target)
             results[method][kind] = curves.mean(0).tolist()
-            results[method][f"{kind}_area"] = area(curves).tolist()
+            areas = area(curves)
+            results[method][f"{kind}_area"] = float(areas.mean())
+            results[method][f"{kind}_interval"] = interval(bootstrap(areas[None]))
     return results
 
 

@@ -6,11 +6,11 @@
 
 A mask has the name of its image: masks/photo.png belongs to photo.jpg. The object is where the mask's alpha is above
 127, or its grey value if it has no alpha channel. Files written into --out: `segmentation.png` with 6 images, further
-images in `segmentation-2.png`, ..., `dice.png`, `dice.csv` (Dice at the percentiles 99 to 80) and `scores.json` (Dice,
-IoU, pointing game, average precision, with 95% intervals over the images). FullGrad is compared with two baseline maps,
-a centred Gaussian, which ignores the image, and the image's edges, which ignore the network; and with --rivals with
-other gradient methods (|gradient x input|, integrated gradients, SmoothGrad, |gradient|), random maps, and the true
-masks, the ceiling of all scores.
+images in `segmentation-2.png`, ..., `dice.png`, `dice.csv` (Dice at the percentiles 99 to 80), `scores.csv` (Dice, IoU,
+pointing game and average precision of each image) and `scores.json` (their means, with 95% intervals). FullGrad is
+compared with two baseline maps: a centred Gaussian, which ignores the image, and the image's edges, which ignore the
+network. With --rivals it is also compared with other gradient methods (gradient x input, integrated gradients,
+SmoothGrad, gradient), with random maps, and with the true masks, the ceiling of the scores against them.
 
 As for the paper's figures, the whole image is resized to a square; --no-squash prepares it as for the network instead.
 """
@@ -85,7 +85,7 @@ def main(args: Args) -> None:
     check_flags(args)
     device = choose_device(args.device)
     keep_freed_memory()
-    files = (*page_names("segmentation.png"), "dice.png", "dice.csv")
+    files = (*page_names("segmentation.png"), "dice.png", "dice.csv", "scores.csv")
     claim_folder(args.out, "scores.json", *files, overwrite=args.overwrite)
     if args.faithfulness:
         claim_folder(args.out, "faithfulness.json", "faithfulness.png", overwrite=args.overwrite)
@@ -119,7 +119,6 @@ def main(args: Args) -> None:
         "mean": {name: mean_scores(method_scores) for name, method_scores in scores.items()},
         "interval": intervals(scores),
         "difference": intervals(scores, networks[0].name),
-        "by_image": scores,
     }
     write_json(args.out / "scores.json", run_record() | report)
     drawn = pictures if args.images else pictures[:FIGURE_SCENES]
@@ -127,6 +126,7 @@ def main(args: Args) -> None:
     draw_segmentations(args.out / "segmentation.png", drawn, shown, args.percentile)
     draw_dice(args.out / "dice.png", {name: dice_curves(method_scores) for name, method_scores in scores.items()})
     write_atomically(args.out / "dice.csv", lambda path: write_dice(path, scores))
+    write_atomically(args.out / "scores.csv", lambda path: write_scores(path, scores))
     if faithfulness:
         write_json(args.out / "faithfulness.json", run_record() | {"networks": faithfulness})
         draw_faithfulness(args.out / "faithfulness.png", faithfulness)
@@ -229,6 +229,16 @@ def write_dice(path: Path, scores: dict[str, Scores]) -> None:
                 writer.writerows(
                     [csv_cell(method), csv_cell(image), p, f"{value:.6f}"] for p, value in row["dice"].items()
                 )
+
+
+def write_scores(path: Path, scores: dict[str, Scores]) -> None:
+    """Write a line with the scores of each method and image as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "image", *SCORES])
+        for method, method_scores in scores.items():
+            for image, row in method_scores.items():
+                writer.writerow([csv_cell(method), csv_cell(image), *(f"{row[score]:.6f}" for score in SCORES)])
 
 
 def print_table(report: dict) -> None:

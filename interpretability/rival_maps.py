@@ -52,10 +52,10 @@ def _smooth(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
 
 
 RIVALS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
-    "|gradient x input|": _times_input,
+    "gradient x input": _times_input,
     "integrated gradients": _integrated,
     "SmoothGrad": _smooth,
-    "|gradient|": gradients,
+    "gradient": gradients,
 }
 
 

@@ -47,7 +47,7 @@ from scene_training import Training, accuracy_on_held_out_digits, accuracy_on_te
 
 FAITHFULNESS_STEPS = 10
 DRAWN_SCENES = 6
-MAPS = ("FullGrad", "|gradient|")
+MAPS = ("FullGrad", "gradient")
 SCORES = ("dice", "iou", "pointing", "average_precision", "insertion", "deletion", "gini", "mass")
 FAITHFULNESS = {"insertion": insertion_curve, "deletion": deletion_curve}
 STAGES = ("trained", "equal")  # after the last epoch, and at equal accuracy
@@ -294,6 +294,7 @@ def evaluate(
         "results": read_results(path),
         "scenes": [picture.name for picture in pictures],
         "faithfulness_scenes": measured_scenes,
+        "maps": list(MAPS),
     }
     if file.is_file() and (stored := json.loads(file.read_text())).get("key") == key:
         return stored

@@ -165,7 +165,7 @@ def draw_faithfulness(path: Path, results: dict[str, dict[str, dict]]) -> None:
         for axis, kind, better in zip(axes, ("insertion", "deletion"), ("higher", "lower"), strict=True):
             for method, values in methods.items():
                 curve = values[kind]
-                label = f"{method} ({np.mean(values[f'{kind}_area']):.3f})"
+                label = f"{method} ({values[f'{kind}_area']:.3f})"
                 axis.plot(np.linspace(0, 100, len(curve)), curve, label=label)
             verb = "revealed" if kind == "insertion" else "removed"
             axis.set(title=f"{network}: {kind} ({better} is better)", xlabel=f"% of pixels {verb}")
@@ -196,7 +196,7 @@ def draw_comparison(path: Path, report: dict) -> None:
                 _interval(axis, rows[name][score], i, "C1", "gradient" if i == 0 else None)
             else:
                 _interval(axis, rows[name]["scores"]["FullGrad"][score], i, "C0", "FullGrad" if i == 0 else None)
-                _interval(axis, rows[name]["scores"]["|gradient|"][score], i + 0.25, "C1", "|gradient|" * (i == 0))
+                _interval(axis, rows[name]["scores"]["gradient"][score], i + 0.25, "C1", "gradient" * (i == 0))
         axis.set_title(score.replace("_", " ").replace("iou", "IoU") + ("  (lower is better)" * (score == "deletion")))
         axis.set_yticks(range(len(names)), names if axis in axes[:: len(axes) // 2] else [""] * len(names))
         axis.invert_yaxis()

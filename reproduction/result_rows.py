@@ -1,7 +1,5 @@
 """Rows of the page's tables, from the scripts' JSON files. A row is a dict by column title."""
 
-import statistics
-
 Row = dict[str, object]
 
 
@@ -89,7 +87,7 @@ def faithfulness_rows(results: dict) -> list[Row]:
         {
             "map": method,
             **{
-                f"{kind} ({better} is better)": f"{statistics.mean(curves[f'{kind}_area']):.4f}"
+                f"{kind} ({better} is better)": f"{curves[f'{kind}_area']:.4f}"
                 for kind, better in (("insertion", "higher"), ("deletion", "lower"))
             },
         }
