@@ -63,8 +63,8 @@ class Args(NetworkArgs):
     """Folder of the masks, or the mask if there is one image."""
     squash: bool = True
     """Resize the whole image to a square, as for the paper's figures, instead of cropping its centre."""
-    rivals: flag(bool, None, "for digits") = None
-    """Also score the maps of other gradient methods, random maps and the true masks."""
+    rivals: bool = False
+    """Also score the maps of other gradient methods, random maps and the true masks, as for digits always."""
     scenes: int = TEST
     """Scenes of digits, if there are no images."""
     percentile: float = 90.0
@@ -102,7 +102,7 @@ def main(args: Args) -> None:
             errors[network.name] = max(explanation.completeness_error for explanation in explanations)
             targets = [explanation.target for explanation in explanations]
             maps = {"FullGrad": [explanation.saliency for explanation in explanations]}
-            if args.rivals or (args.rivals is None and not args.images):
+            if args.rivals or not args.images:
                 maps |= rival_maps(network, pictures, targets, RIVAL_BATCH, device)
             columns += [(column_name(network, method, networks), pictures, maps[method]) for method in maps]
             if args.faithfulness:

@@ -88,7 +88,8 @@ def test_the_networks_own_classes(network, photographs, tmp_path, capsys):
     results = evaluate(tmp_path, save_checkpoint(tmp_path / "best.safetensors", network), data)
     expected = plain_error(network, photographs)
     assert 0 < expected < 100 and results["val_error"] == pytest.approx(expected)
-    assert results["preparation"] == {"resize": 24, "crop": 24, "image_size": 24, "mean": MEAN, "std": STD}
+    colours = {"mean": MEAN, "std": STD, "interpolation": "bilinear"}
+    assert results["preparation"] == {"resize": 24, "crop": 24, "image_size": 24, "method": "fit"} | colours
     assert sum(row["errors"] for row in results["classes"]) == pytest.approx(expected * 36 / 100)
     assert Image.open(tmp_path / "evaluation" / "confusion.png").size[0] > 500
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["val_error"] == results["val_error"]
