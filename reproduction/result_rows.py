@@ -93,3 +93,16 @@ def faithfulness_rows(results: dict) -> list[Row]:
         }
         for method, curves in methods.items()
     ]
+
+
+def comparison_rows(results: dict) -> list[Row]:
+    """Return the accuracy and the mean scores of each network's FullGrad maps."""
+    return [
+        {
+            "network": name,
+            "parameters": row["parameters"],
+            "accuracy": f"{row['mean_accuracy']:.3f}",
+            **{score.replace("_", " "): f"{value['mean']:.3f}" for score, value in row["scores"]["FullGrad"].items()},
+        }
+        for name, row in results["networks"].items()
+    ]
