@@ -54,7 +54,7 @@ def concatenate(tensors: list[Tensor]) -> Tensor:
     """
     if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
         return torch.cat(tensors, dim=1)
-    return _Concatenate.apply(*tensors)
+    return Concatenate.apply(*tensors)
 
 
 def keep_freed_memory() -> bool:
@@ -143,7 +143,9 @@ class _NormReluConv(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, conv_weight_grad, None
 
 
-class _Concatenate(torch.autograd.Function):
+class Concatenate(torch.autograd.Function):
+    """`torch.cat(tensors, dim=1)`, whose gradients are contiguous in channels-last order."""
+
     @staticmethod
     def forward(ctx, *tensors):
         ctx.channels = [t.shape[1] for t in tensors]
