@@ -165,7 +165,7 @@ class Places:
         return [self._elementwise(known, leaf) for leaf in outputs]
 
     def _sampled(self, places: Coordinates, output: Tensor) -> Coordinates | None:
-        if len(output) != self.n or places.image.numel() != self.n:
+        if len(output) != self.n or _without_repetition(places.image).numel() != self.n:
             return None
         if places.row.isnan().all():
             nowhere = torch.full((1, 1, 1, 1), NOWHERE, device=self.device)
@@ -177,9 +177,14 @@ class Places:
     ) -> Coordinates | None:
         axis = args[1] if len(args) > 1 else kwargs.get("dim", 0)
         tensors = args[0]
-        same = len(known) == len(tensors) and all(tensor._places is known[0]._places for tensor in known)
-        if same and func in CONCATENATIONS and all(c.shape[axis] == 1 for c in known[0]._places):
-            return known[0]._places
+        places = known[0]._places
+        if (
+            func in CONCATENATIONS
+            and len(known) == len(tensors)
+            and all(coordinate.shape[axis] == 1 for coordinate in places)
+            and all(_equal(tensor._places, places) for tensor in known[1:])
+        ):
+            return places
         return self._selected(func, args, kwargs)[0]
 
     def _padded(self, tensor: Tensor, args: tuple, kwargs: dict) -> Coordinates:
@@ -314,6 +319,10 @@ def _broadcasts(places: Coordinates, shape: torch.Size) -> bool:
     )
 
 
+def _equal(places: Coordinates, others: Coordinates) -> bool:
+    return places is others or all(map(torch.equal, places, others))
+
+
 def _compact(coordinate: Tensor) -> Tensor:
     for axis in range(coordinate.dim()):
         if coordinate.stride(axis) == 0 and coordinate.shape[axis] > 1:
@@ -333,7 +342,7 @@ def _without_repetition(coordinate: Tensor) -> Tensor:
 
 def _merged(places: Coordinates, others: Coordinates) -> Coordinates:
     """Fill coordinates that are missing from others of the same tensor shape."""
-    if places is others or not any(coordinate.isnan().any() for coordinate in places):
+    if _equal(places, others) or not any(coordinate.isnan().any() for coordinate in places):
         return places
     return Coordinates(*(torch.where(a.isnan(), b, a) for a, b in zip(places, others, strict=True)))
 
