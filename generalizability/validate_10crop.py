@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from data.batches import DiskEvaluationBatches
 from data.image_sets import DiskImages, find_split, open_source
 from data.ten_crops import CENTER_CROP, ten_crops
-from distributed import Ranks, join_ranks
+from distributed import Ranks, device_name, join_ranks
 from s3net_common.class_names import match_classes
 from s3net_common.command_line import flag, given_flags, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
@@ -88,7 +88,8 @@ class Args:
     device: flag(str, "{cpu,cuda,cuda:N,mps}", "a GPU if there is one") = None
     """Device to compute on. Under torchrun, each rank gets the GPU of its LOCAL_RANK."""
     amp: flag(bool, None, "if it is faster") = True
-    """Mixed precision: bfloat16, or float16 on CUDA devices that lack it."""
+    """Mixed precision: bfloat16, or float16 on CUDA devices that lack it. --no-amp: float32, whose products CUDA
+    devices since Ampere compute in TF32."""
     out: flag(Path, "FILE", "runs/validate_10crop/<folder>-<checkpoint>.json") = None
     """JSON file for the results. The picture of the confusions is beside it."""
     overwrite: bool = False
@@ -118,9 +119,9 @@ def main(args: Args) -> int:
         results |= {
             "seconds": seconds,
             "images_per_second": len(images) / seconds,
-            "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type,
+            "device": device_name(ranks.device),
             "processes": ranks.world_size,
-            "precision": str(precision.dtype).removeprefix("torch."),
+            "precision": precision.name,
             **run_record(),
         }
         write_json(out, results)

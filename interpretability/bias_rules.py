@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from s3net_common.cpu_kernels import Concatenate
 from s3net_common.errors import InputError, first_line
 
 NAMESPACES = (torch, Tensor, F, torch._C._nn, torch.special, torch.linalg)
@@ -54,7 +53,7 @@ RESAMPLING = named(
     "max_pool2d_with_indices", "interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle",
 )  # fmt: skip
 REDUCTIONS = named("mean", "sum", "amax", "amin", "std")
-FREE = RESHAPES | PERMUTATIONS | SELECTIONS | COPIES | RESAMPLING | REDUCTIONS | {Concatenate}
+FREE = RESHAPES | PERMUTATIONS | SELECTIONS | COPIES | RESAMPLING | REDUCTIONS
 FREE |= named(
     "relu", "relu_", "leaky_relu", "leaky_relu_", "abs", "abs_", "neg", "neg_", "__neg__", "negative", "positive",
     "cumsum", "sort", "topk", "fold", "squeeze_", "unsqueeze_", "transpose_",

@@ -30,7 +30,6 @@ from bias_rules import (
 )
 from module_names import ModuleNames
 from places import Layout, Places
-from s3net_common.cpu_kernels import Concatenate
 from s3net_common.errors import InputError
 
 
@@ -137,8 +136,6 @@ class Operations(TorchFunctionMode):
 
     def apply_custom(self, function: type, apply: Callable, args: tuple) -> Any:
         """Run a custom `torch.autograd.Function`, which never reaches `__torch_function__`, and note its bias."""
-        if function is Concatenate:
-            return self.follow(torch.cat, (args, 1), {}, apply(*args))
         self.custom_functions.add(function.__name__)
         call = Call(apply, args, {})
         call.name = function.__name__

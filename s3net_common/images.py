@@ -4,7 +4,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -279,7 +279,12 @@ def limit_pixels(count: int | None) -> None:
     Image.MAX_IMAGE_PIXELS = (count or MAX_PIXELS) / 2  # Pillow warns above this number and refuses twice it
 
 
-def load_image(file: Path | bytes | memoryview, orient: bool, rgb: bool = False) -> Image.Image:
+Prepare = Callable[[Image.Image], object]  # called with an image whose header has been read, but not its pixels
+
+
+def load_image(
+    file: Path | bytes | memoryview, orient: bool, rgb: bool = False, prepare: Prepare | None = None
+) -> Image.Image:
     """Load an image in its own mode, or convert it with `to_rgb`. For the other arguments see `decode`.
 
     Raises:
@@ -288,6 +293,8 @@ def load_image(file: Path | bytes | memoryview, orient: bool, rgb: bool = False)
     try:
         with Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=FORMATS) as image:
             _scale_transparency(image)
+            if prepare:
+                prepare(image)
             image.load()
             image = _turn_upright(image) if orient else image
             return to_rgb(image) if rgb else image
@@ -295,33 +302,40 @@ def load_image(file: Path | bytes | memoryview, orient: bool, rgb: bool = False)
         raise InputError(_reason(error, file)) from error
 
 
-def decode(file: Path | bytes | memoryview, orient: bool = False) -> Image.Image:
+def decode(file: Path | bytes | memoryview, orient: bool = False, prepare: Prepare | None = None) -> Image.Image:
     """Decode an image of any mode as 8-bit RGB. Transparent pixels become white; other ranges are scaled to 8 bits.
 
     Args:
         file: path of an image file, or the file's content.
         orient: rotate the image as its EXIF orientation says: for users' photographs. ImageNet, ten-crop evaluation
             and LMDB files use the stored pixels, as torchvision does.
+        prepare: called before the pixels are decoded; it may set the size at which a JPEG is decoded.
 
     Raises:
         InputError: the image cannot be decoded; the message is the reason.
     """
-    return load_image(file, orient, rgb=True)
+    return load_image(file, orient, rgb=True, prepare=prepare)
 
 
-def read_rgb(file: Path | bytes | memoryview, name: str | Path | None = None, orient: bool = True) -> Image.Image:
+def read_rgb(
+    file: Path | bytes | memoryview,
+    name: str | Path | None = None,
+    orient: bool = True,
+    prepare: Prepare | None = None,
+) -> Image.Image:
     """Decode an image like `decode`, with an error message for the user.
 
     Args:
         file: path of an image file, or the file's content.
         name: the image's name in the message; by default its path.
         orient: as in `decode`.
+        prepare: as in `decode`.
 
     Raises:
         UnreadableImage: the image cannot be decoded.
     """
     try:
-        return decode(file, orient)
+        return decode(file, orient, prepare)
     except InputError as error:
         raise UnreadableImage(file if name is None else name, str(error)) from error
 

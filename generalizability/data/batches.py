@@ -16,14 +16,24 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms import functional as transforms
 
-from data.image_sets import DiskImages, Halves, ImageSet, Source
+from data.decoding import (
+    CropDrawer,
+    Decoder,
+    DraftDecoder,
+    Item,
+    Transform,
+    center_crop,
+    collate,
+    collate_encoded,
+    decode_crops,
+    random_crop,
+)
+from data.device_input import to_device
+from data.image_sets import DiskImages, Halves, ImageSet
 from distributed import Ranks
 from recipes import RunConfig
-from s3net_common.errors import InputError, LocalError
-from s3net_common.images import read_rgb
+from s3net_common.errors import LocalError
 from s3net_common.unused_files import report_once, unreadable_images
 
 SEARCH_SECONDS = 60  # after an unreadable image, the time to look for others, so that one error names them
@@ -63,7 +73,7 @@ class Normalization:
         return images.contiguous(memory_format=torch.channels_last).unflatten(0, leading)
 
 
-def step_part(step: int, batch_size: int, count: int, rank: int, world_size: int) -> tuple[Tensor, float, int]:
+def step_part(step: int, batch_size: int, count: int, rank: int, world_size: int) -> tuple[slice, float, int]:
     """Return the part of a training batch that belongs to a rank.
 
     Args:
@@ -74,15 +84,17 @@ def step_part(step: int, batch_size: int, count: int, rank: int, world_size: int
         world_size: number of ranks.
 
     Returns:
-        The positions of the images in the epoch's order `(b,)`, their weight in the loss (1), and the size of the whole
-        batch. If a batch has fewer images than there are ranks, the ranks without an image get the first one with
-        weight 0, because every rank must take part in the step.
+        The positions of the images in the epoch's order, their weight in the loss (1), and the size of the whole batch.
+        If a batch has fewer images than there are ranks, the ranks without an image get the first one with weight 0,
+        because every rank must take part in the step.
     """
     batch = range(step * batch_size, min((step + 1) * batch_size, count))
-    part = torch.arange(batch.start, batch.stop).tensor_split(world_size)[rank]
-    if not len(part):
-        return torch.tensor([batch.start]), 0.0, len(batch)
-    return part, 1.0, len(batch)
+    images, rest = divmod(len(batch), world_size)
+    start = batch.start + rank * images + min(rank, rest)
+    stop = start + images + (rank < rest)
+    if start == stop:
+        return slice(batch.start, batch.start + 1), 0.0, len(batch)
+    return slice(start, stop), 1.0, len(batch)
 
 
 def combine_seeds(seed: int, epoch: int) -> int:
@@ -123,16 +135,15 @@ class _Batches:
     def close(self) -> None:
         """Do nothing: only batches from disk have worker processes to end."""
 
-    def _select(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        indices = indices.to(self.images.device, non_blocking=True)
-        images, labels = self.images.index_select(0, indices), self.labels.index_select(0, indices)
-        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+    def _select(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return to_device(images, self.device), to_device(labels, self.device)
 
 
 class TrainingBatches(_Batches):
     """Batches in random order, each image flipped and cropped at random.
 
-    Every rank draws the random numbers of the whole batch on the CPU, then takes its part of the batch.
+    Every rank draws the random numbers of the whole epoch on the CPU and copies them to the device at once, then takes
+    its part of each batch.
 
     Args:
         *args, **kwargs: as of `_Batches`.
@@ -159,11 +170,14 @@ class TrainingBatches(_Batches):
         order = torch.randperm(count, generator=generator)
         flips = torch.rand(count, generator=generator) < (0.5 if self.flip else 0.0)
         offsets = torch.randint(2 * self.padding + 1, (2, count), generator=generator)
+        order = to_device(order, self.images.device)
+        flips, offsets = to_device(flips, self.device), to_device(offsets, self.device)
         for step in range(first_step, len(self)):
             part, weight, whole_batch = step_part(step, self.batch_size, count, self.rank, self.world_size)
-            images, labels = self._select(order[part])
+            indices = order[part]
+            images, labels = self._select(self.images.index_select(0, indices), self.labels.index_select(0, indices))
             images = flip_and_crop(images, flips[part], offsets[:, part], self.padding)
-            weights = torch.full((len(part),), weight, device=self.device)
+            weights = torch.full((len(labels),), weight, device=self.device)
             yield self.normalize(images), labels, weights, whole_batch
 
 
@@ -177,8 +191,8 @@ class EvaluationBatches(_Batches):
     def part(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images `(b, 3, H, W)` and labels `(b,)` of the batches of a rank."""
         for step in range(rank, len(self), world_size):
-            indices = torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.labels)))
-            images, labels = self._select(indices)
+            batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            images, labels = self._select(self.images[batch], self.labels[batch])
             yield self.normalize(images), labels
 
 
@@ -198,68 +212,12 @@ def flip_and_crop(images: Tensor, flips: Tensor, offsets: Tensor, padding: int) 
     device = images.device
     if padding:
         windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W)
-        rows, columns = offsets.to(device, non_blocking=True)
+        rows, columns = to_device(offsets, device)
         images = windows[torch.arange(batch, device=device), :, rows, columns]
-    return torch.where(flips.to(device, non_blocking=True).view(-1, 1, 1, 1), images.flip(3), images)
+    return torch.where(to_device(flips, device).view(-1, 1, 1, 1), images.flip(3), images)
 
 
-# ---- Images on disk: one image ------------------------------------------------------------------------------------
-
-Transform = Callable[[Image.Image], Tensor]  # from an RGB image to uint8 pixels
-Item = tuple[int, int | None]  # index of an image, and the seed of its random transform (None: it is not random)
-
-
-def random_crop(image: Image.Image, size: int, flip: bool) -> Tensor:
-    """Convert an RGB image to uint8 `(3, size, size)`: a random crop, resized, and mirrored at random if `flip`.
-
-    The crop has 8% to 100% of the area and an aspect ratio of 3/4 to 4/3. The random numbers are torch's.
-    """
-    top, left, height, width = RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
-    box = (left, top, left + width, top + height)
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box)
-    if flip and torch.rand(()) < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return transforms.pil_to_tensor(image)
-
-
-def center_crop(image: Image.Image, size: int) -> Tensor:
-    """Convert an RGB image to uint8 `(3, size, size)`: short side resized to 256/224 of the size, then centre crop."""
-    resized = transforms.resize(image, round(size * 256 / 224))
-    return transforms.pil_to_tensor(transforms.center_crop(resized, size))
-
-
-@dataclass
-class Decoder(Dataset):
-    """Decoded and transformed images of a source.
-
-    `decoder[index, seed]` is `(pixels, label, problem)`: the transformed image, its label and, if it cannot be decoded,
-    the error, with black pixels. A raised exception would reach the main process with its worker's traceback in it.
-    """
-
-    source: Source
-    transform: Transform
-
-    def __getitem__(self, item: Item) -> tuple[Tensor, int, InputError | None]:
-        index, seed = item
-        label, problem = 0, None
-        try:
-            encoded, label = self.source.encoded(index)
-            image = read_rgb(encoded, self.source.name(index), orient=False)
-        except InputError as error:
-            image, problem = Image.new("RGB", (64, 64)), error
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            return self.transform(image), label, problem
-
-
-# ---- Images on disk: batches --------------------------------------------------------------------------------------
-
-
-def collate(items: list[tuple[Tensor, int, InputError | None]]) -> tuple[Tensor, Tensor, list[InputError | None]]:
-    """Return the pixels `(B, ...)`, labels `(B,)` and problems of a batch."""
-    pixels, labels, problems = zip(*items, strict=True)
-    return torch.stack(pixels), torch.tensor(labels), list(problems)
+# ---- Images on disk -----------------------------------------------------------------------------------------------
 
 
 def start_worker(max_pixels: float | None, worker: int) -> None:
@@ -294,7 +252,9 @@ class _DiskBatches:
         batch_size: images in a batch, over all distributed ranks.
         device, mean, std, image_size: as of `Normalization`.
         workers: processes that decode images; 0 to decode them in this process.
+        decoder: the data set of decoded images; by default `Decoder` with `transform`.
         transform: applied to each image.
+        collate_fn: makes a batch of the items of `decoder`.
     """
 
     def __init__(
@@ -306,17 +266,19 @@ class _DiskBatches:
         std: tuple[float, float, float],
         image_size: int,
         workers: int,
-        transform: Transform,
+        transform: Transform | None = None,
+        decoder: Dataset | None = None,
+        collate_fn: Callable = collate,
     ) -> None:
         self.data, self.batch_size, self.device = data, batch_size, device
         self.normalize = Normalization(device, mean, std, image_size)
         self.sampler = _BatchSampler()
         self.reported: set[str] = set()  # messages about the images left out
         self.loader = DataLoader(
-            Decoder(data.source, transform),
+            decoder or Decoder(data.source, transform),
             batch_sampler=self.sampler,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=collate_fn,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=partial(start_worker, Image.MAX_IMAGE_PIXELS),
@@ -339,17 +301,17 @@ class _DiskBatches:
         """
         self.sampler.batches = batches
         loaded = iter(self.loader)
-        for pixels, labels, problems in loaded:
-            if (errors := list(filter(None, problems))) and not self.data.skip_unreadable:
+        for *batch, errors in loaded:
+            if errors and not self.data.skip_unreadable:
                 deadline = time.monotonic() + SEARCH_SECONDS
-                while time.monotonic() < deadline and (batch := next(loaded, None)):
-                    errors += filter(None, batch[2])
+                while time.monotonic() < deadline and (more := next(loaded, None)):
+                    errors += more[-1]
                 raise LocalError(str(unreadable_images(errors)))
             report_once(errors, self.reported)
-            yield pixels, labels, torch.tensor([problem is None for problem in problems])
+            yield tuple(batch)
 
     def _to_device(self, *tensors: Tensor) -> list[Tensor]:
-        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+        return [to_device(tensor, self.device) for tensor in tensors]
 
 
 class DiskTrainingBatches(_DiskBatches):
@@ -358,15 +320,29 @@ class DiskTrainingBatches(_DiskBatches):
     Args:
         *args, **kwargs: as of `_DiskBatches`.
         flip, seed, rank, world_size: as of `TrainingBatches`.
+        decode: one of `DECODERS`.
     """
 
     def __init__(
-        self, *args, image_size: int, flip: bool, seed: int, rank: int = 0, world_size: int = 1, **kwargs
+        self,
+        data: DiskImages,
+        *args,
+        image_size: int,
+        flip: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        decode: str = "cpu",
+        **kwargs,
     ) -> None:
-        super().__init__(
-            *args, image_size=image_size, transform=partial(random_crop, size=image_size, flip=flip), **kwargs
-        )
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        crop = {"size": image_size, "flip": flip}
+        kinds = {
+            "cpu": {"transform": partial(random_crop, **crop)},
+            "draft": {"decoder": DraftDecoder(data.source, **crop)},
+            "gpu": {"decoder": CropDrawer(data.source, **crop), "collate_fn": collate_encoded},
+        }
+        super().__init__(data, *args, image_size=image_size, **kinds[decode], **kwargs)
+        self.seed, self.rank, self.world_size, self.decode = seed, rank, world_size, decode
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
         """Yield as `TrainingBatches.epoch`; an image that is skipped has weight 0."""
@@ -381,8 +357,16 @@ class DiskTrainingBatches(_DiskBatches):
             for part, _, _ in parts:
                 yield list(zip(order[part].tolist(), seeds[part].tolist(), strict=True))
 
-        for batch, (_, weight, whole_batch) in zip(self._load(batches), parts, strict=True):
-            pixels, labels, readable = self._to_device(*batch)
+        for (pixels, *rest), (_, weight, whole_batch) in zip(self._load(batches), parts, strict=True):
+            labels, readable = self._to_device(*rest)
+            if self.decode == "gpu":
+                pixels, problems = decode_crops(pixels, self.device)
+                if errors := list(filter(None, problems)):
+                    if not self.data.skip_unreadable:
+                        raise LocalError(str(unreadable_images(errors)))
+                    report_once(errors, self.reported)
+                    readable &= torch.tensor([problem is None for problem in problems], device=self.device)
+            pixels = to_device(pixels, self.device)
             yield self.normalize(pixels), labels, readable * weight, whole_batch
 
 
@@ -433,7 +417,8 @@ def make_batches(config: RunConfig, data: Halves, ranks: Ranks, loader_workers: 
     options = {"mean": config.mean, "std": config.std, "image_size": config.image_size, "flip": config.flip}
     options |= {"seed": config.seed, "rank": ranks.rank, "world_size": ranks.world_size}
     if isinstance(train, DiskImages):
-        training = DiskTrainingBatches(train, config.batch_size, ranks.device, workers=loader_workers, **options)
+        options |= {"workers": loader_workers, "decode": config.decode}
+        training = DiskTrainingBatches(train, config.batch_size, ranks.device, **options)
     else:
         training = TrainingBatches(train, config.batch_size, ranks.device, crop_padding=config.crop_padding, **options)
     return training, evaluation

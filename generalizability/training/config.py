@@ -8,9 +8,12 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 import torch
+import torchvision
 
 from data.datasets import DATASETS
+from data.decoding import DECODERS
 from data.image_sets import Halves
+from distributed import Ranks
 from recipes import RunConfig, recipe_for
 from s3net_common.checkpoints import LARGEST_IMAGE, check_metadata, is_number
 from s3net_common.class_names import match_classes
@@ -27,7 +30,7 @@ NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate", "connections")
 ENVIRONMENT_FLAGS = {
     **dict.fromkeys(("data_dir", "device"), str),
     **dict.fromkeys(("workers", "checkpoint_every", "max_pixels"), int),
-    **dict.fromkeys(("skip_unreadable", "compile", "tensorboard"), bool),
+    **dict.fromkeys(("skip_unreadable", "compile", "graphs", "tensorboard"), bool),
 }
 DATA_FLAGS = ("dataset", "image_size", "hold_out", "limit_train", "limit_val")  # which images, and how they are read
 MAXIMUM = {"epochs": 100_000, "image_size": LARGEST_IMAGE, "seed": 2**62 - 1}
@@ -49,6 +52,7 @@ def check_flags(flags: Flags) -> None:
         ("data set", flags.get("dataset"), DATASETS),
         ("network", flags.get("model"), list_networks()),
         ("schedule", flags.get("schedule"), SCHEDULES),
+        ("decoder", flags.get("decode"), DECODERS),
     ):
         if name is not None and name not in known:
             raise InputError(f"there is no {kind} {name!r}: {nearest_names(name, known)}")
@@ -106,6 +110,8 @@ def resolve_config(flags: Flags, data: Halves, device: torch.device, start: dict
         val_images=len(val),
         classes=train.classes,
         init=flags.get("init"),
+        sync_bn=flags.get("sync_bn", False),
+        decode=flags.get("decode", "cpu"),
     )
     check_sizes(config)
     return RunConfig(**json.loads(json.dumps(asdict(config))))  # tuples become lists, as in config.json
@@ -123,6 +129,27 @@ def check_sizes(config: RunConfig) -> None:
         )
     if config.accumulate > config.batch_size:
         raise InputError(f"--accumulate {config.accumulate} is too large: the batch has {config.batch_size} images")
+
+
+def check_device(config: RunConfig, flags: Flags, ranks: Ranks) -> None:
+    """Check that the device and the number of processes are those that the flags need.
+
+    Raises:
+        InputError: they are not.
+    """
+    if flags.get("graphs") and (ranks.device.type != "cuda" or ranks.world_size > 1):
+        raise InputError("--graphs is for a single process on a CUDA GPU: leave it out")
+    if config.sync_bn and ranks.device.type != "cuda":
+        raise InputError("--sync-bn is for CUDA GPUs: PyTorch has no BatchNorm over several processes on other devices")
+    if config.decode != "cpu" and config.dataset != "imagenet":
+        raise InputError(
+            f"--decode {config.decode} is for images on disk, --dataset imagenet: other data sets are decoded once, "
+            "before the training"
+        )
+    if config.decode == "gpu" and (ranks.device.type != "cuda" or not hasattr(torchvision.io, "decode_jpeg")):
+        raise InputError(
+            "--decode gpu needs a CUDA GPU, and a torchvision with decode_jpeg: pass --decode draft, or leave it out"
+        )
 
 
 def environment_of(flags: Flags) -> dict[str, str | int]:

@@ -1,10 +1,9 @@
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from processes import run_python
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOTEBOOK = REPOSITORY / "expressibility" / "topology_ntk_comparison.ipynb"
@@ -57,8 +56,7 @@ def run_set_up_cell(folder):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cell = next(cell.source for cell in notebook.cells if "sys.path" in cell.source)
     # -I: only the cell puts the repository on sys.path.
-    command = [sys.executable, "-I", "-c", f"{cell}\nimport ntk_comparison\nprint(ntk_comparison.__file__)"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    return run_python("-I", "-c", f"{cell}\nimport ntk_comparison\nprint(ntk_comparison.__file__)", cwd=folder)
 
 
 def test_the_set_up_cell_finds_the_code_from_the_folder_and_from_the_root():

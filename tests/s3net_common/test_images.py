@@ -4,13 +4,13 @@ import os
 import pickle
 import struct
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, features
+from processes import run_python
 
 from s3net_common.errors import InputError, printable
 from s3net_common.images import (
@@ -370,6 +370,6 @@ def test_heic_images_are_read_with_the_package(tmp_path):
         "import pathlib\nfrom s3net_common.images import find_images, decode\n"
         f"print([decode(path).getpixel((1, 1)) for path in find_images([pathlib.Path({str(tmp_path)!r})])])"
     )
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2]}:{tmp_path}"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    path = os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])
+    done = run_python("-c", program, env={"PYTHONPATH": path})
     assert done.stdout == "[(7, 7, 7)]\n", done.stderr
