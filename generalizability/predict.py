@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from distributed import join_ranks
-from s3net_common.command_line import flag, read_options, run_script
+from s3net_common.checkpoints import read_options
+from s3net_common.command_line import flag, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError, nearest_names, printable
 from s3net_common.images import IMAGE_SUFFIXES, MAX_PIXELS, find_images, limit_pixels, read_rgb
 from s3net_common.output_files import csv_cell, default_out, make_folder, relative, write_atomically
 from s3net_common.unused_files import UnreadableImage, report_once, unreadable_images
 from s3net_networks import list_networks
+from s3net_networks.size import count_multiply_adds
 from training.trained_network import TrainedNetwork, read_trained_network
 
 CHECKPOINTS = "the checkpoint's"  # what --help says about a default
@@ -102,6 +104,7 @@ def main(args: Args) -> int:
     )
     outputs = trained.outputs or (100 if trained.name.endswith("_cifar") else 1000)
     model = trained.build(outputs, print).to(device, memory_format=torch.channels_last)
+    count_multiply_adds(model, trained.preparation.image_size, device)  # a check that it takes images of this size
     names = [*(trained.classes or []), *(f"output {i}" for i in range(len(trained.classes or []), outputs))]
     for note in trained.notes:
         print(note, flush=True)

@@ -19,8 +19,8 @@ from faithfulness import area, deletion_curve, insertion_curve
 from full_grad import FullGrad, IncompleteWarning
 from map_scores import bootstrap, centred_gaussian, edge_map, interval, mask_map, random_map
 from pictures import Picture, read_pictures, sample_crops, sample_pictures
-from s3net_common.checkpoints import file_label, read_metadata
-from s3net_common.command_line import flag, read_options
+from s3net_common.checkpoints import file_label, read_metadata, read_options
+from s3net_common.command_line import flag
 from s3net_common.errors import InputError
 from s3net_common.framing import Preparation, usual_preparation
 from s3net_common.images import IMAGE_SUFFIXES, MAX_PIXELS, find_images, limit_pixels

@@ -14,6 +14,7 @@ from torch import nn
 
 from recipes import RECIPES
 from s3net_common.checkpoints import create_with_weights, read_metadata
+from s3net_common.class_names import composed
 from s3net_common.errors import InputError
 from s3net_common.framing import Preparation, dataset_preparation, stored_preparation, usual_dataset
 from s3net_common.images import read_class_names
@@ -92,22 +93,26 @@ def read_trained_network(
     names = metadata.get("classes") or None
     if classes is not None:
         names = _names_from_file(classes, names)
-    notes = []
-    preparation = stored_preparation(metadata)
+    outputs = num_classes or metadata.get("num_classes") or (len(names) if names else None)
+    if names and len(names) > outputs:
+        raise InputError(
+            f"there are {len(names)} class names for {outputs} outputs: correct --classes or --num-classes"
+        )
+    notes, preparation = [], stored_preparation(metadata)
     if preparation is None:
         known = dataset in RECIPES and dataset != "folder"
         prepared_as = dataset if known else usual_dataset(name)
-        recipe = RECIPES[prepared_as]
-        preparation = dataset_preparation(prepared_as, recipe.image_size, recipe.mean, recipe.std)
+        settings = vars(RECIPES[prepared_as]) | metadata
+        preparation = dataset_preparation(prepared_as, settings["image_size"], settings["mean"], settings["std"])
         notes.append(
-            f"{file} does not say how its images are prepared: as for {prepared_as}, {recipe.image_size} pixels"
+            f"{file} does not say how its images are prepared: as for {prepared_as}, {settings['image_size']} pixels"
         )
     return TrainedNetwork(
         file=file,
         name=name,
         options=own_options | (options or {}),
         preparation=preparation,
-        outputs=num_classes or metadata.get("num_classes") or (len(names) if names else None),
+        outputs=outputs,
         classes=names,
         dataset=metadata.get("dataset") or dataset,
         notes=notes,
@@ -118,7 +123,7 @@ def _names_from_file(file: Path, trained: list[str] | None) -> list[str]:
     """Return the names of a file of --classes, which must be those of the checkpoint if it has names."""
     names = read_class_names(file)
     for output, (trained_name, name) in enumerate(zip_longest(trained or names, names)):
-        if trained_name != name:
+        if None in (trained_name, name) or composed(trained_name) != name:
             in_checkpoint, in_file = ("missing" if text is None else repr(text) for text in (trained_name, name))
             raise InputError(
                 f"{file} does not fit this checkpoint: output {output} is {in_checkpoint} in the checkpoint and "
