@@ -76,6 +76,7 @@ class PictureExplanation:
         probability: the network's probability of `target`.
         prediction: index of the most probable class.
         completeness_error: `FullGrad.completeness_error` of the picture.
+        drawn: share of the sum of the absolute terms that the map shows, 0 to 1; the rest has no place in the image.
         seconds: computing time of the picture's batch divided by the number of its pictures.
         most_probable: the first `MOST_PROBABLE` classes by probability, with their probabilities.
     """
@@ -85,6 +86,7 @@ class PictureExplanation:
     probability: float
     prediction: int
     completeness_error: float
+    drawn: float
     seconds: float
     most_probable: list[tuple[int, float]]
 
@@ -243,13 +245,13 @@ def explain_pictures(
             if issubclass(warning.category, IncompleteWarning):
                 print(f"warning: {network.name}: {warning.message}", file=sys.stderr)
         probabilities, errors = result.logits.softmax(1).cpu(), result.completeness_error[:, 0].tolist()
+        drawn = result.drawn[:, 0].tolist()
         ranked = probabilities.topk(min(MOST_PROBABLE, probabilities.shape[1]))
         for i, target_class in enumerate(classes.tolist()):
             most_probable = list(zip(ranked.indices[i].tolist(), ranked.values[i].tolist(), strict=True))
             probability, prediction = probabilities[i, target_class].item(), most_probable[0][0]
-            explanations.append(
-                PictureExplanation(maps[i], target_class, probability, prediction, errors[i], seconds, most_probable)
-            )
+            numbers = (target_class, probability, prediction, errors[i], drawn[i], seconds)
+            explanations.append(PictureExplanation(maps[i], *numbers, most_probable))
         progress(len(images))
     return explanations
 

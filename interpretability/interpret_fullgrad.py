@@ -135,6 +135,7 @@ def map_rows(columns: list[Column]) -> list[dict[str, Any]]:
             "prediction_name": network.class_name(explanation.prediction),
             "most_probable": [[network.class_name(i), probability] for i, probability in explanation.most_probable],
             "completeness_error": explanation.completeness_error,
+            "drawn": explanation.drawn,
             "seconds": explanation.seconds,
         }
         for network, pictures, explanations in columns
@@ -143,12 +144,15 @@ def map_rows(columns: list[Column]) -> list[dict[str, Any]]:
 
 
 def print_summary(columns: list[Column]) -> None:
-    """Print for each network the number of maps, the seconds for one map, and the largest completeness error."""
+    """Print for each network: number of maps, seconds for one, largest completeness error, and least share drawn."""
     for network, _, explanations in columns:
         error = max(explanation.completeness_error for explanation in explanations)
         seconds = np.mean([explanation.seconds for explanation in explanations])
+        drawn = min(explanation.drawn for explanation in explanations)
         print(
-            f"{network.name:28} {len(explanations)} maps, {seconds:.3f} s each, completeness error at most {error:.1e}"
+            f"{network.name:28} {len(explanations)} maps, {seconds:.3f} s each, "
+            f"completeness error at most {error:.1e}, "
+            f"{drawn:.0%} of the terms drawn or more"
         )
 
 

@@ -54,6 +54,12 @@ def caption(network: Network, explanation: PictureExplanation) -> str:
     return text
 
 
+def drawn_share(explanations: Sequence[PictureExplanation]) -> str:
+    """Return what share of the terms a network's maps show, for a title: "96% of terms drawn", "91-96% ..."."""
+    low, high = (round(100 * bound(e.drawn for e in explanations)) for bound in (min, max))
+    return f"{low}% of terms drawn" if low == high else f"{low}-{high}% of terms drawn"
+
+
 def draw_maps(
     path: Path,
     pictures: Sequence[Picture],
@@ -61,14 +67,15 @@ def draw_maps(
 ) -> None:
     """Draw a row for each image and a column for each network, as in the paper's figure.
 
-    Under each map are the explained class and its probability.
+    Under each map are the explained class and its probability; under a network's name is the share of the terms that
+    have a place in the image.
 
     Args:
         path: PNG to write; for the further pages see `pages`.
         pictures: the images of the first column.
         columns: each network with its pictures (in its image size) and their explanations.
     """
-    titles = ["image", *(network.name for network, _, _ in columns)]
+    titles = ["image", *(f"{network.name}\n{drawn_share(explained)}" for network, _, explained in columns)]
     for page, rows in pages(path, len(pictures)):
         figure, axes = _grid(titles, [pictures[i] for i in rows])
         for axis, i in zip(axes, rows, strict=True):
@@ -100,7 +107,9 @@ def draw_crops(
         lines = [f"{_short(network.class_name(i))} {probability:.2f}" for i, probability in explanation.most_probable]
         axes[0][column].set_title("\n".join(lines), fontsize=9, parse_math=False)
     size = len(pictures[0].pixels)
-    for row, label in zip(axes, ("photograph", f"network's input, {size}x{size}", "FullGrad"), strict=True):
+    for row, label in zip(
+        axes, ("photograph", f"network's input, {size}x{size}", f"FullGrad\n{drawn_share(explanations)}"), strict=True
+    ):
         row[0].set_ylabel(label, fontsize=9)
     save_figure(path, figure, DPI)
 

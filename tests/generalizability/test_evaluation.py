@@ -15,11 +15,11 @@ import predict
 import train_s3net
 from data.image_sets import DiskImages, open_source
 from recipes import RECIPES
-from s3net_common.checkpoints import pretrained_file, save_weights
+from s3net_common.checkpoints import pretrained_file, read_options, save_weights
 from s3net_common.errors import InputError
 from s3net_networks import create_network
 from train_s3net import Args
-from training.trained_network import read_options, read_trained_network
+from training.trained_network import read_trained_network
 
 NAMES = sorted(["ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx"])
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]

@@ -15,7 +15,7 @@ from pictures import Picture
 
 def explained(names):
     pictures = [Picture(name, np.full((8, 8, 3), 90, np.uint8), mask=np.eye(8) > 0) for name in names]
-    explanation = PictureExplanation(np.eye(8, dtype=np.float32), 0, 0.5, 1, 0.0, 0.0, [(0, 0.5)])
+    explanation = PictureExplanation(np.eye(8, dtype=np.float32), 0, 0.5, 1, 0.0, 0.9, 0.0, [(0, 0.5)])
     return pictures, [explanation] * len(pictures)
 
 
@@ -81,3 +81,9 @@ def test_a_squashed_photograph_is_drawn_in_its_own_proportions(tmp_path, monkeyp
         saliency_figures.draw_segmentations(tmp_path / "s.png", [shown], [("net", [shown], [np.eye(8)])], 90.0)
         assert [box.width / box.height for box in boxes] == pytest.approx([aspect] * 5, rel=1e-3)
         boxes.clear()
+
+
+def test_titles_say_which_share_of_the_terms_is_drawn():
+    _, (explanation, *_) = explained(["a"])
+    assert saliency_figures.drawn_share([explanation]) == "90% of terms drawn"
+    assert saliency_figures.drawn_share([explanation, replace(explanation, drawn=0.384)]) == "38-90% of terms drawn"

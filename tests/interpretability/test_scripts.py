@@ -79,7 +79,7 @@ def test_interpret_fullgrad_writes_maps_overlays_figure_and_json(photographs, tm
         assert saliency.min() >= 0
         assert saliency.max() > 0
         assert Image.open(out / "overlays" / row["network"] / f"{row['image']}.png").size == (64, 64)
-        assert row["completeness_error"] < 1e-4
+        assert row["completeness_error"] < 1e-4 and 0.5 < row["drawn"] <= 1
         assert row["target"] == row["prediction"] < 1000
         assert 0 < row["probability"] <= 1
         assert row["seconds"] > 0
