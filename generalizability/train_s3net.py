@@ -347,8 +347,6 @@ def read_data(flags: Flags, ranks: Ranks, splits: tuple[str, ...] = SPLITS) -> H
 
     halves = ranks.on_all_ranks(lambda: read() if first_of_node else None)
     halves = ranks.on_all_ranks(lambda: halves or read())
-    if ranks.is_main and (skipped := sum(half.skipped for half in halves)):
-        print(f"left out {skipped} unreadable images", flush=True)
     if held_out is not None:
         both = dict(zip(SPLITS, ranks.on_all_ranks(lambda: halves[0].hold_out(held_out)), strict=True))
         halves = [both[split] for split in splits]

@@ -29,7 +29,8 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from data.batches import DiskEvaluationBatches
-from data.image_sets import DiskImages, find_split, open_source
+from data.image_sets import DiskImages, open_source
+from data.splits import find_half
 from data.ten_crops import CENTER_CROP, ten_crops
 from distributed import Ranks, device_name, join_ranks
 from s3net_common.class_names import match_classes
@@ -259,7 +260,7 @@ def open_images(path: Path, limit: int | None = None, skip_unreadable: bool = Fa
     if not path.exists():
         raise InputError(f"there is no {path}: pass --images with an LMDB file or a folder of <class>/*")
     # Class folders without images count, too: without class names in the checkpoint, the folders number the outputs.
-    source = open_source(find_split(path, "val") or find_split(path, "test") or path, keep=None)
+    source = open_source(find_half(path, "val", lmdb=True) or path, keep=None)
     return DiskImages(source, torch.arange(len(source)), skip_unreadable).subset(limit)
 
 

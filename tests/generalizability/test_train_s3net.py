@@ -311,7 +311,8 @@ def test_it_runs_from_any_directory_on_own_images(tmp_path):
     assert refused.returncode == 2 and "broken.jpg cannot be read" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
     done = completed(command(*flags, "--skip-unreadable"), cwd=tmp_path)
-    assert "left out 1 unreadable image" in done.stdout
+    assert done.stderr.count("unreadable") == 1 and "train: unreadable images: 1 (" in done.stderr
+    assert "unreadable" not in done.stdout
     assert "16 training and 16 validation images, 2 classes" in done.stdout
     assert (tmp_path / "run" / "best.safetensors").exists()
 
