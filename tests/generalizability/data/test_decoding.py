@@ -210,7 +210,7 @@ def test_the_recipe_without_augmentation():
     flags = {"dataset": "cifar100", "seed": 1}
     configs = [resolve_config(flags | more, halves, CPU, {}) for more in ({}, {"augment": False})]
     assert [(c.augment, c.flip, c.crop_padding) for c in configs] == [(True, True, 0.125), (False, False, 0.0)]
-    with pytest.raises(InputError, match="^--decode draft decodes random crops: leave out --no-augment, or --decode"):
+    with pytest.raises(InputError, match=r"^--decode draft decodes random crops: leave out --no-augment, or --decode"):
         check_device(
             SimpleNamespace(sync_bn=False, augment=False, dataset="imagenet", decode="draft"), {}, Ranks(0, 1, CPU)
         )
