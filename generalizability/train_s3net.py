@@ -52,6 +52,7 @@ from training.config import (
     DEFAULT_DATASET,
     NETWORK_FLAGS,
     Flags,
+    check_device,
     check_flags,
     check_same_data,
     check_same_recipe,
@@ -136,9 +137,15 @@ class Args:
     device: flag(str, "{cpu,cuda,cuda:N,mps}", "a GPU if there is one") = None
     """Device to compute on. Under torchrun, each rank gets the GPU of its LOCAL_RANK."""
     amp: flag(bool, None, "where it is faster") = True
-    """Mixed precision: bfloat16, or float16 with a gradient scaler on CUDA devices that lack it."""
+    """Mixed precision: bfloat16, or float16 with a gradient scaler on CUDA devices that lack it. --no-amp: float32,
+    whose products CUDA devices since Ampere compute in TF32 (10 bits of mantissa)."""
     compile: bool = False
-    """Compile the network with torch.compile (on a CPU it needs a C++ compiler)."""
+    """Compile the network with torch.compile, for the size of a full batch (on a CPU it needs a C++ compiler)."""
+    graphs: bool = False
+    """Replay each training step as one CUDA graph, which takes the host little time. For one process on one GPU. Not
+    yet tried on a GPU: compare its first losses with those of a run without it."""
+    sync_bn: bool = False
+    """BatchNorm over the images of all GPUs of a step instead of those of each GPU (SyncBatchNorm)."""
     workers: flag(int, "N", "one a processor") = None
     """DataLoader workers of each rank, which decode image files: processes for ImageNet, whose images stay on disk (0:
     decode in the training process), threads for the other data sets."""
@@ -202,6 +209,7 @@ def main(args: Args) -> int:
         flags = completed
     data = read_data(flags, ranks)
     config = started or resolve_config(flags, data, ranks.device, start)
+    check_device(config, flags, ranks)
     size = network_size(config.model, config.num_classes, config.model_options, config.image_size)
     if started:
         data = check_same_data(data, started, run.folder, ranks.is_main)
@@ -363,7 +371,7 @@ def train(
     """
     model.to(ranks.device, memory_format=torch.channels_last)
     batches, val_batches = make_batches(config, data, ranks, loader_workers(flags))
-    trainer = make_trainer(model, config, len(batches), flags.get("compile", False), ranks)
+    trainer = make_trainer(model, config, len(batches), flags.get("compile", False), ranks, flags.get("graphs", False))
     trainer.stop_requested = stop = StopSignal()
     progress = load_progress(run, config, model, trainer, len(batches))
     trainer.checkpoint = save = partial(save_progress, run, config, model, trainer, progress)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.batches import DiskEvaluationBatches, DiskTrainingBatches, EvaluationBatches, TrainingBatches
+from data.batches import DiskEvaluationBatches, DiskTrainingBatches, EvaluationBatches, TrainingBatches, step_part
 from distributed import Ranks
 from recipes import RunConfig
 from s3net_common.errors import InputError, LocalError
+from training.cuda_graphs import GraphedStep
 
 VALIDATION = ("val_loss", "val_error", "val_top5_error")
 
@@ -73,7 +74,8 @@ class Progress:
 class Precision:
     """Numerical precision of the forward pass: float32, or mixed precision with bfloat16 or float16.
 
-    CUDA devices without bfloat16 get float16 and a gradient scaler.
+    CUDA devices without bfloat16 get float16 and a gradient scaler. In float32, CUDA devices since Ampere multiply
+    matrices and convolve in TF32, which keeps 10 bits of the mantissa, as the scripts set it.
     """
 
     def __init__(self, device: torch.device, mixed: bool) -> None:
@@ -86,6 +88,16 @@ class Precision:
     def autocast(self) -> AbstractContextManager:
         """Return the context manager for a forward pass."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    @property
+    def name(self) -> str:
+        """The precision in words: "bfloat16", "float16", "float32" or "float32 (products in TF32)"."""
+        name = str(self.dtype).removeprefix("torch.")
+        rounds = self.dtype == torch.float32 and self.device.type == "cuda"
+        rounds = rounds and (torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest")
+        if rounds and torch.cuda.get_device_capability(self.device) >= (8, 0):
+            name += " (products in TF32)"
+        return name
 
     @staticmethod
     def is_faster(device: torch.device) -> bool:
@@ -125,7 +137,12 @@ class Trainer:
     """Everything that a training step needs.
 
     Attributes:
-        model: the network as it runs: compiled, distributed, or plain.
+        model: the network as it runs: distributed or plain.
+        compiled: the same network, compiled, for the parts of a batch that have `compiled_size` images; None for none.
+            Compiling for one size only is faster. The last batch of an epoch may be smaller.
+        compiled_size: images.
+        learning_rate: on CUDA, a tensor that holds the rate of the current step, as a CUDA graph needs; else None.
+        graphed: replays `_compute` as a CUDA graph; None to call it.
         optimizer, scheduler: stepped once per batch.
         precision: numerical precision of the forward pass.
         ranks: the distributed ranks.
@@ -144,6 +161,10 @@ class Trainer:
     accumulation_steps: int = 1
     checkpoint: Callable[[], None] = lambda: None
     checkpoint_every: int = 0
+    compiled: nn.Module | None = None
+    compiled_size: int = 0
+    learning_rate: Tensor | None = None
+    graphed: GraphedStep | None = None
 
     def train_epoch(self, batches: TrainingBatches | DiskTrainingBatches, progress: Progress) -> bool:
         """Train the rest of the current epoch and update `progress`. Return whether the epoch was finished.
@@ -187,13 +208,25 @@ class Trainer:
 
     def _step(self, images: Tensor, labels: Tensor, weights: Tensor, batch_images: int) -> tuple[Tensor, Tensor]:
         """Update the weights once. Return this rank's summed loss and number of errors, as tensors on the device."""
+        if self.learning_rate is not None:
+            self.learning_rate.fill_(self.optimizer.param_groups[0]["lr"])
+        sums = (self.graphed or self._compute)(images, labels, weights, batch_images)
+        self.scheduler.step()
+        return sums
+
+    def _compute(self, images: Tensor, labels: Tensor, weights: Tensor, batch_images: int) -> tuple[Tensor, Tensor]:
+        """Compute `_step` without the learning-rate schedule. The host reads nothing from the device."""
         self.optimizer.zero_grad(set_to_none=True)
         # A rank with fewer images than parts has fewer parts. Every rank exchanges gradients in its last part.
         parts = list(zip(*(t.chunk(self.accumulation_steps) for t in (images, labels, weights)), strict=True))
         sums = [self._add_gradient(*part, batch_images, last=part is parts[-1]) for part in parts]
+        group = self.optimizer.param_groups[0]
+        rate = group["lr"]  # the schedule and the checkpoint keep a number
+        if self.learning_rate is not None:
+            group["lr"] = self.learning_rate
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
-        self.scheduler.step()
+        group["lr"] = rate
         total, errors = (torch.stack(column).sum() for column in zip(*sums, strict=True))
         return total, errors
 
@@ -208,7 +241,7 @@ class Trainer:
         with nullcontext() if last or self.ranks.world_size == 1 else self.model.no_sync():
             try:
                 with self.precision.autocast():
-                    logits = self.model(images)
+                    logits = self._network(len(images))(images)
             except ValueError as error:
                 if len(images) > 1:
                     raise
@@ -221,18 +254,23 @@ class Trainer:
             self.precision.scaler.scale(total * (self.ranks.world_size / batch_images)).backward()
         return total.detach(), ((logits.detach().argmax(dim=1) != labels) * weights).sum()
 
+    def _network(self, images: int) -> nn.Module:
+        """Return the network that computes that many images."""
+        return self.model if self.compiled is None or images != self.compiled_size else self.compiled
+
     def _add_to_progress(
         self, pending: list[tuple[Tensor, Tensor, int]], progress: Progress, steps_before: int
     ) -> None:
         """Check that the losses of the pending steps are finite, then add the steps to `progress`."""
-        losses = torch.stack([loss for loss, _, _ in pending]).tolist()
+        sums = torch.stack([total for *pair, _ in pending for total in pair]).tolist()  # the host waits for the device
+        losses, errors = sums[::2], sums[1::2]
         first = steps_before + progress.step + 1
         bad = next((first + i for i, loss in enumerate(losses) if not math.isfinite(loss)), math.inf)
         (bad,) = self.ranks.reduce([bad], dist.ReduceOp.MIN)
         if math.isfinite(bad):
             raise NonFiniteLossError(int(bad))
         progress.losses += losses
-        progress.errors += int(torch.stack([errors for _, errors, _ in pending]).sum().item())
+        progress.errors += int(sum(errors))
         progress.images += sum(images for _, _, images in pending)
         progress.step += len(pending)
 
@@ -272,11 +310,21 @@ SCHEDULES = {
 }
 
 
-def make_trainer(model: nn.Module, config: RunConfig, steps: int, compiled: bool, ranks: Ranks) -> Trainer:
+def make_trainer(
+    model: nn.Module, config: RunConfig, steps: int, compiled: bool, ranks: Ranks, graphs: bool = False
+) -> Trainer:
     """Wrap the network for training (distributed, compiled), and build its optimizer and schedule.
 
-    `steps` is the number of steps per epoch.
+    Args:
+        model: the network. With `config.sync_bn` and several ranks, its BatchNorms are replaced.
+        config: of the run.
+        steps: number of steps per epoch.
+        compiled: whether to compile the network.
+        ranks: this process among the distributed ranks.
+        graphs: whether to replay a step as a CUDA graph.
     """
+    if config.sync_bn and ranks.world_size > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.SGD(
         model.parameters(),
         config.lr,
@@ -294,14 +342,31 @@ def make_trainer(model: nn.Module, config: RunConfig, steps: int, compiled: bool
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
     torch.manual_seed(config.seed + 1_000_003 * (ranks.rank + 1))  # dropout differs between ranks
-    return Trainer(
-        model=torch.compile(model) if compiled else model,
+    on_cuda = ranks.device.type == "cuda"
+    trainer = Trainer(
+        model=model,
         optimizer=optimizer,
         scheduler=SCHEDULES[config.schedule](optimizer, config, config.epochs * steps),
         precision=Precision(ranks.device, config.amp),
         ranks=ranks,
         accumulation_steps=config.accumulate,
+        compiled=torch.compile(model, dynamic=False) if compiled else None,
+        compiled_size=-(-share_of_batch(config, ranks) // config.accumulate),
+        learning_rate=torch.zeros((), device=ranks.device) if on_cuda else None,
     )
+    if trainer.precision.scaler.is_enabled() and config.momentum:
+        # If the first gradients of float16 overflow, the fused optimizer leaves its new buffers uninitialised.
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if graphs:
+        trainer.graphed = GraphedStep(trainer._compute, share_of_batch(config, ranks))
+    return trainer
+
+
+def share_of_batch(config: RunConfig, ranks: Ranks) -> int:
+    """Return the number of images of a full batch that this rank computes."""
+    part = step_part(0, config.batch_size, config.train_images, ranks.rank, ranks.world_size)[0]
+    return part.stop - part.start
 
 
 def progress_bar(ranks: Ranks, description: str, total: int, initial: int = 0) -> tqdm:
@@ -325,18 +390,19 @@ def evaluate(
         InputError: no image can be read.
     """
     model.eval()
-    ranks, loss, errors, errors_top5, count = trainer.ranks, 0.0, 0.0, 0.0, 0
+    ranks, count = trainer.ranks, 0
+    sums: list[Tensor] = []  # of each batch, on the device: the host waits for them once, at the end
     with progress_bar(ranks, "evaluating", len(range(ranks.rank, len(batches), ranks.world_size))) as bar:
         for images, labels in batches.part(ranks.rank, ranks.world_size):
             with trainer.precision.autocast():
                 logits = model(images)
             logits = logits.float()
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            wrong, wrong_top5 = top_errors(logits, labels)
-            errors, errors_top5, count = errors + wrong, errors_top5 + wrong_top5, count + len(labels)
+            sums.append(torch.stack([F.cross_entropy(logits, labels, reduction="sum"), *top_errors(logits, labels)]))
+            count += len(labels)
             observe(logits, labels)
             bar.update()
-    loss, errors, errors_top5, count = ranks.reduce([loss, errors, errors_top5, count])
+    totals = [sum(column) for column in zip(*torch.stack(sums).tolist(), strict=True)] if sums else [0.0] * 3
+    loss, errors, errors_top5, count = ranks.reduce([*totals, count])
     if not count:
         raise InputError("none of the validation images can be read")
     return {
@@ -346,14 +412,14 @@ def evaluate(
     }
 
 
-def top_errors(logits: Tensor, labels: Tensor) -> tuple[int, int]:
-    """Count top-1 and top-5 errors of logits `(N, outputs)` for labels `(N,)`.
+def top_errors(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Count top-1 and top-5 errors of logits `(N, outputs)` for labels `(N,)`, as tensors on their device.
 
     An image with a NaN or infinite logit is an error. With fewer than 6 outputs the other top-5 errors are 0.
     """
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     hits &= logits.isfinite().all(dim=1, keepdim=True)
-    return len(labels) - int(hits[:, 0].sum()), len(labels) - int(hits.sum())
+    return len(labels) - hits[:, 0].sum(), len(labels) - hits.sum()
 
 
 def average_buffers(model: nn.Module, ranks: Ranks) -> None:
