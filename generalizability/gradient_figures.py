@@ -10,6 +10,7 @@ STYLES = {  # colour and marker by kind of connection
     "sparse": ("#1f5fa8", "o"),
     "dense": ("#27864a", "^"),
     "residual": ("#c0392b", "D"),
+    "sparse, sum": ("#8e44ad", "v"),
 }
 TITLES = {
     "BatchNorm": "with BatchNorm",
@@ -71,16 +72,15 @@ def draw_training(results: dict[str, Any]) -> plt.Figure:
         for row in selected:
             if row["depth"] == shown:
                 steps = [int(step) for step in row["decades"]["outputs"]]
-                points = np.array([[p["mean"], *p["ci95"]] for p in row["decades"]["outputs"].values()])
-                decades.plot(steps, points[:, 0], color=colour, marker=marker, label=kind)
-                decades.fill_between(steps, points[:, 1], points[:, 2], color=colour, alpha=0.2, lw=0)
+                means = [point["mean"] for point in row["decades"]["outputs"].values()]
+                decades.plot(steps, means, color=colour, marker=marker, label=kind)
     errors.axhline(90, color="0.4", ls=":", lw=1)
     errors.text(ends[0], 90.5, "chance", fontsize=9, color="0.35")
     errors.set(xscale="log", xticks=ends, xlabel="depth, number of layers", ylabel="test error, %", ylim=(0, 100))
     errors.set_xticklabels(ends)
     errors.minorticks_off()
-    errors.set_title(f"After {results['steps']} steps, best of {len(results['peaks'])} peaks (dashes: seeds)")
-    losses.set(xlabel="step", ylabel="training loss, mean of the seeds", title=f"{shown} layers: training loss")
+    errors.set_title(f"After {results['steps']} steps, best of {len(results['peaks'])} peaks (dashes: single runs)")
+    losses.set(xlabel="step", ylabel="training loss, mean of the runs", title=f"{shown} layers: training loss")
     decades.axhline(0, color="0.4", lw=0.8, ls=":")
     decades.set(xlabel="step", ylabel="decades between first and last layer", title=f"{shown} layers: gradients")
     errors.legend(frameon=False)

@@ -1,16 +1,17 @@
 """Measure gradients along a deep block for four kinds of connection, and whether the deep networks still train.
 
-    python generalizability/gradient_flow.py --jobs 2        # both parts: about 1.5 CPU-hours
-    python generalizability/gradient_flow.py --only initial  # about 10 CPU-minutes
+    python generalizability/gradient_flow.py --jobs 2
+    python generalizability/gradient_flow.py --only initial
 
 The network is a stem, one block of L layers, and a linear classifier on the averaged features. The layers are S3-Net's.
-They form a chain, or have sparse shortcuts (S3-Net), dense connections or residual connections. The images are
-scikit-learn's digits at their own size of 8x8.
+They form a chain, or have sparse shortcuts (S3-Net), dense connections or residual connections. A fifth kind has
+sparse shortcuts with a sum at the end, as in the paper's kernel experiment. The images are scikit-learn's digits at
+their own size of 8x8.
 
     initial   The gradient of the loss with random weights, in float64, with BatchNorm and without. The decades of a
               block are log10 of the ratio of two gradient norms, that of the first layer to that of the last one.
-    training  Short runs with SGD and the one-cycle schedule, with BatchNorm. For each kind and depth, the peak learning
-              rate is the one with the smallest training loss over the last 10 steps.
+    training  Short runs of the first four kinds with SGD and the one-cycle schedule, with BatchNorm. For each kind and
+              depth, the peak learning rate is the one with the smallest training loss over the last 10 steps.
 
 The results of each job are kept in --out/jobs. After an interruption, the same command runs only the missing jobs.
 Writes gradient_flow.json, gradient_flow.png and deep_training.png.
@@ -41,9 +42,12 @@ from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 from s3net_networks.connections import CONNECTIONS
 from s3net_networks.own_models import models
+from s3net_networks.shortcut_block import SumBlock
 
+KINDS = {**CONNECTIONS, "sparse, sum": SumBlock}
 NORMALISATIONS = ("BatchNorm", "none", "none, He initialisation")
 PARTS = ("initial", "training")
+SMALLEST_NORM = 1e-300  # smaller norms count as this, also that of a gradient of zeros
 LAST_STEPS = 10  # the training loss is averaged over these
 MAX_DEPTH = 1000
 PICTURES = ("gradient_flow.png", "deep_training.png")
@@ -68,7 +72,7 @@ class Args:
     peaks: tuple[float, ...] = (0.05, 0.2, 0.8)
     """Peak learning rates."""
     training_seeds: int = 3
-    """Runs for each kind, depth and peak learning rate, at least 2."""
+    """Runs for each kind, depth and peak learning rate, at least 1; with 2 or more there are intervals."""
     steps: int = 150
     """Training steps of each run, at least 20."""
     growth_rate: int = 8
@@ -92,12 +96,12 @@ def build_network(kind: str, depth: int, growth_rate: int, normalisation: str = 
     The stem has `growth_rate` channels, so that every layer of the residual network has a shortcut.
 
     Args:
-        kind: one of `CONNECTIONS`.
+        kind: one of `KINDS`.
         depth: number of layers of the block.
         growth_rate: channels of each layer.
         normalisation: one of `NORMALISATIONS`. Without BatchNorm, every BatchNorm of the network is removed.
     """
-    network = models.S3Net(growth_rate, (depth,), growth_rate, num_classes=10, block=CONNECTIONS[kind])
+    network = models.S3Net(growth_rate, (depth,), growth_rate, num_classes=10, block=KINDS[kind])
     if normalisation != "BatchNorm":
         for module in list(network.modules()):
             if isinstance(module, models.NormReluConv | models.S3Net):
@@ -146,11 +150,10 @@ def gradient_norms(network: models.S3Net, images: Tensor, labels: Tensor) -> tup
     for hook in hooks:
         hook.remove()
     weights = [layer[-1].conv.weight.grad for layer in layers]
-    with np.errstate(divide="ignore"):
-        of_outputs, of_weights = (
-            np.log10([float(gradient.norm()) for gradient in gradients])
-            for gradients in ([output.grad for output in outputs], weights)
-        )
+    of_outputs, of_weights = (
+        np.log10(np.maximum([float(gradient.norm()) for gradient in gradients], SMALLEST_NORM))
+        for gradients in ([output.grad for output in outputs], weights)
+    )
     return of_outputs, of_weights, loss.item()
 
 
@@ -220,7 +223,7 @@ def initial_jobs(args: Args) -> list[Job]:
         {**common, "kind": kind, "normalisation": normalisation, "depth": depth, "seed": seed}
         for depth in sorted(set(args.depths))
         for normalisation in NORMALISATIONS
-        for kind in CONNECTIONS
+        for kind in KINDS
         for seed in range(args.seeds)
     ]
 
@@ -242,8 +245,8 @@ def training_jobs(args: Args) -> list[Job]:
 def job_file(folder: Path, job: Job) -> Path:
     """Return the file of a job's results."""
     words = [job["part"], job["kind"], f"d{job['depth']}"]
-    words += [f"lr{job['peak']:g}"] if job["part"] == "training" else [job["normalisation"].replace(", ", "-")]
-    return folder / ("-".join([*words, f"s{job['seed']}"]).replace(" ", "-") + ".json")
+    words += [f"lr{job['peak']:g}"] if job["part"] == "training" else [job["normalisation"]]
+    return folder / ("-".join([*words, f"s{job['seed']}"]).replace(", ", "-").replace(" ", "-") + ".json")
 
 
 def run_job(folder: Path, job: Job) -> dict[str, Any]:
@@ -298,11 +301,13 @@ def _start_worker() -> None:
 
 
 def mean_and_interval(values: list[float]) -> dict[str, Any]:
-    """Return `mean` and `ci95`, the 95% confidence interval of the mean by the t distribution; n at least 2."""
+    """Return `mean` and `ci95`, its 95% confidence interval by the t distribution; None for a single value."""
     from scipy import stats
 
-    half_width = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
     mean = float(np.mean(values))
+    if len(values) == 1:
+        return {"mean": mean, "ci95": None}
+    half_width = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
     return {"mean": mean, "ci95": [mean - float(half_width), mean + float(half_width)]}
 
 
@@ -385,7 +390,7 @@ def check_args(args: Args) -> None:
             raise InputError(f"{flag} must be one or more whole numbers from 2 to {MAX_DEPTH}")
     if not args.peaks or not all(0 < peak < math.inf for peak in args.peaks):
         raise InputError("--peaks must be one or more learning rates above 0")
-    for name, least in (("seeds", 2), ("training_seeds", 2), ("steps", 20), ("growth_rate", 1), ("jobs", 1)):
+    for name, least in (("seeds", 2), ("training_seeds", 1), ("steps", 20), ("growth_rate", 1), ("jobs", 1)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {least} or more")
     if not 2 <= args.batch_size <= len(digits()[0]):

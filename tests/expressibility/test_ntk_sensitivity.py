@@ -150,6 +150,8 @@ def test_a_killed_run_continues_with_its_records(houses, tmp_path):
     )
     assert resumed[0]["residual_mse"] == pytest.approx(complete[0]["residual_mse"] + 1e6 / 40)
     assert resumed[0]["proposed_mse"] == pytest.approx(complete[0]["proposed_mse"])
+    for cell in (resumed[1], complete[1]):
+        cell.pop("holm_p_value")  # it also depends on the first cell
     assert resumed[1] == complete[1]
     assert not partial.exists()
 
