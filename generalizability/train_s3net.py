@@ -35,6 +35,7 @@ from torch import nn
 
 from data.batches import Batches, make_batches
 from data.datasets import DATASETS, load_dataset
+from data.decoding import DECODERS
 from data.image_sets import Halves
 from data.splits import SPLITS
 from distributed import Ranks, join_ranks
@@ -149,6 +150,9 @@ class Args:
     workers: flag(int, "N", "one a processor") = None
     """DataLoader workers of each rank, which decode image files: processes for ImageNet, whose images stay on disk (0:
     decode in the training process), threads for the other data sets."""
+    decode: flag(str, f"{{{','.join(DECODERS)}}}", "cpu") = None
+    """How ImageNet's training images are decoded: cpu (in full), draft (JPEGs at the smallest size that the crop
+    allows: faster, with slightly different pixels) or gpu (JPEGs on the CUDA GPU). Evaluation decodes in full."""
     skip_unreadable: bool = False
     """Skip image files that cannot be read, and list them, instead of stopping."""
     max_pixels: flag(int, "N", f"{MAX_PIXELS:,}") = None
@@ -341,8 +345,6 @@ def read_data(flags: Flags, ranks: Ranks, splits: tuple[str, ...] = SPLITS) -> H
 
     halves = ranks.on_all_ranks(lambda: read() if first_of_node else None)
     halves = ranks.on_all_ranks(lambda: halves or read())
-    if ranks.is_main and (skipped := sum(half.skipped for half in halves)):
-        print(f"left out {skipped} unreadable images", flush=True)
     if held_out is not None:
         both = dict(zip(SPLITS, ranks.on_all_ranks(lambda: halves[0].hold_out(held_out)), strict=True))
         halves = [both[split] for split in splits]

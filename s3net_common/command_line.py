@@ -41,9 +41,10 @@ def run_script(
 
     `is_positional` is as in `positional_first`.
 
-    Exit code 2, with one line on stderr: flags that cannot be parsed, an InputError, a missing package, or a stdout
-    that cannot be written (a full disk, or a pipe whose reader has ended). Ctrl-C exits with 130. SIGTERM raises
-    SystemExit, so that temporary files are removed and child processes ended, and exits with 143.
+    Exit code 2, with one line on stderr: flags that cannot be parsed, an InputError, a missing package, a path that the
+    system refuses (too long, no permission), or a stdout that cannot be written (a full disk, or a pipe whose reader
+    has ended). Ctrl-C exits with 130. SIGTERM raises SystemExit, so that temporary files are removed and child
+    processes ended, and exits with 143.
     """
     if sys.stdout is None:  # closed by the program that started this one
         sys.stdout = io.StringIO()
@@ -63,10 +64,12 @@ def run_script(
         code = 130
     except OSError as error:
         if error.filename is not None:  # set if a file could not be opened, never if an open one could not be written
-            raise
-        # Without this, the interpreter would try to write again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"error: the output cannot be written ({error.strerror}): give it a reader or room", file=sys.stderr)
+            message = f"{printable(str(error.filename))} cannot be used ({error.strerror}): give another path"
+        else:
+            # Without this, the interpreter would try to write again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            message = f"the output cannot be written ({error.strerror}): give it a reader or room"
+        print(f"error: {message}", file=sys.stderr)
         code = 2
     if "torch.distributed" in sys.modules:
         _end_process_group()
