@@ -1,6 +1,7 @@
 """Imports run downwards only, and what must work without torch imports no torch."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
