@@ -27,8 +27,8 @@ from torchvision.datasets import ImageFolder
 
 import folder2lmdb
 from data.image_lmdb import ImageFolderLMDB
-from recipes import IMAGENET_MEAN, IMAGENET_STD
 from s3net_common.errors import InputError
+from s3net_common.framing import IMAGENET_MEAN, IMAGENET_STD
 from s3net_common.images import decode
 from s3net_common.progress import ProgressBar
 

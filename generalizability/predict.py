@@ -74,13 +74,13 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from data.batches import Normalization
 from distributed import join_ranks
+from s3net_common.checkpoints import read_options
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.progress import ProgressBar
 from s3net_networks import list_networks
 from s3net_networks.size import count_multiply_adds
-from training.trained_network import TrainedNetwork, read_options, read_trained_network
+from training.trained_network import TrainedNetwork, read_trained_network
 
 
 @dataclass
@@ -234,10 +234,8 @@ def predict_batch(
     model: nn.Module, names: Sequence[str], trained: TrainedNetwork, top: int, paths: Sequence[Path], pixels: Tensor
 ) -> list[Prediction]:
     """Return the `top` most probable classes of each image; pixels are uint8 `(b, 3, crop, crop)` on the device."""
-    preparation = trained.preparation
-    normalize = Normalization(pixels.device, preparation.mean, preparation.std, preparation.image_size)
     try:
-        logits = model(normalize(pixels))
+        logits = model(trained.preparation.normalization(pixels.device)(pixels))
     except RuntimeError as error:
         if "out of memory" in str(error):
             raise InputError(f"{len(paths)} images do not fit into memory: pass a smaller --batch-size") from error

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, replace
 
-# The choices of flags, here so that --help needs no PyTorch. Tests compare them with the code that has them.
+from s3net_common.framing import CIFAR100_MEAN, CIFAR100_STD, IMAGENET_MEAN, IMAGENET_STD
+
+# The choices of flags, here so that --help needs no PyTorch. A test compares them with the code that has them.
 DEFAULT_DATASET = "cifar100"
 SCHEDULES = ("step", "onecycle", "cosine")
 CONNECTIONS = ("sparse", "chain", "dense", "residual")
 DECODERS = ("cpu", "draft", "gpu")
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ RECIPES = {
         momentum=0.9,
         weight_decay=1e-4,
         schedule="step",
-        mean=(129.3 / 255, 124.1 / 255, 112.4 / 255),
-        std=(68.2 / 255, 65.4 / 255, 70.4 / 255),
+        mean=CIFAR100_MEAN,
+        std=CIFAR100_STD,
         flip=True,
         crop_padding=0.125,
     ),
@@ -182,3 +182,4 @@ class RunConfig:
     init: str | None = None
     sync_bn: bool = False
     decode: str = "cpu"
+    augment: bool = True

@@ -1,7 +1,8 @@
-"""The depths of Figure 3, and the check of --depths. Imports no JAX."""
+"""Settings of Figure 3, and the check of --depths. Imports no JAX."""
 
 from s3net_common.errors import InputError
 
+W_STD, B_STD = 1.5, 0.05  # of weights and biases
 MAX_DEPTH = 100
 FIGURE_3_DEPTHS = (2, 3, 4, 5, 6, 7, 8)
 
