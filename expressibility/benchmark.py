@@ -23,6 +23,7 @@ from typing import Any
 from figure_3 import FIGURE_3_DEPTHS, check_depths
 from s3net_common.command_line import THREADS, answer_flags, run_script
 from s3net_common.errors import InputError
+from s3net_common.log_ticks import plain_ticks
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 
 SCALING_DEPTH = 8  # Figure 3's K = 10
@@ -211,6 +212,7 @@ def draw(results: dict[str, Any]) -> plt.Figure:
         )
         axes.set_xticks(scaling["points"], [str(n) for n in scaling["points"]], minor=False)
         axes.minorticks_off()
+        plain_ticks(axes.yaxis)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
     return figure

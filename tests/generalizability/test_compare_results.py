@@ -262,6 +262,8 @@ def test_labels_overlap_neither_each_other_nor_the_frame(tmp_path, monkeypatch):
     )
     compare_results.main(Args(tuple(runs), tmp_path / "out"))
     assert len(panels) == 2 and len(panels[0].texts) == 21  # 11 of the paper's rows have parameters
+    labels = [text.get_text() for text in panels[0].texts]
+    assert "s3net_cifar k=12 d=40 lr=0.4 (1 epoch)" in labels and "S3-Net k=12 d=40" in labels, labels
     for axes in panels:
         assert isinstance(axes, matplotlib.axes.Axes) and axes.get_xscale() == "log"
         boxes = [text.get_window_extent() for text in axes.texts]
