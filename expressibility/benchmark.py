@@ -23,7 +23,6 @@ from typing import Any
 from figure_3 import FIGURE_3_DEPTHS, check_depths
 from s3net_common.command_line import THREADS, answer_flags, run_script
 from s3net_common.errors import InputError
-from s3net_common.log_ticks import plain_ticks
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 
 SCALING_DEPTH = 8  # Figure 3's K = 10
@@ -59,6 +58,7 @@ import tabular
 from kernel_regression import mean_squared_error
 from kernels import B_STD, PAPER_TOPOLOGIES, W_STD, Topology, kernel_row_blocks
 from ntk_comparison import DIAG_REG, compare
+from s3net_common.log_ticks import plain_ticks
 from s3net_common.progress import ProgressBar
 from scaling_fit import fitted_order
 

@@ -28,8 +28,8 @@ from torchvision.datasets import ImageFolder
 import folder2lmdb
 from data.image_lmdb import ImageFolderLMDB
 from s3net_common.errors import InputError
-from s3net_common.framing import IMAGENET_MEAN, IMAGENET_STD
 from s3net_common.images import decode
+from s3net_common.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from s3net_common.progress import ProgressBar
 
 IMAGES, CLASSES, SIZE = 512, 8, (500, 375)  # the size of a typical ImageNet photograph
