@@ -99,6 +99,8 @@ def chosen_networks(args: NetworkArgs) -> list[tuple[str | None, str, Path | Non
     The label is None for the only network of its name; several files of one network are labelled by their folders and
     names.
     """
+    if args.random_weights and args.checkpoint:
+        raise InputError("--random-weights loads no weights: leave out --checkpoint, or leave out --random-weights")
     files: dict[str, list[Path]] = {name: [] for name in args.networks}
     for text in args.checkpoint:
         name, equals, file = text.partition("=")
