@@ -327,9 +327,12 @@ def count_by_grid(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     counts = []
     for name, selected in grids.items():
         if selected:
-            adjusted = holm([cell["p_value"] for cell in selected])
-            selected = [cell | {"holm_p_value": p} for cell, p in zip(selected, adjusted, strict=True)]
-            counts.append({"grid": name, **count(selected, "residual")})
+            corrected = []
+            adjusted = (holm([cell["p_value"] for cell in part]) for part in (selected, [c["chain"] for c in selected]))
+            for cell, p_value, p_value_chain in zip(selected, *adjusted, strict=True):
+                chain = cell["chain"] | {"holm_p_value": p_value_chain}
+                corrected.append(cell | {"holm_p_value": p_value, "chain": chain})
+            counts.append({"grid": name, **count(corrected, "residual"), "chain": count(corrected, "chain")})
     return counts
 
 
