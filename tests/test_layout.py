@@ -83,9 +83,23 @@ def test_shared_modules_import_no_torch(module):
     assert run_python("-c", program, env={"PYTHONPATH": str(ROOT)}, check=True).stdout == "False\n"
 
 
-NO_NAMES = set(
-    "said found of own mine one there ahead mix alone ours theirs its it they what which who thing to".split()
-)
+NO_NAMES = {
+    "ahead",
+    "alone",
+    "found",
+    "it",
+    "its",
+    "mine",
+    "mix",
+    "of",
+    "one",
+    "ours",
+    "own",
+    "said",
+    "theirs",
+    "there",
+}
+NO_NAMES |= {"they", "thing", "to", "what", "which", "who"}
 
 
 def test_names_are_no_pronouns_or_particles():
