@@ -47,6 +47,12 @@ def pretrained_file(name: str) -> Path:
     return file
 
 
+def file_label(checkpoint: Path) -> str:
+    """Return `<folder>-<file>` of a file of weights, for names of outputs. The folder names the run."""
+    name = checkpoint.name.removesuffix(".tar").rsplit(".", 1)[0]
+    return f"{checkpoint.resolve().parent.name}-{name}"
+
+
 # ---- Weights ------------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +339,20 @@ def are_options(value: object) -> bool:
     """Whether a value is a dict of a network's options. The network's builder checks their values."""
     reserved = {"name", "num_classes", "pretrained", "block"}
     return isinstance(value, dict) and all(isinstance(name, str) and name not in reserved for name in value)
+
+
+def read_options(text: str | None) -> dict:
+    """Parse the value of --model-options.
+
+    Raises:
+        InputError: it is not a JSON object of options.
+    """
+    try:
+        if are_options(options := json.loads(text or "{}")):
+            return options
+    except (ValueError, RecursionError):
+        pass
+    raise InputError(f"--model-options {text} is no JSON object of options: write '{{\"growth_rate\": 24}}'")
 
 
 def _is_colour(value: object, least: float) -> bool:
