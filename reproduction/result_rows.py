@@ -1,7 +1,5 @@
 """Rows of the page's tables, from the scripts' JSON files. A row is a dict by column title."""
 
-import statistics
-
 Row = dict[str, object]
 
 
@@ -118,9 +116,22 @@ def faithfulness_rows(results: dict) -> list[Row]:
         {
             "map": method,
             **{
-                f"{kind} ({better} is better)": f"{statistics.mean(curves[f'{kind}_area']):.4f}"
+                f"{kind} ({better} is better)": f"{curves[f'{kind}_area']:.4f}"
                 for kind, better in (("insertion", "higher"), ("deletion", "lower"))
             },
         }
         for method, curves in methods.items()
+    ]
+
+
+def comparison_rows(results: dict) -> list[Row]:
+    """Return the accuracy and the mean scores of each network's FullGrad maps."""
+    return [
+        {
+            "network": name,
+            "parameters": row["parameters"],
+            "accuracy": f"{row['mean_accuracy']:.3f}",
+            **{score.replace("_", " "): f"{value['mean']:.3f}" for score, value in row["scores"]["FullGrad"].items()},
+        }
+        for name, row in results["networks"].items()
     ]

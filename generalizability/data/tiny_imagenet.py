@@ -28,7 +28,6 @@ from s3net_common.text_files import read_text
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 FOLDER = "tiny-imagenet-200"
-IMAGE_SIZE = 64
 WNID = re.compile(r"n\d{8}")
 
 Files = list[tuple[Path, int]]  # paths and labels
