@@ -306,9 +306,12 @@ def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     verdicts = []
     for values in dict.fromkeys(tuple(cell[key] for key in keys) for cell in cells):
         selected = [cell for cell in cells if tuple(cell[key] for key in keys) == values]
-        verdicts.append(
-            dict(zip(keys, values, strict=True)) | count(selected, "residual") | {"chain": count(selected, "chain")}
-        )
+        dataset, scaling, w_std = values
+        verdict = {
+            "name": f"{dataset.capitalize()}, {scaling}, W_std {w_std:g}",
+            **dict(zip(keys, values, strict=True)),
+        }
+        verdicts.append(verdict | count(selected, "residual") | {"chain": count(selected, "chain")})
     return verdicts
 
 

@@ -104,7 +104,7 @@ def test_a_topology_is_surely_better_if_the_interval_excludes_0():
     for cell in cells:
         cell["chain"] = make_cell(-4, -2, 0.0, 0.01)
     [verdict] = ntk_sensitivity.summarise(cells)
-    assert verdict["settings"] == 3
+    assert (verdict["name"], verdict["settings"]) == ("D, raw, W_std 1.5", 3)
     assert verdict["proposed_better"] == 2
     assert verdict["proposed_surely_better"] == verdict["residual_surely_better"] == 1
     assert (verdict["proposed_better_after_holm"], verdict["residual_better_after_holm"]) == (1, 0)
