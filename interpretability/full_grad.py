@@ -255,9 +255,9 @@ class FullGrad:
             )
         self._checked = True
 
-    def _warn_if_images_interact(self, together: Tensor, alone: Tensor) -> None:
-        scale = alone.abs().amax(dim=1, keepdim=True)
-        if not ((together - alone).abs() <= self._tolerance * scale).all():
+    def _warn_if_images_interact(self, together: Tensor, separate: Tensor) -> None:
+        scale = separate.abs().amax(dim=1, keepdim=True)
+        if not ((together - separate).abs() <= self._tolerance * scale).all():
             warnings.warn(
                 "the images of a batch interact in this network, as in BatchNorm without running statistics: FullGrad "
                 "explains each image by itself",

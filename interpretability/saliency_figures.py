@@ -156,6 +156,7 @@ def draw_dice(path: Path, curves: dict[str, np.ndarray]) -> None:
     axes.invert_xaxis()
     axes.set_xticks([99, 95, 90, 85, 80])
     axes.set(xlabel="percentile of the map from which pixels are marked", ylabel="Dice coefficient", ylim=(0, None))
+    axes.set_title("mean over the images, band: ± 1 standard deviation", fontsize="medium")
     axes.legend(title="method (mean over percentiles)", fontsize=8, title_fontsize=8)
     axes.grid(alpha=0.3)
     save_figure(path, figure, DPI)
