@@ -1,4 +1,4 @@
-"""FullGrad saliency (Srinivas and Fleuret 2019), exact on any network that is made of functions of torch.
+"""FullGrad saliency (Srinivas and Fleuret 2019), complete on any network that is made of functions of torch.
 
 A network of affine and piecewise-linear functions gives, at every image x, exactly
 

@@ -22,6 +22,7 @@ from s3net_common.framing import (
 from s3net_networks import create_network
 
 CPU = torch.device("cpu")
+DATA = Path(__file__).parents[1] / "data"
 
 
 def save_trained(path: Path, name: str, classes: int, **options: object) -> nn.Module:
@@ -155,6 +156,16 @@ def test_a_file_without_metadata_takes_options_from_the_command_line(tmp_path):
         load_networks(NetworkArgs(model_options="growth", **arguments), CPU)
     with pytest.raises(InputError, match="--model-options is for networks of this repository, and vgg11 is not one"):
         load_networks(NetworkArgs(model_options=options, networks=("vgg11",), random_weights=True), CPU)
+
+
+def test_the_authors_file_takes_its_options_from_the_command_line():
+    file = DATA / "authors_cifar_k4_d13.pt"
+    options = '{"growth_rate": 4, "depth": 13}'
+    arguments = NetworkArgs(checkpoint=(f"s3net_cifar={file}",), model_options=options, num_classes=10)
+    (network,) = load_networks(arguments, CPU)
+    with np.load(DATA / "authors_cifar_k4_d13_io.npz") as recorded, torch.no_grad():
+        images, logits = (torch.from_numpy(recorded[name]) for name in recorded.files)
+        assert torch.allclose(network.model(images), logits, atol=1e-5)
 
 
 def test_error_for_checkpoints_of_unclear_or_other_networks(tmp_path):
