@@ -339,9 +339,9 @@ def _without_repetition(coordinate: Tensor) -> Tensor:
     """Reduce the axes that a coordinate does not depend on to size 1."""
     for axis in range(coordinate.dim()):
         if coordinate.shape[axis] > 1:
-            one = coordinate.narrow(axis, 0, 1)
-            if ((coordinate == one) | (coordinate.isnan() & one.isnan())).all():
-                coordinate = one
+            first = coordinate.narrow(axis, 0, 1)
+            if ((coordinate == first) | (coordinate.isnan() & first.isnan())).all():
+                coordinate = first
     return coordinate
 
 

@@ -16,6 +16,7 @@ As for the paper's figures, the whole image is resized to a square; --no-squash 
 """
 
 import csv
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,7 @@ def main(args: Args) -> None:
         "mean": {name: mean_scores(method_scores) for name, method_scores in scores.items()},
         "interval": intervals(scores),
         "difference": intervals(scores, networks[0].name),
+        "cpu_seconds": round(time.process_time(), 1),
     }
     write_json(args.out / "scores.json", run_record() | report)
     drawn = pictures if args.images else pictures[:FIGURE_SCENES]

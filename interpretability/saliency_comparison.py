@@ -119,7 +119,7 @@ def main(args: Args) -> None:
             name: summarise(evaluations, name, "equal") for name in trainings if (name, "equal") in evaluations
         },
         "not_reached": [name for name in trainings if (name, "equal") not in evaluations],
-        "cpu_seconds": sum(json.loads(read_header(file)["cpu_seconds"]) for file in weight_files(args.out)),
+        "cpu_seconds": cpu_seconds(args, trainings, evaluations),
     }
     write_json(args.out / "comparison.json", run_record() | {"device": device.type} | report)
     draw_comparison(args.out / "comparison.png", report)
@@ -166,14 +166,9 @@ def networks(depth: int) -> dict[str, tuple[str, dict[str, Any]]]:
 # ---- Trainings ------------------------------------------------------------------------------------------------------
 
 
-def choose_trainings(args: Args, device: torch.device) -> tuple[dict[str, list[Training]], dict[str, dict]]:
-    """Tune the peak learning rate of each network.
-
-    Returns:
-        For each network: the trainings of all seeds, and `peak_lr` and `tuning` (held-out accuracy by peak) for the
-        report.
-    """
-    candidates = {
+def candidates(args: Args) -> dict[str, list[Training]]:
+    """Return the trainings that choose the peak learning rate of each network."""
+    return {
         name: [
             Training(
                 network,
@@ -188,10 +183,19 @@ def choose_trainings(args: Args, device: torch.device) -> tuple[dict[str, list[T
         ]
         for name, (network, options) in networks(args.depth).items()
     }
-    trainings, tuning = {}, {}
+
+
+def choose_trainings(args: Args, device: torch.device) -> tuple[dict[str, list[Training]], dict[str, dict]]:
+    """Tune the peak learning rate of each network.
+
+    Returns:
+        For each network: the trainings of all seeds, and `peak_lr` and `tuning` (held-out accuracy by peak) for the
+        report.
+    """
+    groups, trainings, tuning = candidates(args), {}, {}
     if len(args.peaks) > 1:
-        train_all([training for group in candidates.values() for training in group], args, device, "tuning")
-    for name, group in candidates.items():
+        train_all([training for group in groups.values() for training in group], args, device, "tuning")
+    for name, group in groups.items():
         accuracies = {}
         if len(group) > 1:
             accuracies = {t.peak_lr: read_results(weight_file(args, t))["held_out_accuracy"][-1] for t in group}
@@ -239,11 +243,6 @@ def weight_file(args: Args, training: Training, stage: str = "trained") -> Path:
     settings = f"peak{training.peak_lr:g}-epochs{training.epochs}-seed{training.seed}"
     name = "-".join(filter(None, (training.network, options, settings, "" if stage == "trained" else stage)))
     return args.out / "networks" / f"{name}.safetensors"
-
-
-def weight_files(out: Path) -> list[Path]:
-    """Return the files of all finished trainings."""
-    return [file for file in sorted((out / "networks").glob("*.safetensors")) if not file.stem.endswith("-equal")]
 
 
 def is_finished(file: Path, training: Training, args: Args) -> bool:
@@ -307,12 +306,14 @@ def evaluate(
     }
     if file.is_file() and (stored := json.loads(file.read_text())).get("key") == key:
         return stored
+    started = time.process_time()
     model = create_network(training.network, 10, **training.options).eval()
     load_weights(model, path).to(device)
     maps, gradient = maps_of(model, pictures, device)
     np.savez(path.with_suffix(".npz"), **{name: values[:DRAWN_SCENES] for name, values in maps.items()})
     evaluation = {
         "key": key,
+        "cpu_seconds": round(time.process_time() - started, 1),
         "accuracy": key["results"]["test_accuracy"],
         "scores": {
             name: scores_of(pictures, values) | faithfulness_of(model, pictures, values[:measured_scenes], device)
@@ -378,6 +379,17 @@ def describe_network(seeds: list[Training], args: Args) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "cpu_seconds": [read_results(weight_file(args, training))["cpu_seconds"] for training in seeds],
     }
+
+
+def cpu_seconds(
+    args: Args, trainings: dict[str, list[Training]], evaluations: dict[tuple[str, str], list[dict]]
+) -> dict[str, float]:
+    """Return the CPU time of the trainings that chose the learning rates, of the other trainings, and of the scores."""
+    tuned = {weight_file(args, training) for group in candidates(args).values() for training in group}
+    trained = {weight_file(args, training) for seeds in trainings.values() for training in seeds} - tuned
+    files = {"tuning": tuned if len(args.peaks) > 1 else set(), "training": trained}
+    seconds = {name: sum(read_results(file)["cpu_seconds"] for file in paths) for name, paths in files.items()}
+    return seconds | {"scores": sum(run["cpu_seconds"] for runs in evaluations.values() for run in runs)}
 
 
 def summarise(evaluations: dict[tuple[str, str], list[dict]], name: str, stage: str) -> dict[str, Any]:

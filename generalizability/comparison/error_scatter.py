@@ -90,12 +90,12 @@ def _place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> Non
     renderer, pixel = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
     places = axes.transData.transform([(x, y) for x, y, _ in points])
     inside = axes.get_window_extent(renderer)
-    taken = [Bbox.from_bounds(x - 6 * pixel, y - 6 * pixel, 12 * pixel, 12 * pixel) for x, y in places]
+    used = [Bbox.from_bounds(x - 6 * pixel, y - 6 * pixel, 12 * pixel, 12 * pixel) for x, y in places]
     for (x, y), (_, _, label) in zip(places, points, strict=True):
         text = axes.text(0, 0, label, transform=None, fontsize=LABEL_SIZE, ha="center", va="center")
         size = text.get_window_extent(renderer)
-        box = min(_boxes_around(x, y, size.width, size.height, pixel), key=lambda box: _overlap(box, taken, inside))
-        taken.append(box)
+        box = min(_boxes_around(x, y, size.width, size.height, pixel), key=lambda box: _overlap(box, used, inside))
+        used.append(box)
         middle = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
         text.set_transform(axes.transData)  # a file may have another resolution
         text.set_position(axes.transData.inverted().transform(middle))
@@ -117,9 +117,9 @@ def _boxes_around(x: float, y: float, width: float, height: float, pixel: float)
     return boxes
 
 
-def _overlap(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
+def _overlap(box: Bbox, used: Sequence[Bbox], inside: Bbox) -> float:
     """Return the area of a box that covers other boxes or lies outside the axes, in square pixels."""
-    shared = sum(_shared_area(box, other) for other in taken)
+    shared = sum(_shared_area(box, other) for other in used)
     return shared + box.width * box.height - _shared_area(box, inside)
 
 

@@ -179,7 +179,8 @@ class Run:
         """Update `best.safetensors`, `curves.png` and `metrics.jsonl` from a checkpoint."""
         progress = Progress(**state["progress"])
         lines = "".join(json_line(row) + "\n" for row in progress.history)
-        if not lines or self._read("metrics.jsonl") == lines:
+        written = self.folder / "metrics.jsonl"
+        if not lines or (written.is_file() and written.read_bytes() == lines.encode()):
             return
         if progress.step == 0 and progress.best()["epoch"] == progress.epoch:
             self._save_best(state[RUN_CONFIG], state[RUN_WEIGHTS], progress.history[-1])
@@ -197,10 +198,6 @@ class Run:
         metadata = {name: config[name] for name in names}
         metadata |= {name: metrics[name] for name in ("epoch", "val_error")}
         save_weights(self.folder / "best.safetensors", weights, metadata)
-
-    def _read(self, name: str) -> str | None:
-        path = self.folder / name
-        return path.read_text() if path.is_file() else None
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         write_atomically(self.folder / name, write)

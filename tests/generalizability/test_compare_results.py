@@ -181,8 +181,8 @@ def test_the_json_file_contains_all_rows(tmp_path):
     compare(tmp_path, write_run(tmp_path / "run"))
     rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
     assert len(rows) == 1 + 15 + len(AUGMENTED_ROWS)
-    (ours,) = [row for row in rows if row["source"] == "measured here"]
-    assert (ours["seeds"], ours["last_error"], ours["best_error"]) == ([0], 31.0, 30.0)
+    (measured,) = [row for row in rows if row["source"] == "measured here"]
+    assert (measured["seeds"], measured["last_error"], measured["best_error"]) == ([0], 31.0, 30.0)
 
 
 # -- The paper's numbers --

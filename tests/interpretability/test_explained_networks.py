@@ -23,6 +23,7 @@ from s3net_common.framing import (
 from s3net_networks import create_network
 
 CPU = torch.device("cpu")
+DATA = Path(__file__).parents[1] / "data"
 
 
 def save_trained(path: Path, name: str, classes: int, **options: object) -> nn.Module:
@@ -61,6 +62,17 @@ def test_a_trainers_checkpoint_gives_network_classes_and_preprocessing(name, opt
     images = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
         assert torch.equal(network.model(images), model(images))
+
+
+def test_a_checkpoint_whose_image_size_the_network_cannot_take(tmp_path):
+    model = create_network("s3net_cifar", 3, depth=7)
+    metadata = {"model": "s3net_cifar", "model_options": {"depth": 7}, "num_classes": 3, "classes": [], "image_size": 2}
+    save_weights(tmp_path / "a.safetensors", model.state_dict(), metadata | {"mean": [0.5] * 3, "std": [0.5] * 3})
+    arguments = {"checkpoint": (str(tmp_path / "a.safetensors"),)}
+    with pytest.raises(InputError, match="s3net_cifar cannot take images of 2x2: pass another --image-size"):
+        load_networks(NetworkArgs(**arguments), CPU)
+    (network,) = load_networks(NetworkArgs(image_size=8, **arguments), CPU)
+    assert network.preparation.image_size == 8
 
 
 def test_a_baseline_without_a_checkpoint(tmp_path):
@@ -145,6 +157,16 @@ def test_a_file_without_metadata_takes_options_from_the_command_line(tmp_path):
         load_networks(NetworkArgs(model_options="growth", **arguments), CPU)
     with pytest.raises(InputError, match="--model-options is for networks of this repository, and vgg11 is not one"):
         load_networks(NetworkArgs(model_options=options, networks=("vgg11",), random_weights=True), CPU)
+
+
+def test_the_authors_file_takes_its_options_from_the_command_line():
+    file = DATA / "authors_cifar_k4_d13.pt"
+    options = '{"growth_rate": 4, "depth": 13}'
+    arguments = NetworkArgs(checkpoint=(f"s3net_cifar={file}",), model_options=options, num_classes=10)
+    (network,) = load_networks(arguments, CPU)
+    with np.load(DATA / "authors_cifar_k4_d13_io.npz") as recorded, torch.no_grad():
+        images, logits = (torch.from_numpy(recorded[name]) for name in recorded.files)
+        assert torch.allclose(network.model(images), logits, atol=1e-5)
 
 
 def test_error_for_checkpoints_of_unclear_or_other_networks(tmp_path):

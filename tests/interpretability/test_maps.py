@@ -54,13 +54,13 @@ def test_scores_of_a_perfect_and_an_inverted_map():
 
 def test_sharpness_of_known_maps():
     assert gini(np.full((3, 4), 2.0)) == pytest.approx(0)
-    one = np.zeros((5, 8))
-    one[2, 3] = 7
-    assert gini(one) == pytest.approx(1 - 1 / 40)
+    single = np.zeros((5, 8))
+    single[2, 3] = 7
+    assert gini(single) == pytest.approx(1 - 1 / 40)
     assert gini(np.zeros((2, 2))) == 0
     mask = np.zeros((5, 8), bool)
     mask[2] = True
-    assert sharpness(one + 1, mask)["mass"] == pytest.approx((8 + 7) / (40 + 7))
+    assert sharpness(single + 1, mask)["mass"] == pytest.approx((8 + 7) / (40 + 7))
 
 
 def test_autocorrelation_of_known_gradients():
