@@ -15,7 +15,10 @@ maps show. Prints tables, and writes `speed.json` and `completeness.json` into -
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +57,8 @@ class Args:
     """How many times each method is timed."""
     image_size: flag(int, "INT", "224 for speed; for completeness 96, or the network's") = None
     """Height and width of the images in pixels."""
+    workers: int = 1
+    """Networks whose completeness is measured at the same time."""
     device: flag(str, DEVICES, "a GPU if there is one") = None
     """Device to compute on."""
     out: Path = ROOT / "runs" / "fullgrad_benchmark"
@@ -189,20 +194,31 @@ def measure_completeness(args: Args, device: torch.device, record: dict[str, Any
         and the share drawn; or `failure`, why there is none. `summary`: how many are complete to `COMPLETE`.
     """
     lines = [line for line in COMPLETENESS_NETWORKS.read_text().splitlines() if not line.startswith("#")]
+    names = list(args.networks or lines)
     rows: dict[str, dict[str, Any]] = {}
-    bar = tqdm(args.networks or lines, unit="network", disable=None)
-    for name in bar:
-        bar.set_description(name)
-        try:
-            rows[name] = _completeness_row(name, args.image_size, device)
-        except Exception as error:  # of any kind: that a network fails is a result
-            rows[name] = {"failure": f"{type(error).__name__}: {first_line(error)}"}
-        results = {"complete_to": COMPLETE, "summary": completeness_summary(rows), "networks": rows}
-        write_json(args.out / "completeness.json", record | results)
+    with ExitStack() as stack:
+        if args.workers == 1:
+            measured = (_completeness_row(name, args.image_size, device) for name in names)
+        else:
+            pool = stack.enter_context(ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")))
+            jobs = [pool.submit(_completeness_row, name, args.image_size, device) for name in names]
+            measured = (job.result() for job in as_completed(jobs))
+        for name, row in tqdm(measured, total=len(names), unit="network", disable=None):
+            rows[name] = row
+            in_order = {name: rows[name] for name in names if name in rows}
+            results = {"complete_to": COMPLETE, "summary": completeness_summary(rows), "networks": in_order}
+            write_json(args.out / "completeness.json", record | results)
     return results
 
 
-def _completeness_row(name: str, image_size: int | None, device: torch.device) -> dict[str, Any]:
+def _completeness_row(name: str, image_size: int | None, device: torch.device) -> tuple[str, dict[str, Any]]:
+    try:
+        return name, _measure_network(name, image_size, device)
+    except Exception as error:  # of any kind: that a network fails is a result
+        return name, {"failure": f"{type(error).__name__}: {first_line(error)}"}
+
+
+def _measure_network(name: str, image_size: int | None, device: torch.device) -> dict[str, Any]:
     network = load_network(name, random_weights=True)
     model = network.model.to(device)
     set_random_statistics(model)
@@ -279,8 +295,8 @@ def set_random_statistics(model: nn.Module) -> None:
 
 def main(args: Args) -> None:
     """Measure speed and completeness; print the tables and write the JSON files."""
-    if args.rounds < 1 or not args.batches or min(args.batches) < 1:
-        raise InputError("--rounds and --batches must be 1 or more")
+    if min(args.rounds, args.workers, *args.batches, len(args.batches)) < 1:
+        raise InputError("--rounds, --workers and --batches must be 1 or more")
     device = choose_device(args.device)
     keep_freed_memory()
     for name in ("speed", "completeness"):

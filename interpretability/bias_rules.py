@@ -153,7 +153,8 @@ class Call:
     def operands(self) -> list[tuple[Any, bool]]:
         """Return all tensors and numbers among the arguments, each with whether it moves."""
         moving = set(self.moving)
-        return [(leaf, i in moving) for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor | float | int)]
+        kinds = Tensor | float | int | complex
+        return [(leaf, i in moving) for i, leaf in enumerate(self.leaves) if isinstance(leaf, kinds)]
 
     def run(self, *moving: Tensor) -> Any:
         """Run the function on other values of the tensors that move. Writes over none of its arguments."""
