@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 import tabular
 from kernel_regression import mean_squared_error
-from kernels import B_STD, TOPOLOGIES, W_STD, Topology, kernel_row_blocks
+from kernels import B_STD, PAPER_TOPOLOGIES, W_STD, Topology, kernel_row_blocks
 from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths, compare
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
+from s3net_common.log_ticks import plain_ticks
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 from scaling_fit import fitted_order
 
@@ -83,7 +84,7 @@ def notebook_errors(data: tabular.Split, depths: tuple[int, ...]) -> dict[Topolo
     from neural_tangents_compat import neural_tangents as nt
 
     mse: dict[Topology, list[float]] = {}
-    for topology in TOPOLOGIES:
+    for topology in PAPER_TOPOLOGIES:
         mse[topology] = []
         for depth in depths:
             _, _, kernel_fn = notebook_network(topology, depth)
@@ -112,11 +113,13 @@ def time_calls(function: Callable[[], Any], repeats: int) -> tuple[float, float,
 def measure_figure_3(depths: tuple[int, ...], repeats: int) -> dict[str, Any]:
     """Time both computations of Figure 3 and compare their errors."""
     data = tabular.split(tabular.boston(), tabular.PAPER_SEED)
-    closed_first, closed_warm, closed_form = time_calls(lambda: compare(data, depths, check=False).mse, repeats)
+    closed_first, closed_warm, closed_form = time_calls(
+        lambda: compare(data, depths, PAPER_TOPOLOGIES, check=False).mse, repeats
+    )
     stax_first, stax_warm, notebook = time_calls(lambda: notebook_errors(data, depths), repeats)
     difference = max(
         float(np.max(np.abs(np.array(closed_form[topology]) / np.array(notebook[topology]) - 1)))
-        for topology in TOPOLOGIES
+        for topology in PAPER_TOPOLOGIES
     )
     return {
         "depths": list(depths),
@@ -202,6 +205,7 @@ def draw(results: dict[str, Any]) -> plt.Figure:
         )
         axes.set_xticks(scaling["points"], [str(n) for n in scaling["points"]], minor=False)
         axes.minorticks_off()
+        plain_ticks(axes.yaxis)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
     return figure

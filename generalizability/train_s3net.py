@@ -40,6 +40,7 @@ from data.image_sets import Halves
 from data.splits import SPLITS
 from distributed import Ranks, join_ranks
 from recipes import RECIPES, RunConfig
+from s3net_common.checkpoints import file_label
 from s3net_common.command_line import flag, given_flags, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
@@ -76,7 +77,7 @@ from training.evaluation import check_out, evaluate_trained_network, report_eval
 from training.initial_weights import build_network, complete_flags, open_start, recorded_init
 from training.reporting import TensorBoardLog, describe, diverged, epoch_line, summarize
 from training.run_folder import Run, load_progress, save_progress
-from training.trained_network import file_label, read_trained_network
+from training.trained_network import read_trained_network
 
 RECIPE, NETWORK = "the data set's recipe", "the network's own"  # what --help says about a default
 
@@ -125,6 +126,8 @@ class Args:
     """Learning-rate schedule: step (divide by 10 at each milestone), onecycle or cosine."""
     image_size: flag(int, "INT", RECIPE) = None
     """Height and width in pixels of the images that the network reads."""
+    augment: bool = True
+    """Crop the training images at random, and flip them if the data set's recipe does so."""
     seed: flag(int, "INT", "0") = None
     """Seed of the initial weights, the order of the images and their augmentation."""
     hold_out: flag(int | float, "N|FRACTION", "the data set's own validation images") = None

@@ -1,7 +1,5 @@
 """Rows of the page's tables, from the scripts' JSON files. A row is a dict by column title."""
 
-import statistics
-
 Row = dict[str, object]
 
 
@@ -11,6 +9,7 @@ def figure_3_rows(results: dict) -> list[Row]:
         "K": results["K"],
         "residual": results["residual"],
         "proposed": results["proposed"],
+        "chain": results["chain"],
         "residual, paper": results["paper"]["residual"],
         "proposed, paper": results["paper"]["proposed"],
     }
@@ -18,26 +17,54 @@ def figure_3_rows(results: dict) -> list[Row]:
 
 
 def sensitivity_rows(results: dict) -> list[Row]:
-    """Return the number of settings in which each topology is better with a 95% interval that excludes zero."""
-    return [
-        {
-            "data": f"{verdict['dataset']}, {verdict['scaling']}",
-            "settings": verdict["settings"],
-            "proposed better": verdict["proposed_surely_better"],
-            "residual better": verdict["residual_surely_better"],
-            "undecided": verdict["settings"] - verdict["proposed_surely_better"] - verdict["residual_surely_better"],
-        }
-        for verdict in results["verdicts"]
-    ]
+    """Return the number of settings in which each topology is better, by data and W_std."""
+    rows = []
+    for verdict in results["verdicts"]:
+        row: Row = {"data": f"{verdict['dataset']}, {verdict['scaling']}", "W_std": verdict["w_std"]}
+        row["settings"] = verdict["settings"]
+        for rival, counts in (("residual", verdict), ("chain", verdict["chain"])):
+            for better in ("proposed", rival):
+                title = f"{better} better than {rival if better == 'proposed' else 'proposed'}"
+                row[title] = f"{counts[f'{better}_surely_better']} ({counts[f'{better}_better_after_holm']})"
+        rows.append(row)
+    return rows
 
 
 def one_neuron_rows(results: dict) -> list[Row]:
-    """Return the largest error by depth, and its lower bound without shortcuts."""
-    with_shortcuts = zip(results["depths"], results["errors"], strict=True)
+    """Return the largest error at even and odd depths, and its lower bound without shortcuts."""
+    odd = results["odd"]
+    curves = zip(results["depths"], results["errors"], odd["depths"], odd["errors"], strict=True)
+    bound = results["without_shortcuts"]["bound_at_any_depth"]
     return [
-        *({"layers": depth, "largest error": error} for depth, error in with_shortcuts),
-        {"layers": "any, without shortcuts", "largest error": results["without_shortcuts"]["bound_at_any_depth"]},
+        *(
+            {"layers": even, "largest error": error, "layers, odd": depth, "largest error, odd": odd_error}
+            for even, error, depth, odd_error in curves
+        ),
+        {"layers": "any, no shortcuts", "largest error": bound, "layers, odd": "", "largest error, odd": ""},
     ]
+
+
+def universal_approximation_rows(results: dict) -> list[Row]:
+    """Return the mean largest error by depth, and the difference from the shallow network."""
+    return [
+        {
+            "layers": row["depth"],
+            "parameters": row["parameters"],
+            "largest error": row["mean_error"],
+            "difference from the shallow network": f"{row['largest_difference_from_shallow']:.1e}",
+        }
+        for row in results["rows"]
+    ]
+
+
+def gradient_rows(results: dict) -> list[Row]:
+    """Return the decades of each kind of connection with and without BatchNorm, by depth."""
+    decades = {}
+    for row in results["initial"]:
+        low, high = row["outputs"]["ci95"]
+        text = f"{row['outputs']['mean']:.2f} ({low:.2f} to {high:.2f})"
+        decades.setdefault((row["depth"], row["normalisation"]), {})[row["kind"]] = text
+    return [{"layers": depth, "BatchNorm": name, **by_kind} for (depth, name), by_kind in decades.items()]
 
 
 def run_rows(summary: dict) -> list[Row]:
@@ -89,9 +116,22 @@ def faithfulness_rows(results: dict) -> list[Row]:
         {
             "map": method,
             **{
-                f"{kind} ({better} is better)": f"{statistics.mean(curves[f'{kind}_area']):.4f}"
+                f"{kind} ({better} is better)": f"{curves[f'{kind}_area']:.4f}"
                 for kind, better in (("insertion", "higher"), ("deletion", "lower"))
             },
         }
         for method, curves in methods.items()
+    ]
+
+
+def comparison_rows(results: dict) -> list[Row]:
+    """Return the accuracy and the mean scores of each network's FullGrad maps."""
+    return [
+        {
+            "network": name,
+            "parameters": row["parameters"],
+            "accuracy": f"{row['mean_accuracy']:.3f}",
+            **{score.replace("_", " "): f"{value['mean']:.3f}" for score, value in row["scores"]["FullGrad"].items()},
+        }
+        for name, row in results["networks"].items()
     ]

@@ -1,6 +1,7 @@
-"""Imports run downwards only, and what must work without torch imports no torch."""
+"""Imports run downwards only, what must work without torch imports no torch, and names are words that say something."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from processes import run_python
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ("expressibility", "generalizability", "interpretability")
+FOLDERS = (*EXPERIMENTS, "s3net_common", "s3net_networks", "reproduction", "tests")
 # A module may import modules of its own layer and of those below it (further left), never of those above.
 LAYERS = ("s3net_common", "models", "s3net_networks", "experiments")
 
@@ -40,8 +42,8 @@ def imports_of(module: str, files: dict[str, Path]) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    found = {name for name in names if name in files}
-    return found | {f"{experiment}:{name}" for name in names if f"{experiment}:{name}" in files}
+    modules = {name for name in names if name in files}
+    return modules | {f"{experiment}:{name}" for name in names if f"{experiment}:{name}" in files}
 
 
 def test_imports_run_downwards():
@@ -82,9 +84,35 @@ def test_shared_modules_import_no_torch(module):
     assert run_python("-c", program, env={"PYTHONPATH": str(ROOT)}, check=True).stdout == "False\n"
 
 
+NO_NAMES = {"ahead", "alone", "found", "it", "its", "mine", "mix", "of", "one", "ours", "own", "said", "theirs"}
+NO_NAMES |= {"there", "they", "thing", "to", "what", "which", "who"}
+
+
+def test_names_are_no_pronouns_or_particles():
+    paths = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
+    assert len(paths) > 120
+    names = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add((node.id, path.name))
+            elif isinstance(node, ast.arg):
+                names.add((node.arg, path.name))
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add((node.name, path.name))
+    assert sorted(name for name in names if name[0].strip("_").lower() in NO_NAMES) == []
+
+
 def test_models_is_short_and_begins_with_the_topology():
     lines = (ROOT / "models.py").read_text().splitlines()
     assert len(lines) <= 330
     begin = next(i for i, line in enumerate(lines) if line.startswith("# ---- The topology"))
     end = next(i for i, line in enumerate(lines) if line.startswith("# ---- The paper's networks"))
     assert end - begin <= 170 and begin < 50
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository, not only its files")
+def test_data_and_runs_are_not_in_the_repository():
+    """Not even as links: a checkout would replace a folder of that name, with everything in it."""
+    done = subprocess.run(["git", "ls-files", "data", "runs"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == ""

@@ -9,12 +9,17 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-STYLES = {  # by `Point.measured_here`
-    True: {"marker": "o", "color": "tab:red", "markersize": 8, "label": "measured here"},
-    False: {"marker": "D", "color": "tab:blue", "markersize": 6, "markerfacecolor": "white", "label": "quoted"},
+from s3net_common.log_ticks import plain_ticks
+
+STYLES = {  # by `Point.kind`, which the legend shows
+    "measured here": {"marker": "o", "color": "tab:red", "markersize": 8},
+    "measured here, without augmentation": {"marker": "s", "color": "tab:red", "markersize": 7, "fillstyle": "none"},
+    "quoted": {"marker": "D", "color": "tab:blue", "markersize": 6, "fillstyle": "none"},
+    "quoted, without augmentation": {"marker": "x", "color": "gray", "markersize": 7},
+    "quoted, augmentation unknown": {"marker": "^", "color": "gray", "markersize": 6, "fillstyle": "none"},
 }
 PANELS = {"parameters": "parameters", "multiply_adds": "multiply-adds for one image"}
 LABEL_SIZE = 8.5  # points
@@ -22,13 +27,13 @@ LABEL_SIZE = 8.5  # points
 
 @dataclass(frozen=True)
 class Point:
-    """A network: label, top-1 error in percent, sizes (None if unknown), and whether this repository measured it."""
+    """A network: label, top-1 error in percent, sizes (None if unknown), and its key in `STYLES`."""
 
     label: str
     error: float
     parameters: float | None
     multiply_adds: float | None
-    measured_here: bool
+    kind: str
 
 
 def draw_scatter(data_sets: dict[str, Sequence[Point]]) -> Figure:
@@ -42,12 +47,13 @@ def draw_scatter(data_sets: dict[str, Sequence[Point]]) -> Figure:
             known = [p for p in points if getattr(p, quantity)]
             unknown = ", ".join(p.label for p in points if p not in known)
             axes.set(title=title, ylabel="top-1 error (%)")
-            remark = textwrap.fill(f"(unknown for {unknown})", 105) if unknown else ""
+            remark = textwrap.fill(f"(unknown for {unknown})", 92) if unknown else ""
             axes.set_xlabel(f"{name}\n{remark}", fontsize="small")
             _draw_panel(axes, known, quantity)
             panels.append((axes, [(getattr(p, quantity), p.error, p.label) for p in known]))
-    handles = [Line2D([], [], linestyle="", **style) for style in STYLES.values()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
+    kinds = {point.kind for points in data_sets.values() for point in points}
+    handles = [Line2D([], [], linestyle="", label=kind, **STYLES[kind]) for kind in STYLES if kind in kinds]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     figure.draw_without_rendering()  # places the axes, which stay where they are from here on
     figure.set_layout_engine("none")
     for axes, labelled in panels:
@@ -59,8 +65,8 @@ def _draw_panel(axes: Axes, points: Sequence[Point], quantity: str) -> None:
     if not points:
         axes.set(xticks=[], yticks=[])
         return
-    for measured_here, style in STYLES.items():
-        chosen = [p for p in points if p.measured_here == measured_here]
+    for kind, style in STYLES.items():
+        chosen = [p for p in points if p.kind == kind]
         if chosen:
             axes.plot([getattr(p, quantity) for p in chosen], [p.error for p in chosen], linestyle="", **style)
     errors = [p.error for p in points]
@@ -71,8 +77,7 @@ def _draw_panel(axes: Axes, points: Sequence[Point], quantity: str) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if min(errors) > 0 and max(errors) > 2 * min(errors):  # one large error would squeeze the others together
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        plain_ticks(axes.yaxis)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
@@ -85,12 +90,12 @@ def _place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> Non
     renderer, pixel = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
     places = axes.transData.transform([(x, y) for x, y, _ in points])
     inside = axes.get_window_extent(renderer)
-    taken = [Bbox.from_bounds(x - 6 * pixel, y - 6 * pixel, 12 * pixel, 12 * pixel) for x, y in places]
+    used = [Bbox.from_bounds(x - 6 * pixel, y - 6 * pixel, 12 * pixel, 12 * pixel) for x, y in places]
     for (x, y), (_, _, label) in zip(places, points, strict=True):
         text = axes.text(0, 0, label, transform=None, fontsize=LABEL_SIZE, ha="center", va="center")
         size = text.get_window_extent(renderer)
-        box = min(_boxes_around(x, y, size.width, size.height, pixel), key=lambda box: _overlap(box, taken, inside))
-        taken.append(box)
+        box = min(_boxes_around(x, y, size.width, size.height, pixel), key=lambda box: _overlap(box, used, inside))
+        used.append(box)
         middle = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
         text.set_transform(axes.transData)  # a file may have another resolution
         text.set_position(axes.transData.inverted().transform(middle))
@@ -112,9 +117,9 @@ def _boxes_around(x: float, y: float, width: float, height: float, pixel: float)
     return boxes
 
 
-def _overlap(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
+def _overlap(box: Bbox, used: Sequence[Bbox], inside: Bbox) -> float:
     """Return the area of a box that covers other boxes or lies outside the axes, in square pixels."""
-    shared = sum(_shared_area(box, other) for other in taken)
+    shared = sum(_shared_area(box, other) for other in used)
     return shared + box.width * box.height - _shared_area(box, inside)
 
 

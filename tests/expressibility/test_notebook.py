@@ -35,6 +35,7 @@ def check_outputs(notebook):
     assert float(re.search(r"disagreement of the two ways: (\S+)", text)[1]) < 1e-6
     assert "K = 4, residual: 0.78061 here, 0.78054 there" in text
     assert "K = 5, proposed: 0.74947 here, 0.74940 there" in text
+    assert "The chain's error is smaller than both by" in text
     assert re.search(r"is ahead on \d+ of 30 splits", text)
     assert number_of_pictures(notebook) == 5
 
@@ -150,6 +151,7 @@ def test_without_network_the_set_up_cell_says_what_is_missing_in_one_line(set_up
     )
     (command,) = commands
     assert command[1:4] == ["-m", "pip", "install"] and command[-1] == "tyro"
+    assert "--no-color" in command  # else the last line is the code that resets the colour
 
 
 def test_neural_tangents_is_installed_without_its_dependencies(set_up, tmp_path, monkeypatch):
