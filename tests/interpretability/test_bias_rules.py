@@ -140,8 +140,8 @@ WITHOUT_GRADIENT = {torch.Tensor.cuda, torch.Tensor.detach, torch.Tensor.detach_
 
 def samples(func: object) -> list[tuple[tuple, dict]]:
     name = func.__name__.removeprefix("special_").removeprefix("linalg_").removeprefix("_threshold") or "threshold"
-    found = SAMPLES_OF_METHODS.get(func) or SAMPLES.get(name, [call(X)])
-    return [(args, kwargs) for args, kwargs in found if "inplace" not in kwargs or "inplace" in parameters(func)]
+    arguments = SAMPLES_OF_METHODS.get(func) or SAMPLES.get(name, [call(X)])
+    return [(args, kwargs) for args, kwargs in arguments if "inplace" not in kwargs or "inplace" in parameters(func)]
 
 
 def parameters(func: object) -> list[str]:
