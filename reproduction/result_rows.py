@@ -17,17 +17,17 @@ def figure_3_rows(results: dict) -> list[Row]:
 
 
 def sensitivity_rows(results: dict) -> list[Row]:
-    """Return the number of settings in which each topology is better with a 95% interval that excludes zero."""
-    return [
-        {
-            "data": f"{verdict['dataset']}, {verdict['scaling']}",
-            "settings": verdict["settings"],
-            "proposed better": verdict["proposed_surely_better"],
-            "residual better": verdict["residual_surely_better"],
-            "undecided": verdict["settings"] - verdict["proposed_surely_better"] - verdict["residual_surely_better"],
-        }
-        for verdict in results["verdicts"]
-    ]
+    """Return the number of settings in which each topology is better, by data and W_std."""
+    rows = []
+    for verdict in results["verdicts"]:
+        row: Row = {"data": f"{verdict['dataset']}, {verdict['scaling']}", "W_std": verdict["w_std"]}
+        row["settings"] = verdict["settings"]
+        for rival, counts in (("residual", verdict), ("chain", verdict["chain"])):
+            for better in ("proposed", rival):
+                title = f"{better} better than {rival if better == 'proposed' else 'proposed'}"
+                row[title] = f"{counts[f'{better}_surely_better']} ({counts[f'{better}_better_after_holm']})"
+        rows.append(row)
+    return rows
 
 
 def one_neuron_rows(results: dict) -> list[Row]:
