@@ -129,6 +129,7 @@ def test_segmentation_scores(photographs, tmp_path):
     for method in methods:
         dice = [float(row["dice"]) for row in rows if row["method"] == method and row["percentile"] == "85"]
         assert scores["mean"][method]["dice_at"] == pytest.approx(np.mean(dice), abs=1e-6)
+        assert scores["dice"][method]["85"] == pytest.approx(np.mean(dice), abs=1e-6)
     # the square is beside the image's centre, where the Gaussian has its maximum
     assert scores["mean"]["centred Gaussian"]["pointing"] == 0
     for name in ("segmentation.png", "dice.png"):
