@@ -244,6 +244,9 @@ def run_command(
     Raises:
         SystemExit: the step was ended together with others.
     """
+    variables = {"PYTHONUNBUFFERED": "1", progress.SECONDS: "60"} | (
+        {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    )
     process = subprocess.Popen(
         [sys.executable, *record.command[1:]],
         cwd=ROOT,

@@ -58,7 +58,7 @@ def test_a_path_that_the_system_refuses_is_an_error_of_one_line(monkeypatch, cap
 
 FOLDERS = [ROOT, *(ROOT / name for name in ("expressibility", "generalizability", "interpretability"))]
 SCRIPTS = sorted(
-    str(path) for folder in FOLDERS for path in folder.glob("*.py") if "\n    run_script(main" in path.read_text()
+    str(path) for folder in FOLDERS for path in folder.glob("*.py") if "\n    answer_flags(Args" in path.read_text()
 )
 HELP_OF_ALL = """
 import contextlib, io, runpy, sys
