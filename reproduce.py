@@ -244,15 +244,13 @@ def run_command(
     Raises:
         SystemExit: the step was ended together with others.
     """
-    variables = {"PYTHONUNBUFFERED": "1", progress.SECONDS: "60"} | (
-        {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-    )
+    variables = {"PYTHONUNBUFFERED": "1", progress.SECONDS: "60"}
+    if gpu is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = gpu
     process = subprocess.Popen(
         [sys.executable, *record.command[1:]],
         cwd=ROOT,
-        env=os.environ
-        | {"PYTHONUNBUFFERED": "1", progress.SECONDS: "60"}
-        | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
+        env=os.environ | variables,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,

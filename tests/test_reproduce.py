@@ -171,7 +171,7 @@ def test_the_bar_shows_the_last_line_of_the_running_step_and_ctrl_c_says_what_is
 
     def show(bar, text):
         shown.append(text)
-        if text:
+        if text.startswith("..."):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(reproduce.ProgressBar, "set_postfix_str", show)
@@ -188,7 +188,7 @@ def without_spans(text: str) -> str:
 
 
 def wait_until(condition) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
