@@ -125,8 +125,9 @@ def load_networks(args: NetworkArgs, device: torch.device) -> list[Network]:
     for label, name, checkpoint in chosen_networks(args):
         network = load_network(name, checkpoint, args.num_classes, args.random_weights, options)
         network.name = label or network.name
+        if args.image_size is not None or checkpoint:  # a file may give any size, too
+            check_image_size(network, network.preparation.image_size if args.image_size is None else args.image_size)
         if args.image_size is not None:
-            check_image_size(network, args.image_size)
             network.preparation = network.preparation.with_image_size(args.image_size)
         if args.squash:
             network.preparation = network.preparation.squashed()
@@ -178,7 +179,7 @@ def check_image_size(network: Network, size: int) -> None:
             network.model(torch.zeros(1, 3, size, size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(
-            f"--image-size {size} does not fit {network.name}: leave it out to use {network.preparation.image_size}"
+            f"{network.name} cannot take images of {size}x{size}: pass another --image-size, or leave it out"
         ) from error
 
 

@@ -63,6 +63,17 @@ def test_a_trainers_checkpoint_gives_network_classes_and_preprocessing(name, opt
         assert torch.equal(network.model(images), model(images))
 
 
+def test_a_checkpoint_whose_image_size_the_network_cannot_take(tmp_path):
+    model = create_network("s3net_cifar", 3, depth=7)
+    metadata = {"model": "s3net_cifar", "model_options": {"depth": 7}, "num_classes": 3, "classes": [], "image_size": 2}
+    save_weights(tmp_path / "a.safetensors", model.state_dict(), metadata | {"mean": [0.5] * 3, "std": [0.5] * 3})
+    arguments = {"checkpoint": (str(tmp_path / "a.safetensors"),)}
+    with pytest.raises(InputError, match="s3net_cifar cannot take images of 2x2: pass another --image-size"):
+        load_networks(NetworkArgs(**arguments), CPU)
+    (network,) = load_networks(NetworkArgs(image_size=8, **arguments), CPU)
+    assert network.preparation.image_size == 8
+
+
 def test_a_baseline_without_a_checkpoint(tmp_path):
     with pytest.raises(InputError, match="there are no trained weights for resnet20_cifar"):
         load_network("resnet20_cifar")
