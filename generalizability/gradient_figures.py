@@ -85,7 +85,7 @@ def draw_training(results: dict[str, Any], curves: dict[str, Any]) -> plt.Figure
     errors.set(xscale="log", xticks=ends, xlabel="depth, number of layers", ylabel="test error, %", ylim=(0, 100))
     errors.set_xticklabels(ends)
     errors.minorticks_off()
-    errors.set_title(f"After {results['steps']} steps, best of {len(results['peaks'])} peaks (dashes: single runs)")
+    errors.set_title(f"After {results['steps']} steps (dashes: single runs)")
     losses.set(xlabel="step", ylabel="training loss, mean of the runs", title=f"{shown} layers: training loss")
     decades.axhline(0, color="0.4", lw=0.8, ls=":")
     decades.set(xlabel="step", ylabel="decades between first and last layer", title=f"{shown} layers: gradients")
