@@ -129,6 +129,7 @@ def test_segmentation_scores(photographs, tmp_path):
     for method in methods:
         dice = [float(row["dice"]) for row in rows if row["method"] == method and row["percentile"] == "85"]
         assert scores["mean"][method]["dice_at"] == pytest.approx(np.mean(dice), abs=1e-6)
+        assert scores["dice"][method]["85"] == pytest.approx(np.mean(dice), abs=1e-6)
     # the square is beside the image's centre, where the Gaussian has its maximum
     assert scores["mean"]["centred Gaussian"]["pointing"] == 0
     for name in ("segmentation.png", "dice.png"):
@@ -305,9 +306,12 @@ def test_benchmark_writes_times_and_completeness_errors(tmp_path):
         seconds = row["seconds_a_map"]
         assert row["times_as_fast_as_published"] == pytest.approx(seconds["published"] / seconds["ours"])
         assert 0 < row["largest_difference"] < 1e-5  # the same formula, computed in another order
-    errors = json.loads((tmp_path / "out" / "completeness.json").read_text())["errors"]
-    assert errors["squeezenet1_0"]["float32"] < 1e-4
-    assert errors["squeezenet1_0"]["float64"] < 1e-9
+    completeness = json.loads((tmp_path / "out" / "completeness.json").read_text())
+    row = completeness["networks"]["squeezenet1_0"]
+    assert row["float32"] < 1e-4 and row["float32_image_by_image"] < 1e-4
+    assert row["float64"] < 1e-9 and row["float64_image_by_image"] < 1e-9
+    assert row["image_size"] == 64 and 0.5 < row["drawn"] <= 1
+    assert completeness["summary"]["complete"] == completeness["summary"]["networks"] == 1
     assert "squeezenet1_0" in process.stdout
 
 
