@@ -358,8 +358,8 @@ NETWORK_SIZES = Step(
     experiment="generalizability",
     title="Parameters and multiply-adds of every network",
     about=(
-        "The share of the parameters that lies in transitions, and the multiply-adds with the transitions' pools before "
-        "their convolutions (as here) and after them (the published order)."
+        "The share of the parameters in transitions, and the multiply-adds with the transitions' pools before their "
+        "convolutions (as here) and after them (the published order)."
     ),
     command="generalizability/network_sizes.py --out {here}",
     shows=(LOG,),
