@@ -306,9 +306,12 @@ def test_benchmark_writes_times_and_completeness_errors(tmp_path):
         seconds = row["seconds_a_map"]
         assert row["times_as_fast_as_published"] == pytest.approx(seconds["published"] / seconds["ours"])
         assert 0 < row["largest_difference"] < 1e-5  # the same formula, computed in another order
-    errors = json.loads((tmp_path / "out" / "completeness.json").read_text())["errors"]
-    assert errors["squeezenet1_0"]["float32"] < 1e-4
-    assert errors["squeezenet1_0"]["float64"] < 1e-9
+    completeness = json.loads((tmp_path / "out" / "completeness.json").read_text())
+    row = completeness["networks"]["squeezenet1_0"]
+    assert row["float32"] < 1e-4 and row["float32_image_by_image"] < 1e-4
+    assert row["float64"] < 1e-9 and row["float64_image_by_image"] < 1e-9
+    assert row["image_size"] == 64 and 0.5 < row["drawn"] <= 1
+    assert completeness["summary"]["complete"] == completeness["summary"]["networks"] == 1
     assert "squeezenet1_0" in process.stdout
 
 
