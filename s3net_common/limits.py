@@ -43,7 +43,7 @@ def check_numbers(values: Mapping[str, object]) -> None:
 def available_processors() -> int:
     """Return how many processors this process may use: those that Slurm or a container leaves to it."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(count, math.ceil(container_quota())))
+    return max(1, math.ceil(min(count, container_quota())))
 
 
 def container_quota(groups: Path = Path("/sys/fs/cgroup"), memberships: Path = Path("/proc/self/cgroup")) -> float:

@@ -35,6 +35,9 @@ def test_the_quota_of_a_container(tmp_path, groups, membership, quota):
 def test_a_quota_limits_processors_and_threads(monkeypatch):
     monkeypatch.setattr(limits, "container_quota", lambda: 0.5)
     assert available_processors() == 1
+    monkeypatch.setattr(limits, "container_quota", lambda: math.inf)
+    assert available_processors() >= 1
+    monkeypatch.setattr(limits, "container_quota", lambda: 0.5)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(torch, "set_num_threads", lambda count: counts.append(count))
