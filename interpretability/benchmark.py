@@ -224,7 +224,7 @@ def _measure_network(name: str, image_size: int | None, device: torch.device) ->
     network = load_network(name, random_weights=True)
     model = network.model.to(device)
     set_random_statistics(model)
-    images = _accepted_images(model, [image_size or SMALL_IMAGES, network.image_size]).to(device)
+    images = _accepted_images(model, [image_size or SMALL_IMAGES, network.preparation.image_size]).to(device)
     row: dict[str, Any] = {"image_size": images.shape[-1], "parameters": sum(p.numel() for p in model.parameters())}
     for precision in COMPLETE:
         dtype = getattr(torch, precision)
