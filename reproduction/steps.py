@@ -88,6 +88,7 @@ def steps_of(budget: str) -> list[Step]:
     if budget == "quick":
         expressibility = [FIGURE_3, sensitivity(splits=10), ONE_NEURON, universal_approximation(QUICK_DEPTHS)]
         training = [DIGITS, QUICK_SAME_BUDGET, QUICK_TABLE, gradient_flow(QUICK_GRADIENTS)]
+        training += [NETWORK_SIZES, spectral_bounds("--seeds 1 --images 100 --epochs 3")]
         return [*expressibility, *training, *QUICK_SALIENCY]
     expressibility = [finite_width(), sensitivity(100), ONE_NEURON, universal_approximation(), KERNEL_BENCHMARK]
     if budget == "cpu":
@@ -96,7 +97,8 @@ def steps_of(budget: str) -> list[Step]:
         networks = [cifar100(k, depth, "--compile", on_gpu=True) for k, depth in PAPER_CIFAR100]
         networks += [tiny_imagenet(name) for name in TINY_IMAGENET_NETWORKS]
         training = [WEIGHTS, SAME_BUDGET, *networks, CIFAR100_TABLE, TINY_IMAGENET_TABLE, TRAINING_BENCHMARK]
-    return [*expressibility, *training, gradient_flow("--jobs 2"), *SALIENCY, SALIENCY_BENCHMARK]
+    training += [gradient_flow("--jobs 2"), NETWORK_SIZES, spectral_bounds("--seeds 5 --epochs 30")]
+    return [*expressibility, *training, *SALIENCY, SALIENCY_BENCHMARK]
 
 
 # ---- Expressibility -----------------------------------------------------------------------------------------------
@@ -348,6 +350,34 @@ def gradient_flow(flags: str) -> Step:
             ),
             "deep_training.png",
         ),
+    )
+
+
+NETWORK_SIZES = Step(
+    name="network_sizes",
+    experiment="generalizability",
+    title="Parameters and multiply-adds of every network",
+    about=(
+        "The share of the parameters in transitions, and the multiply-adds with the transitions' pools before their "
+        "convolutions (as here) and after them (the published order)."
+    ),
+    command="generalizability/network_sizes.py --out {here}",
+    shows=(LOG,),
+)
+
+
+def spectral_bounds(flags: str) -> Step:
+    """Return the step that compares a spectral margin bound with the gaps of small networks on digits."""
+    return Step(
+        name="spectral_bounds",
+        experiment="generalizability",
+        title="A spectral margin bound and true generalization gaps",
+        about=(
+            "The bound of Bartlett, Foster and Telgarsky (2017), adapted to networks with shortcuts, without constants "
+            "and logarithms. All bounds are vacuous; the question is whether they rank the networks."
+        ),
+        command=f"generalizability/spectral_bounds.py {flags} --out {{here}}",
+        shows=("spectral_bounds.png", LOG),
     )
 
 
