@@ -391,10 +391,11 @@ RESULTS = {
     "ntk_sensitivity": ("expressibility/results", "boston, standardised", ">30 (0)<"),
     "universal_approximation": ("expressibility/results", "15,358", "1.4e-14"),
     "one_neuron": ("expressibility/results", "0.01752", "1.532"),
+    "gradient_flow": ("generalizability/results/gradient_flow", "14.01 (13.30 to 14.72)", "none, He initialisation"),
     "digits": ("generalizability/results/digits", "231,706", "0.83 (epoch 14)"),
     "segmentation": (
         "interpretability/results",
-        'FullGrad (s3net_cifar)</td><td class="number">0.5813',
+        'FullGrad (s3net_cifar)</td><td class="number">0.5811',
         "Dice at the 90th percentile",
     ),
 }
