@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchvision.datasets.utils import check_integrity, download_url
-from tqdm import tqdm
 
 from s3net_common.errors import InputError
 from s3net_common.images import check_same_classes, class_images, class_names
+from s3net_common.progress import ProgressBar
 from s3net_common.text_files import read_text
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -164,7 +164,7 @@ def unpack(archive: Path, root: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with zipfile.ZipFile(archive) as content:
-            for member in tqdm(content.infolist(), desc=f"unpacking {archive.name}", unit="file", disable=None):
+            for member in ProgressBar(content.infolist(), desc=f"unpacking {archive.name}", unit="file"):
                 content.extract(member, temporary)
         (temporary / FOLDER).replace(root)
     except (OSError, zipfile.BadZipFile) as error:

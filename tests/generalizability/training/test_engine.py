@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+import recipes
+from data import datasets
 from data.batches import TrainingBatches
 from data.image_sets import ImageSet
 from distributed import Ranks
 from s3net_common.errors import InputError
+from s3net_networks import connections
+from training import engine
 from training.engine import Precision, Progress, Trainer, top_errors
 from training.run_folder import Run
 
@@ -83,3 +87,13 @@ def test_a_validation_loss_that_is_not_finite_is_null(tmp_path):
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [row["val_loss"] for row in rows] == [None, None] and rows[1]["train_loss"] == 1.0
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+# -- Choices that --help names --
+
+
+def test_the_choices_of_flags_are_those_that_the_code_has():
+    assert tuple(engine.SCHEDULES) == recipes.SCHEDULES
+    assert tuple(connections.CONNECTIONS) == recipes.CONNECTIONS
+    assert set(recipes.RECIPES) == set(datasets.DATASETS)
+    assert recipes.DEFAULT_DATASET in recipes.RECIPES
