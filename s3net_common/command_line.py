@@ -106,6 +106,10 @@ def _guarded(run: Callable[[], int | None], resume: str = "") -> int | None:
     except KeyboardInterrupt:
         print("stopped" + (f"; {resume}" if resume else ""), file=sys.stderr)
         code = 130
+    except SystemExit as stop:
+        if stop.code == 128 + signal.SIGTERM and resume:
+            print(f"stopped; {resume}", file=sys.stderr)
+        raise
     except Exception as error:
         if not (advice := _advice(error)):
             raise

@@ -54,7 +54,7 @@ def test_the_table_of_errors(results):
 
 
 def test_the_results_record_command_and_versions(run, results):
-    assert results["command"] == "python expressibility/ntk_comparison.py --depths 3 2 2 --out out"
+    assert results["command"] == "python expressibility/ntk_comparison.py --depths 3 2 --out out"
     assert results["versions"]["neural-tangents"] == "0.6.5"
     difference = f"difference between closed form and neural-tangents: {results['engine_disagreement']:.1e}"
     assert difference in run[0].stdout

@@ -157,7 +157,7 @@ def test_torch_hub_has_every_network_and_nothing_else(weights, monkeypatch):
 def test_the_saliency_scripts_explain_the_trained_s3net_by_default(weights):
     (network,) = load_networks(NetworkArgs(), torch.device("cpu"))
     assert same_weights(network.model, create_model("s3net_cifar", pretrained=True))
-    assert (network.image_size, network.mean, network.classes) == (32, (0.1, 0.2, 0.3), CLASSES)
+    assert (network.preparation.image_size, network.preparation.mean, network.classes) == (32, (0.1, 0.2, 0.3), CLASSES)
     assert not network.model.training
     (named,) = load_networks(NetworkArgs(images=(Path("x.jpg"),), networks=("s3net_cifar",)), torch.device("cpu"))
     assert same_weights(named.model, network.model)
@@ -166,10 +166,10 @@ def test_the_saliency_scripts_explain_the_trained_s3net_by_default(weights):
 
 
 @pytest.mark.parametrize(
-    ("size", "message"), [(0, "--image-size 0 is not possible"), (3, "3 does not fit s3net_cifar")]
+    ("size", "message"), [(0, "--image-size 0 is not possible"), (3, "s3net_cifar cannot take images of 3x3")]
 )
 def test_error_for_images_that_are_too_small(weights, size, message):
     with pytest.raises(InputError, match=message):
         load_networks(NetworkArgs(image_size=size), torch.device("cpu"))
     (network,) = load_networks(NetworkArgs(image_size=4), torch.device("cpu"))
-    assert network.image_size == 4
+    assert network.preparation.image_size == 4

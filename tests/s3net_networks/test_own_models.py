@@ -25,19 +25,26 @@ def run(*command, first_on_path: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "script",
-    ["generalizability/train_s3net.py", "generalizability/compare_results.py", "interpretability/benchmark.py"],
+    "command",
+    [
+        ["generalizability/train_s3net.py", "--list-models"],
+        ["generalizability/compare_results.py", "--help"],
+        ["generalizability/compare_results.py", "absent"],
+        ["interpretability/benchmark.py", "--networks", "absent"],
+    ],
 )
-def test_a_script_names_the_file_that_shadows_models(users_folder, script):
-    done = run(ROOT / script, "--help", first_on_path=users_folder)
-    if not (users_folder / "models" / "thing.txt").exists():  # a folder without __init__.py comes after any module
+def test_a_script_names_the_file_that_shadows_models(users_folder, command):
+    done = run(ROOT / command[0], *command[1:], first_on_path=users_folder)
+    if "--help" in command:  # answered without models
+        assert done.returncode == 0, done.stderr
+    elif not (users_folder / "models" / "thing.txt").exists():  # a folder without __init__.py comes after any module
         assert done.returncode == 2
         assert (
             done.stderr.startswith(f"error: {users_folder / 'models'}") and "shadows this repository's" in done.stderr
         )
         assert done.stderr.count("\n") == 1
     else:
-        assert done.returncode == 0, done.stderr
+        assert "shadows" not in done.stderr and done.returncode == (2 if "absent" in command else 0), done.stderr
 
 
 def test_an_import_names_the_file_that_shadows_models(users_folder):
