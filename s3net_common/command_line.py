@@ -1,7 +1,6 @@
 """How every script starts and ends: typed flags, errors in one line, and the exit code. Imports no torch."""
 
 import contextlib
-import gc
 import io
 import math
 import os
@@ -14,6 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
+from s3net_common import process_group
 from s3net_common.errors import InputError, LocalError, printable
 
 Args = TypeVar("Args")
@@ -42,44 +42,60 @@ def run_script(
     `is_positional` is as in `positional_first`.
 
     Exit code 2, with one line on stderr: flags that cannot be parsed, an InputError, a missing package, or a stdout
-    that cannot be written (a full disk, or a pipe whose reader has ended). Ctrl-C exits with 130. SIGTERM raises
-    SystemExit, so that temporary files are removed and child processes ended, and exits with 143.
+    that cannot be written (a full disk, or a pipe whose reader has ended). Ctrl-C exits with 130. SIGTERM and SIGHUP
+    raise SystemExit, so that temporary files are removed and child processes ended, and exit with 143 and 129.
+
+    A distributed rank that fails ends at once, and prints its host and rank with the error.
     """
     if sys.stdout is None:  # closed by the program that started this one
         sys.stdout = io.StringIO()
     if "matplotlib" in sys.modules:  # pictures go to files, and there may be no display
         sys.modules["matplotlib"].use("Agg")
+    failed = True
     try:
         with sigterm_as_exit():
             code = main(parse_flags(arguments, description, is_positional))
         sys.stdout.flush()  # an error here is still reported below
+        failed = False
     except (InputError, ImportError) as error:
-        # Of several distributed ranks, the first reports what all of them found.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
-            print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        _report(error)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     except OSError as error:
-        if error.filename is not None:  # set if a file could not be opened, never if an open one could not be written
+        if error.filename is None:  # set if a file could not be opened, never if an open one could not be written
+            # Without this, the interpreter would try to write again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(f"error: the output cannot be written ({error.strerror}): give it a reader or room", file=sys.stderr)
+            code = 2
+        elif process_group.is_joined():
+            _report(error)
+            code = 1
+        else:
             raise
-        # Without this, the interpreter would try to write again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"error: the output cannot be written ({error.strerror}): give it a reader or room", file=sys.stderr)
-        code = 2
-    if "torch.distributed" in sys.modules:
-        _end_process_group()
+    except (SystemExit, Exception) as error:
+        if not process_group.is_joined():
+            raise
+        if not isinstance(error, SystemExit):
+            _report(error)
+        code = error.code if isinstance(error, SystemExit) else 1
+    if process_group.is_joined():
+        if failed:
+            process_group.end_alone(code)
+        process_group.end_together()
     sys.exit(code)
 
 
-def _end_process_group() -> None:
-    """Destroy the process group's threads: one that frees a tensor during interpreter shutdown aborts the process."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        gc.collect()  # a distributed network is part of reference cycles, which keep the threads alive
-        dist.destroy_process_group()
+def _report(error: BaseException) -> None:
+    """Print an error on stderr; of several distributed ranks, one prints an error that concerns all of them."""
+    if process_group.is_joined():
+        line = process_group.error_line(error)
+    else:
+        silent = os.environ.get("RANK", "0") != "0" and not isinstance(error, LocalError)
+        line = None if silent else f"error: {printable(' '.join(str(error).split()))}"
+    if line:
+        print(line, file=sys.stderr)
 
 
 def parse_flags(
@@ -164,9 +180,17 @@ def given_flags(args: object) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def sigterm_as_exit() -> Iterator[None]:
-    """Make SIGTERM raise SystemExit (143) inside the context, so that `finally` blocks run."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """Make SIGTERM and SIGHUP raise SystemExit (143, 129) inside the context, so that `finally` blocks run.
+
+    SIGHUP, of a terminal or connection that was closed, stays ignored for a command that was started with nohup.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows lacks SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if number == signal.SIGTERM or handler != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
