@@ -105,7 +105,7 @@ class Block(nn.Module):
         outputs = [x]  # H_0
         for layer in self.layers:
             outputs.append(layer(outputs[-1]))  # the chain: H_i reads only H_{i-1}
-        return concatenate(outputs)  # one shortcut from each H_i to the end of the block
+        return concatenate(outputs, self.training)  # one shortcut from each H_i to the end of the block
 
 
 class S3Net(nn.Module):

@@ -93,14 +93,13 @@ def join_ranks(device: str | None) -> Ranks:
         raise InputError(f"there is no device {device!r}: give cpu, cuda, cuda:1 or mps") from error
     if chosen.type == "cuda":
         chosen = _cuda_device(chosen)
+        torch.cuda.set_device(chosen)  # else allocations and kernels without a device go to cuda:0
     elif chosen.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("--device mps: this machine has no Apple GPU that PyTorch can use; pass --device cpu")
     elif chosen.type not in ("cpu", "mps"):
         raise InputError(f"--device {device} is not supported: give cpu, cuda, cuda:1 or mps")
     if "RANK" not in os.environ:
         return Ranks(0, 1, chosen)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
     # After a restart by torchrun, its store may still hold the addresses of the previous processes.
     store, rank, world_size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -117,6 +116,11 @@ def _cuda_device(device: torch.device) -> torch.device:
     if wanted > count:
         raise InputError(f"{wanted} processes on this node and {count} GPUs: give torchrun --nproc_per_node={count}")
     index = device.index
+    if index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise InputError(
+            f"--device cuda:{index} would put all processes of this node on one GPU: pass --device cuda, which gives "
+            "each process one GPU"
+        )
     if index is None:
         index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
     if index >= count:

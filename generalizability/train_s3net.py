@@ -136,9 +136,10 @@ class Args:
     device: flag(str, "{cpu,cuda,cuda:N,mps}", "a GPU if there is one") = None
     """Device to compute on. Under torchrun, each rank gets the GPU of its LOCAL_RANK."""
     amp: flag(bool, None, "where it is faster") = True
-    """Mixed precision: bfloat16, or float16 with a gradient scaler on CUDA devices that lack it."""
+    """Mixed precision: bfloat16, or float16 with a gradient scaler on CUDA devices that lack it. --no-amp: float32,
+    whose products CUDA devices since Ampere compute in TF32 (10 bits of mantissa)."""
     compile: bool = False
-    """Compile the network with torch.compile (on a CPU it needs a C++ compiler)."""
+    """Compile the network with torch.compile, for the size of a full batch (on a CPU it needs a C++ compiler)."""
     workers: flag(int, "N", "one a processor") = None
     """DataLoader workers of each rank, which decode image files: processes for ImageNet, whose images stay on disk (0:
     decode in the training process), threads for the other data sets."""

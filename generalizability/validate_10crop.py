@@ -88,7 +88,8 @@ class Args:
     device: flag(str, "{cpu,cuda,cuda:N,mps}", "a GPU if there is one") = None
     """Device to compute on. Under torchrun, each rank gets the GPU of its LOCAL_RANK."""
     amp: flag(bool, None, "if it is faster") = True
-    """Mixed precision: bfloat16, or float16 on CUDA devices that lack it."""
+    """Mixed precision: bfloat16, or float16 on CUDA devices that lack it. --no-amp: float32, whose products CUDA
+    devices since Ampere compute in TF32."""
     out: flag(Path, "FILE", "runs/validate_10crop/<folder>-<checkpoint>.json") = None
     """JSON file for the results. The picture of the confusions is beside it."""
     overwrite: bool = False
@@ -120,7 +121,7 @@ def main(args: Args) -> int:
             "images_per_second": len(images) / seconds,
             "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type,
             "processes": ranks.world_size,
-            "precision": str(precision.dtype).removeprefix("torch."),
+            "precision": precision.name,
             **run_record(),
         }
         write_json(out, results)

@@ -8,8 +8,9 @@ channel then has R partial statistics, which are combined into one. The output o
 keep in memory, is recomputed in the backward pass.
 
 `models.py` calls `norm_relu_conv`, `norm_relu` and `concatenate`. On another device, in evaluation, under
-`torch.compile` (which fuses equally well) and for other dtypes they are the plain PyTorch operations. PyTorch has no
-fused training kernel for this unit on a CPU. These kernels need no compiler.
+`torch.compile` (which fuses equally well), under the transforms of `torch.func`, in forward-mode differentiation and
+for other dtypes they are the plain PyTorch operations. PyTorch has no fused training kernel for this unit on a CPU.
+These kernels need no compiler.
 """
 
 import ctypes
@@ -18,6 +19,7 @@ import platform
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 aten = torch.ops.aten
 CHANNELS_LAST = torch.channels_last
@@ -47,14 +49,14 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     return _apply(x, norm, None, 1) if _use_kernel(x, norm) else F.relu(norm(x))
 
 
-def concatenate(tensors: list[Tensor]) -> Tensor:
-    """Compute `torch.cat(tensors, dim=1)` of `(N, C_i, H, W)` tensors, with contiguous gradients.
+def concatenate(tensors: list[Tensor], training: bool) -> Tensor:
+    """Compute `torch.cat(tensors, dim=1)` of `(N, C_i, H, W)` tensors. In training, the gradients are contiguous.
 
     The gradients of `torch.cat` are strided views. Adding one to another gradient is slower than copying it first.
     """
-    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.cat(tensors, dim=1)
-    return _Concatenate.apply(*tensors)
+    if training and tensors[0].device.type == "cpu" and _records_plain_gradients():
+        return _Concatenate.apply(*tensors)
+    return torch.cat(tensors, dim=1)
 
 
 def keep_freed_memory() -> bool:
@@ -70,12 +72,26 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, -1))
 
 
+def _records_plain_gradients() -> bool:
+    """Return whether autograd records the operations for one backward pass, all that the functions below support."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Return whether `vmap` calls the backward pass, as `torch.autograd.grad(..., is_grads_batched=True)` does."""
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def _use_kernel(x: Tensor, norm: nn.BatchNorm2d) -> bool:
     return (
         x.device.type == "cpu"
         and norm.training
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and _records_plain_gradients()
         and x.dtype in (torch.float32, torch.bfloat16)
         and type(norm) is nn.BatchNorm2d  # SyncBatchNorm and other variants keep their own arithmetic
         and norm.affine
@@ -120,9 +136,9 @@ class _NormReluConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_batched(grad):
             raise RuntimeError(
-                "the CPU kernels have no second derivative: train under torch.compile, or on another device"
+                "the CPU kernels have no second or batched derivatives: call eval() first, or use torch.func"
             )
         x, weight, bias, mean, invstd, *conv = ctx.saved_tensors
         grad = grad.contiguous(memory_format=CHANNELS_LAST)

@@ -38,8 +38,8 @@ class DenseBlock(nn.Module):
         """Concatenate before every layer and at the end."""
         outputs = [x]
         for layer in self.layers:
-            outputs.append(layer(concatenate(outputs)))
-        return concatenate(outputs)
+            outputs.append(layer(concatenate(outputs, self.training)))
+        return concatenate(outputs, self.training)
 
 
 class ResidualBlock(ChainBlock):

@@ -19,7 +19,7 @@ class DenseBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `(N, in_channels, H, W)` to `(N, in_channels + num_layers * growth_rate, H, W)`."""
         for layer in self.layers:
-            x = concatenate([x, layer(x)])
+            x = concatenate([x, layer(x)], self.training)
         return x
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as transforms
 
+from data.device_input import to_device
 from data.image_sets import DiskImages, Halves, ImageSet, Source
 from distributed import Ranks
 from recipes import RunConfig
@@ -63,7 +64,7 @@ class Normalization:
         return images.contiguous(memory_format=torch.channels_last).unflatten(0, leading)
 
 
-def step_part(step: int, batch_size: int, count: int, rank: int, world_size: int) -> tuple[Tensor, float, int]:
+def step_part(step: int, batch_size: int, count: int, rank: int, world_size: int) -> tuple[slice, float, int]:
     """Return the part of a training batch that belongs to a rank.
 
     Args:
@@ -74,15 +75,17 @@ def step_part(step: int, batch_size: int, count: int, rank: int, world_size: int
         world_size: number of ranks.
 
     Returns:
-        The positions of the images in the epoch's order `(b,)`, their weight in the loss (1), and the size of the whole
-        batch. If a batch has fewer images than there are ranks, the ranks without an image get the first one with
-        weight 0, because every rank must take part in the step.
+        The positions of the images in the epoch's order, their weight in the loss (1), and the size of the whole batch.
+        If a batch has fewer images than there are ranks, the ranks without an image get the first one with weight 0,
+        because every rank must take part in the step.
     """
     batch = range(step * batch_size, min((step + 1) * batch_size, count))
-    part = torch.arange(batch.start, batch.stop).tensor_split(world_size)[rank]
-    if not len(part):
-        return torch.tensor([batch.start]), 0.0, len(batch)
-    return part, 1.0, len(batch)
+    images, rest = divmod(len(batch), world_size)
+    start = batch.start + rank * images + min(rank, rest)
+    stop = start + images + (rank < rest)
+    if start == stop:
+        return slice(batch.start, batch.start + 1), 0.0, len(batch)
+    return slice(start, stop), 1.0, len(batch)
 
 
 def combine_seeds(seed: int, epoch: int) -> int:
@@ -123,16 +126,15 @@ class _Batches:
     def close(self) -> None:
         """Do nothing: only batches from disk have worker processes to end."""
 
-    def _select(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        indices = indices.to(self.images.device, non_blocking=True)
-        images, labels = self.images.index_select(0, indices), self.labels.index_select(0, indices)
-        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+    def _select(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return to_device(images, self.device), to_device(labels, self.device)
 
 
 class TrainingBatches(_Batches):
     """Batches in random order, each image flipped and cropped at random.
 
-    Every rank draws the random numbers of the whole batch on the CPU, then takes its part of the batch.
+    Every rank draws the random numbers of the whole epoch on the CPU and copies them to the device at once, then takes
+    its part of each batch.
 
     Args:
         *args, **kwargs: as of `_Batches`.
@@ -159,11 +161,14 @@ class TrainingBatches(_Batches):
         order = torch.randperm(count, generator=generator)
         flips = torch.rand(count, generator=generator) < (0.5 if self.flip else 0.0)
         offsets = torch.randint(2 * self.padding + 1, (2, count), generator=generator)
+        order = to_device(order, self.images.device)
+        flips, offsets = to_device(flips, self.device), to_device(offsets, self.device)
         for step in range(first_step, len(self)):
             part, weight, whole_batch = step_part(step, self.batch_size, count, self.rank, self.world_size)
-            images, labels = self._select(order[part])
+            indices = order[part]
+            images, labels = self._select(self.images.index_select(0, indices), self.labels.index_select(0, indices))
             images = flip_and_crop(images, flips[part], offsets[:, part], self.padding)
-            weights = torch.full((len(part),), weight, device=self.device)
+            weights = torch.full((len(labels),), weight, device=self.device)
             yield self.normalize(images), labels, weights, whole_batch
 
 
@@ -177,8 +182,8 @@ class EvaluationBatches(_Batches):
     def part(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images `(b, 3, H, W)` and labels `(b,)` of the batches of a rank."""
         for step in range(rank, len(self), world_size):
-            indices = torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.labels)))
-            images, labels = self._select(indices)
+            batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            images, labels = self._select(self.images[batch], self.labels[batch])
             yield self.normalize(images), labels
 
 
@@ -198,9 +203,9 @@ def flip_and_crop(images: Tensor, flips: Tensor, offsets: Tensor, padding: int) 
     device = images.device
     if padding:
         windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W)
-        rows, columns = offsets.to(device, non_blocking=True)
+        rows, columns = to_device(offsets, device)
         images = windows[torch.arange(batch, device=device), :, rows, columns]
-    return torch.where(flips.to(device, non_blocking=True).view(-1, 1, 1, 1), images.flip(3), images)
+    return torch.where(to_device(flips, device).view(-1, 1, 1, 1), images.flip(3), images)
 
 
 # ---- Images on disk: one image ------------------------------------------------------------------------------------
@@ -249,17 +254,18 @@ class Decoder(Dataset):
             image, problem = Image.new("RGB", (64, 64)), error
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPU's, for dropout
             return self.transform(image), label, problem
 
 
 # ---- Images on disk: batches --------------------------------------------------------------------------------------
 
 
-def collate(items: list[tuple[Tensor, int, InputError | None]]) -> tuple[Tensor, Tensor, list[InputError | None]]:
-    """Return the pixels `(B, ...)`, labels `(B,)` and problems of a batch."""
+def collate(items: list[tuple[Tensor, int, InputError | None]]) -> tuple[Tensor, Tensor, Tensor, list[InputError]]:
+    """Return the pixels `(B, ...)`, labels `(B,)` and whether each could be read, bool `(B,)`; and the problems."""
     pixels, labels, problems = zip(*items, strict=True)
-    return torch.stack(pixels), torch.tensor(labels), list(problems)
+    readable = torch.tensor([problem is None for problem in problems])
+    return torch.stack(pixels), torch.tensor(labels), readable, list(filter(None, problems))
 
 
 def start_worker(max_pixels: float | None, worker: int) -> None:
@@ -339,17 +345,17 @@ class _DiskBatches:
         """
         self.sampler.batches = batches
         loaded = iter(self.loader)
-        for pixels, labels, problems in loaded:
-            if (errors := list(filter(None, problems))) and not self.data.skip_unreadable:
+        for *batch, errors in loaded:
+            if errors and not self.data.skip_unreadable:
                 deadline = time.monotonic() + SEARCH_SECONDS
-                while time.monotonic() < deadline and (batch := next(loaded, None)):
-                    errors += filter(None, batch[2])
+                while time.monotonic() < deadline and (more := next(loaded, None)):
+                    errors += more[-1]
                 raise LocalError(str(unreadable_images(errors)))
             report_once(errors, self.reported)
-            yield pixels, labels, torch.tensor([problem is None for problem in problems])
+            yield tuple(batch)
 
     def _to_device(self, *tensors: Tensor) -> list[Tensor]:
-        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+        return [to_device(tensor, self.device) for tensor in tensors]
 
 
 class DiskTrainingBatches(_DiskBatches):

@@ -25,37 +25,50 @@ class ConfusionMatrix:
         names: name of each output of the network.
         present: outputs of the classes that the images have, which may be some of the network's classes.
 
+    Batches are counted on their device. The host waits for it only when it reads the counts. Call `reduce` at the end.
+
     Attributes:
         counts: int64 `(outputs, outputs + 1)`: images of the class of the row, predicted as the class of the column.
             The last column counts images with an infinite or NaN logit, which have no prediction.
-        errors: number of top-1 and top-5 errors.
-        restricted_errors: the same with the logits restricted to the classes present.
     """
 
     def __init__(self, names: list[str], present: list[int]) -> None:
         self.names, self.present = names, torch.tensor(sorted(set(present)))
         self.counts = torch.zeros(len(names), len(names) + 1, dtype=torch.int64)
-        self.errors, self.restricted_errors = (0, 0), (0, 0)
+        self._errors = torch.zeros(4, dtype=torch.int64)  # top-1, top-5, restricted top-1, restricted top-5
+        self._present = self.present  # on the device of the logits, as are the two before it
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch of logits `(b, outputs)` and labels `(b,)`, which are indices of outputs."""
-        present = self.present.to(logits.device)
+        if self.counts.device != logits.device:
+            self.counts, self._errors, self._present = (
+                t.to(logits.device) for t in (self.counts, self._errors, self._present)
+            )
         # As in `top_errors`, and on the same device: the order of equal logits may differ otherwise.
         predicted = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, 0]
-        predicted[~logits.isfinite().all(dim=1)] = len(self.names)
-        cells = (labels * self.counts.shape[1] + predicted).cpu()
+        predicted = torch.where(logits.isfinite().all(dim=1), predicted, len(self.names))
+        cells = labels * self.counts.shape[1] + predicted
         self.counts.view(-1).index_add_(0, cells, torch.ones_like(cells))
-        restricted = top_errors(logits[:, present], torch.searchsorted(present, labels))
-        self.errors = _sums(self.errors, top_errors(logits, labels))
-        self.restricted_errors = _sums(self.restricted_errors, restricted)
+        restricted = top_errors(logits[:, self._present], torch.searchsorted(self._present, labels))
+        self._errors = self._errors + torch.stack([*top_errors(logits, labels), *restricted])
 
     def reduce(self, ranks: Ranks) -> None:
         """Add the counts of all ranks on every rank."""
+        self.counts, self._errors = self.counts.cpu(), self._errors.cpu()
         if ranks.world_size > 1:
-            numbers = [*self.counts.flatten().tolist(), *self.errors, *self.restricted_errors]
-            *counts, top1, top5, restricted1, restricted5 = map(int, ranks.reduce(list(map(float, numbers))))
-            self.counts = torch.tensor(counts).view_as(self.counts)
-            self.errors, self.restricted_errors = (top1, top5), (restricted1, restricted5)
+            numbers = map(float, [*self.counts.flatten().tolist(), *self._errors.tolist()])
+            sums = torch.tensor(ranks.reduce(list(numbers)), dtype=torch.float64).long()
+            self.counts, self._errors = sums[:-4].view_as(self.counts), sums[-4:]
+
+    @property
+    def errors(self) -> tuple[int, int]:
+        """Number of top-1 and top-5 errors."""
+        return tuple(self._errors[:2].tolist())
+
+    @property
+    def restricted_errors(self) -> tuple[int, int]:
+        """Number of top-1 and top-5 errors with the logits restricted to the classes present."""
+        return tuple(self._errors[2:].tolist())
 
     @property
     def images(self) -> int:
@@ -150,10 +163,6 @@ class ConfusionMatrix:
         left.xaxis.get_major_locator().set_params(integer=True)
         right.set(xlabel="top-1 error (%)", title="classes with the largest error", xlim=(0, 100))
         return figure
-
-
-def _sums(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
-    return first[0] + second[0], first[1] + second[1]
 
 
 def label(name: str, longest: int = LONGEST_NAME) -> str:

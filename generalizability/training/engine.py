@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.batches import DiskEvaluationBatches, DiskTrainingBatches, EvaluationBatches, TrainingBatches
+from data.batches import DiskEvaluationBatches, DiskTrainingBatches, EvaluationBatches, TrainingBatches, step_part
 from distributed import Ranks
 from recipes import RunConfig
 from s3net_common.errors import InputError, LocalError
@@ -73,7 +73,8 @@ class Progress:
 class Precision:
     """Numerical precision of the forward pass: float32, or mixed precision with bfloat16 or float16.
 
-    CUDA devices without bfloat16 get float16 and a gradient scaler.
+    CUDA devices without bfloat16 get float16 and a gradient scaler. In float32, CUDA devices since Ampere multiply
+    matrices and convolve in TF32, which keeps 10 bits of the mantissa, as the scripts set it.
     """
 
     def __init__(self, device: torch.device, mixed: bool) -> None:
@@ -86,6 +87,16 @@ class Precision:
     def autocast(self) -> AbstractContextManager:
         """Return the context manager for a forward pass."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    @property
+    def name(self) -> str:
+        """The precision in words: "bfloat16", "float16", "float32" or "float32 (products in TF32)"."""
+        name = str(self.dtype).removeprefix("torch.")
+        rounds = self.dtype == torch.float32 and self.device.type == "cuda"
+        rounds = rounds and (torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest")
+        if rounds and torch.cuda.get_device_capability(self.device) >= (8, 0):
+            name += " (products in TF32)"
+        return name
 
     @staticmethod
     def is_faster(device: torch.device) -> bool:
@@ -125,7 +136,10 @@ class Trainer:
     """Everything that a training step needs.
 
     Attributes:
-        model: the network as it runs: compiled, distributed, or plain.
+        model: the network as it runs: distributed or plain.
+        compiled: the same network, compiled, for the parts of a batch that have `compiled_size` images; None for none.
+            Compiling for one size only is faster. The last batch of an epoch may be smaller.
+        compiled_size: images.
         optimizer, scheduler: stepped once per batch.
         precision: numerical precision of the forward pass.
         ranks: the distributed ranks.
@@ -144,6 +158,8 @@ class Trainer:
     accumulation_steps: int = 1
     checkpoint: Callable[[], None] = lambda: None
     checkpoint_every: int = 0
+    compiled: nn.Module | None = None
+    compiled_size: int = 0
 
     def train_epoch(self, batches: TrainingBatches | DiskTrainingBatches, progress: Progress) -> bool:
         """Train the rest of the current epoch and update `progress`. Return whether the epoch was finished.
@@ -208,7 +224,7 @@ class Trainer:
         with nullcontext() if last or self.ranks.world_size == 1 else self.model.no_sync():
             try:
                 with self.precision.autocast():
-                    logits = self.model(images)
+                    logits = self._network(len(images))(images)
             except ValueError as error:
                 if len(images) > 1:
                     raise
@@ -221,18 +237,23 @@ class Trainer:
             self.precision.scaler.scale(total * (self.ranks.world_size / batch_images)).backward()
         return total.detach(), ((logits.detach().argmax(dim=1) != labels) * weights).sum()
 
+    def _network(self, images: int) -> nn.Module:
+        """Return the network that computes that many images."""
+        return self.model if self.compiled is None or images != self.compiled_size else self.compiled
+
     def _add_to_progress(
         self, pending: list[tuple[Tensor, Tensor, int]], progress: Progress, steps_before: int
     ) -> None:
         """Check that the losses of the pending steps are finite, then add the steps to `progress`."""
-        losses = torch.stack([loss for loss, _, _ in pending]).tolist()
+        sums = torch.stack([total for *pair, _ in pending for total in pair]).tolist()  # the host waits for the device
+        losses, errors = sums[::2], sums[1::2]
         first = steps_before + progress.step + 1
         bad = next((first + i for i, loss in enumerate(losses) if not math.isfinite(loss)), math.inf)
         (bad,) = self.ranks.reduce([bad], dist.ReduceOp.MIN)
         if math.isfinite(bad):
             raise NonFiniteLossError(int(bad))
         progress.losses += losses
-        progress.errors += int(torch.stack([errors for _, errors, _ in pending]).sum().item())
+        progress.errors += int(sum(errors))
         progress.images += sum(images for _, _, images in pending)
         progress.step += len(pending)
 
@@ -295,13 +316,21 @@ def make_trainer(model: nn.Module, config: RunConfig, steps: int, compiled: bool
             )
     torch.manual_seed(config.seed + 1_000_003 * (ranks.rank + 1))  # dropout differs between ranks
     return Trainer(
-        model=torch.compile(model) if compiled else model,
+        model=model,
         optimizer=optimizer,
         scheduler=SCHEDULES[config.schedule](optimizer, config, config.epochs * steps),
         precision=Precision(ranks.device, config.amp),
         ranks=ranks,
         accumulation_steps=config.accumulate,
+        compiled=torch.compile(model, dynamic=False) if compiled else None,
+        compiled_size=largest_part(config, ranks),
     )
+
+
+def largest_part(config: RunConfig, ranks: Ranks) -> int:
+    """Return the number of images in the largest part of a batch that this rank computes at once."""
+    part = step_part(0, config.batch_size, config.train_images, ranks.rank, ranks.world_size)[0]
+    return -(-(part.stop - part.start) // config.accumulate)
 
 
 def progress_bar(ranks: Ranks, description: str, total: int, initial: int = 0) -> tqdm:
@@ -325,18 +354,19 @@ def evaluate(
         InputError: no image can be read.
     """
     model.eval()
-    ranks, loss, errors, errors_top5, count = trainer.ranks, 0.0, 0.0, 0.0, 0
+    ranks, count = trainer.ranks, 0
+    sums: list[Tensor] = []  # of each batch, on the device: the host waits for them once, at the end
     with progress_bar(ranks, "evaluating", len(range(ranks.rank, len(batches), ranks.world_size))) as bar:
         for images, labels in batches.part(ranks.rank, ranks.world_size):
             with trainer.precision.autocast():
                 logits = model(images)
             logits = logits.float()
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            wrong, wrong_top5 = top_errors(logits, labels)
-            errors, errors_top5, count = errors + wrong, errors_top5 + wrong_top5, count + len(labels)
+            sums.append(torch.stack([F.cross_entropy(logits, labels, reduction="sum"), *top_errors(logits, labels)]))
+            count += len(labels)
             observe(logits, labels)
             bar.update()
-    loss, errors, errors_top5, count = ranks.reduce([loss, errors, errors_top5, count])
+    totals = [sum(column) for column in zip(*torch.stack(sums).tolist(), strict=True)] if sums else [0.0] * 3
+    loss, errors, errors_top5, count = ranks.reduce([*totals, count])
     if not count:
         raise InputError("none of the validation images can be read")
     return {
@@ -346,14 +376,14 @@ def evaluate(
     }
 
 
-def top_errors(logits: Tensor, labels: Tensor) -> tuple[int, int]:
-    """Count top-1 and top-5 errors of logits `(N, outputs)` for labels `(N,)`.
+def top_errors(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Count top-1 and top-5 errors of logits `(N, outputs)` for labels `(N,)`, as tensors on their device.
 
     An image with a NaN or infinite logit is an error. With fewer than 6 outputs the other top-5 errors are 0.
     """
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     hits &= logits.isfinite().all(dim=1, keepdim=True)
-    return len(labels) - int(hits[:, 0].sum()), len(labels) - int(hits.sum())
+    return len(labels) - hits[:, 0].sum(), len(labels) - hits.sum()
 
 
 def average_buffers(model: nn.Module, ranks: Ranks) -> None:

@@ -26,7 +26,7 @@ def describe(run: Run, config: RunConfig, size: dict, trainer: Trainer, progress
         f"{len(config.classes)} classes\n"
         f"{config.epochs} epochs, batch {config.batch_size}{parts}, lr {config.lr:g} {config.schedule}, "
         f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''} on {ranks.device.type}, "
-        f"{precision_name(trainer)}; {begins} in {relative(run.folder)}"
+        f"{trainer.precision.name}; {begins} in {relative(run.folder)}"
     )
 
 
@@ -81,11 +81,6 @@ def summarize(config: RunConfig, size: dict[str, int], progress: Progress, train
         "total_seconds": sum(row["seconds"] for row in progress.history),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": trainer.ranks.world_size,
-        "precision": precision_name(trainer),
+        "precision": trainer.precision.name,
         **run_record(),
     }
-
-
-def precision_name(trainer: Trainer) -> str:
-    """Return the precision of the forward pass, for example "bfloat16"."""
-    return str(trainer.precision.dtype).removeprefix("torch.")

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import models
 from models import create_model
 from s3net_common import cpu_kernels
+from s3net_networks.connections import CONNECTIONS
 
 
 def largest_difference(ours, plain):
@@ -89,15 +91,73 @@ def test_one_value_a_channel_has_no_variance():
         cpu_kernels.norm_relu(torch.randn(1, 3, 1, 1), nn.BatchNorm2d(3))
 
 
-def test_gradients_of_gradients_are_refused_not_wrong():
+@pytest.mark.parametrize("option", ["create_graph", "is_grads_batched"])
+def test_second_and_batched_derivatives_in_training_are_refused(option):
     x = torch.randn(2, 4, 4, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(cpu_kernels.norm_relu(x, nn.BatchNorm2d(4)).sum(), x, create_graph=True)
+    out = cpu_kernels.norm_relu(x, nn.BatchNorm2d(4))
+    gradients = torch.ones_like(out) if option == "create_graph" else torch.ones(3, *out.shape)
+    with pytest.raises(RuntimeError, match=r"no second or batched derivatives: call eval\(\) first"):
+        torch.autograd.grad(out, x, gradients, **{option: True})
+
+
+def empirical_ntk(jacobians):
+    """Return J J^T `(rows, rows)` of Jacobians `(rows, *shape)`, one per weight tensor."""
+    return sum(j.flatten(1) @ j.flatten(1).T for j in jacobians)
+
+
+def jacobians_of_torch_func(model, images, transform):
+    buffers = dict(model.named_buffers())
+
+    def logits(weights, image):
+        return torch.func.functional_call(model, (weights, buffers), (image[None],))[0]
+
+    jacobians = torch.func.vmap(transform(logits), (None, 0))(dict(model.named_parameters()), images)
+    return [j.flatten(0, 1) for j in jacobians.values()]
+
+
+@pytest.mark.parametrize("connections", CONNECTIONS)
+def test_the_empirical_ntk_by_vmap_of_jacrev_is_that_of_autograd(connections):
+    torch.manual_seed(0)
+    model = models.S3Net(3, [2, 2], 4, compression=0.5, num_classes=2, block=CONNECTIONS[connections]).double().eval()
+    images, weights = torch.randn(3, 3, 8, 8, dtype=torch.float64), list(model.parameters())
+    rows = [torch.autograd.grad(logit, weights, retain_graph=True) for logit in model(images).flatten()]
+    expected = empirical_ntk([torch.stack(gradients) for gradients in zip(*rows, strict=True)])
+    assert expected.shape == (6, 6) and expected.diagonal().min() > 0
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        ntk = empirical_ntk(jacobians_of_torch_func(model, images, transform))
+        torch.testing.assert_close(ntk, expected, rtol=1e-9, atol=0)
+
+
+def test_function_transforms_in_training_give_the_gradient_of_the_kernels():
+    model = create_model("s3net_cifar", growth_rate=3, depth=7, num_init_features=4, num_classes=2)
+    images, weights = torch.randn(4, 3, 8, 8), dict(model.named_parameters())
+
+    def loss(weights, buffers):
+        return torch.func.functional_call(model, (weights, buffers), (images,)).square().mean()
+
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    by_transform = torch.func.grad(loss)(weights, buffers)
+    loss(weights, dict(model.named_buffers())).backward()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight.grad, by_transform[name], rtol=1e-4, atol=1e-6, msg=name)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, buffers[name], msg=name)
+
+
+def test_forward_mode_in_training_is_the_directional_derivative():
+    model = create_model("s3net_cifar", growth_rate=3, depth=7, num_init_features=4, num_classes=2).double()
+    images, direction = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        out = model(torch.autograd.forward_ad.make_dual(images, direction))
+        tangent = torch.autograd.forward_ad.unpack_dual(out).tangent
+    step = 1e-6
+    expected = (model(images + step * direction) - model(images - step * direction)) / (2 * step)
+    torch.testing.assert_close(tangent, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_concatenation_hands_back_dense_gradients():
     parts = [torch.randn(2, c, 4, 4).to(memory_format=torch.channels_last).requires_grad_() for c in (3, 5)]
-    out = cpu_kernels.concatenate(parts)
+    out = cpu_kernels.concatenate(parts, training=True)
     assert torch.equal(out, torch.cat(parts, dim=1))
     weight = torch.randn_like(out)
     (out * weight).sum().backward()

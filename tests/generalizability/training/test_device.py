@@ -1,0 +1,158 @@
+"""What depends on the kind of device: copies, the device's number, precision, compiling. None of it needs a GPU."""
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import distributed
+from data.batches import Decoder, random_crop, step_part
+from data.device_input import to_device
+from distributed import Ranks
+from recipes import RunConfig
+from s3net_common.errors import InputError
+from training.engine import Precision, Progress, largest_part, make_trainer
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "source", "pinned", "overlaps"),
+    [("cuda", "cpu", True, True), ("cuda", "cpu", False, False), ("mps", "cpu", True, False), ("cpu", "cpu", 1, False)],
+)
+def test_only_copies_from_pinned_memory_to_cuda_are_not_waited_for(device, source, pinned, overlaps):
+    calls = []
+    tensor = SimpleNamespace(device=torch.device(source), is_pinned=lambda: pinned)
+    tensor.to = lambda target, non_blocking: calls.append((target, non_blocking))
+    to_device(tensor, torch.device(device))
+    assert calls == [(torch.device(device), overlaps)]
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(64, 3), (10, 4), (2, 4), (1, 1)])
+def test_the_parts_of_a_batch_are_those_of_tensor_split(count, world_size):
+    positions = torch.arange(5, 5 + count)
+    for rank, expected in enumerate(positions.tensor_split(world_size)):
+        part, weight, whole = step_part(1, 5, 5 + count, rank, world_size) if count <= 5 else (None, None, None)
+        if part is None:
+            part, weight, whole = step_part(0, count, count, rank, world_size)
+            expected = expected - 5
+        assert whole == count
+        assert weight == float(len(expected) > 0)
+        if len(expected):
+            assert torch.equal(torch.arange(100)[part], expected)
+        else:
+            assert part.stop - part.start == 1
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return chosen
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda:1", 1), ("cuda", 0), (None, 0)])
+def test_the_chosen_gpu_becomes_the_current_one(four_gpus, device, index):
+    assert distributed.join_ranks(device).device == torch.device("cuda", index)
+    assert four_gpus == [torch.device("cuda", index)]
+
+
+def test_a_numbered_gpu_for_several_processes_is_refused(four_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"^--device cuda:1 would put all processes of this node on one GPU: pass"):
+        distributed.join_ranks("cuda:1")
+    assert four_gpus == []
+
+
+def test_augmentation_does_not_seed_the_generators_of_gpus(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    file = io.BytesIO()
+    Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)).save(file, "png")
+    source = SimpleNamespace(encoded=lambda index: (file.getvalue(), 7), name=str)
+    decoder = Decoder(source, lambda image: random_crop(image, 16, flip=True))
+    before = torch.get_rng_state()
+    (first, label, problem), (second, _, _), (other, _, _) = decoder[0, 3], decoder[0, 3], decoder[0, 4]
+    assert (first.shape, label, problem) == ((3, 16, 16), 7, None)
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert seeded == [] and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("capability", "allowed", "mixed", "name"),
+    [
+        ((8, 0), True, False, "float32 (products in TF32)"),
+        ((7, 5), True, False, "float32"),
+        ((8, 0), False, False, "float32"),
+        ((8, 0), True, True, "bfloat16"),
+    ],
+)
+def test_the_name_of_a_precision_says_that_products_are_rounded(monkeypatch, capability, allowed, mixed, name):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: None)
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        assert Precision(torch.device("cuda"), mixed).name == name
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def test_the_precision_of_a_cpu_is_its_dtype():
+    assert [Precision(CPU, mixed).name for mixed in (False, True)] == ["float32", "bfloat16"]
+
+
+def config(**changes) -> RunConfig:
+    settings = {"dataset": "digits", "model": "s3net_cifar", "model_options": {}, "num_classes": 3, "epochs": 2}
+    settings |= {"batch_size": 8, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "schedule": "cosine"}
+    settings |= {"milestones": [], "mean": [0.5] * 3, "std": [0.5] * 3, "flip": False, "crop_padding": 0.0}
+    settings |= {"image_size": 8, "seed": 0, "amp": False, "limit_train": None, "limit_val": None}
+    settings |= {"train_images": 19, "val_images": 3, "classes": ["a", "b", "c"], **changes}
+    return RunConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rank", "size"), [({}, 0, 3), ({"accumulate": 2}, 0, 2), ({"train_images": 4}, 2, 1)]
+)
+def test_the_largest_part_of_a_batch(changes, rank, size):
+    assert largest_part(config(**changes), Ranks(rank, 3, CPU)) == size
+
+
+def test_the_network_is_compiled_once_and_the_last_batch_is_not(monkeypatch):
+    graphs = []
+    compile_model = torch.compile
+
+    def backend(graph, inputs):
+        graphs.append([tuple(t.shape) for t in inputs if t.shape[2:] == (8, 8)])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compile_model(model, dynamic=dynamic, backend=backend))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3))
+    trainer = make_trainer(model, config(), 3, compiled=True, ranks=Ranks(0, 1, CPU))
+    images, labels = torch.randn(19, 3, 8, 8), torch.arange(19) % 3
+
+    class Batches:
+        def __len__(self):
+            return 3
+
+        def epoch(self, epoch, first_step):
+            for part in (slice(0, 8), slice(8, 16), slice(16, 19)):
+                yield images[part], labels[part], torch.ones(len(labels[part])), len(labels[part])
+
+    progress = Progress()
+    for _ in range(2):
+        assert trainer.train_epoch(Batches(), progress)
+        progress.finish_epoch(
+            trainer.training_metrics(progress), {"val_loss": 1.0, "val_error": 1.0, "val_top5_error": 0.0}, 0.0
+        )
+    assert graphs == [[(8, 3, 8, 8)]]
