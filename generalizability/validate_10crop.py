@@ -284,8 +284,8 @@ def count_errors(
     confusions = {crops: ConfusionMatrix(network.outputs, network.present) for crops in CROPS}
 
     def step() -> None:
-        if (batch := next(part, None)) is not None:
-            crops, labels = batch
+        crops, labels = next(part, (None, ()))
+        if len(labels):
             logits = ten_crop_logits(network.model, precision, crops)
             confusions["centre_crop"].add(logits[:, CENTER_CROP], labels)
             confusions["ten_crops"].add(logits.mean(dim=1), labels)

@@ -406,7 +406,7 @@ class DiskEvaluationBatches(_DiskBatches):
         )
 
     def part(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield as `EvaluationBatches.part`, without the images that are skipped.
+        """Yield as `EvaluationBatches.part`, without the images that are skipped. A batch may then have no images.
 
         A transform that returns several crops of an image gives images `(b, crops, 3, H, W)`.
         """
@@ -414,9 +414,8 @@ class DiskEvaluationBatches(_DiskBatches):
         for pixels, labels, readable in self._load(lambda: ([(i, None) for i in part.tolist()] for part in parts)):
             if not readable.all():
                 pixels, labels = pixels[readable], labels[readable]
-            if len(labels):
-                pixels, labels = self._to_device(pixels, labels)
-                yield self.normalize(pixels), labels
+            pixels, labels = self._to_device(pixels, labels)
+            yield self.normalize(pixels), labels
 
 
 # ---- The batches of a run -----------------------------------------------------------------------------------------

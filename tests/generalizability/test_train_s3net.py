@@ -21,8 +21,9 @@ from s3net_common import output_files
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
 from s3net_networks import create_network
-from train_s3net import Args, resume_command
+from train_s3net import Args
 from training import engine, run_folder
+from training.training_loop import resume_command
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "train_s3net.py"
 TINY = ["--dataset", "digits", "--growth-rate", "4", "--depth", "7", "--device", "cpu", "--drop-rate", "0.1"]
