@@ -174,3 +174,4 @@ class RunConfig:
     hold_out: int | float | None = None
     accumulate: int = 1
     init: str | None = None
+    sync_bn: bool = False

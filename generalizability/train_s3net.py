@@ -44,6 +44,7 @@ from training.config import (
     DEFAULT_DATASET,
     NETWORK_FLAGS,
     Flags,
+    check_device,
     check_flags,
     check_same_data,
     check_same_recipe,
@@ -122,6 +123,11 @@ class Args:
     whose products CUDA devices since Ampere compute in TF32 (10 bits of mantissa)."""
     compile: bool = False
     """Compile the network with torch.compile, for the size of a full batch (on a CPU it needs a C++ compiler)."""
+    graphs: bool = False
+    """Replay each training step as one CUDA graph, which takes the host little time. For one process on one GPU. Not
+    yet tried on a GPU: compare its first losses with those of a run without it."""
+    sync_bn: bool = False
+    """BatchNorm over the images of all GPUs of a step instead of those of each GPU (SyncBatchNorm)."""
     workers: flag(int, "N", "one a processor") = None
     """DataLoader workers of each rank, which decode image files: processes for ImageNet, whose images stay on disk (0:
     decode in the training process), threads for the other data sets."""
@@ -202,6 +208,7 @@ def start_or_resume(flags: Flags, run: Run) -> int:
         flags = completed
     data = read_data(flags, ranks)
     config = started or resolve_config(flags, data, ranks.device, start)
+    check_device(config, flags, ranks)
     size = network_size(config.model, config.num_classes, config.model_options, config.image_size)
     if started:
         data = check_same_data(data, started, run.folder, ranks.is_main)

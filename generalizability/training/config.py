@@ -11,6 +11,7 @@ import torch
 
 from data.datasets import DATASETS
 from data.image_sets import Halves
+from distributed import Ranks
 from recipes import RunConfig, recipe_for
 from s3net_common.checkpoints import LARGEST_IMAGE, check_metadata, is_number
 from s3net_common.class_names import match_classes
@@ -27,7 +28,7 @@ NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate", "connections")
 ENVIRONMENT_FLAGS = {
     **dict.fromkeys(("data_dir", "device"), str),
     **dict.fromkeys(("workers", "checkpoint_every", "max_pixels"), int),
-    **dict.fromkeys(("skip_unreadable", "compile", "tensorboard"), bool),
+    **dict.fromkeys(("skip_unreadable", "compile", "graphs", "tensorboard"), bool),
 }
 DATA_FLAGS = ("dataset", "image_size", "hold_out", "limit_train", "limit_val")  # which images, and how they are read
 MAXIMUM = {"epochs": 100_000, "image_size": LARGEST_IMAGE, "seed": 2**62 - 1}
@@ -106,6 +107,7 @@ def resolve_config(flags: Flags, data: Halves, device: torch.device, start: dict
         val_images=len(val),
         classes=train.classes,
         init=flags.get("init"),
+        sync_bn=flags.get("sync_bn", False),
     )
     check_sizes(config)
     return RunConfig(**json.loads(json.dumps(asdict(config))))  # tuples become lists, as in config.json
@@ -123,6 +125,18 @@ def check_sizes(config: RunConfig) -> None:
         )
     if config.accumulate > config.batch_size:
         raise InputError(f"--accumulate {config.accumulate} is too large: the batch has {config.batch_size} images")
+
+
+def check_device(config: RunConfig, flags: Flags, ranks: Ranks) -> None:
+    """Check that the device and the number of processes are those that the flags need.
+
+    Raises:
+        InputError: they are not.
+    """
+    if flags.get("graphs") and (ranks.device.type != "cuda" or ranks.world_size > 1):
+        raise InputError("--graphs is for a single process on a CUDA GPU: leave it out")
+    if config.sync_bn and ranks.device.type != "cuda":
+        raise InputError("--sync-bn is for CUDA GPUs: PyTorch has no BatchNorm over several processes on other devices")
 
 
 def environment_of(flags: Flags) -> dict[str, str | int]:

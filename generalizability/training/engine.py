@@ -18,6 +18,7 @@ from data.batches import DiskEvaluationBatches, DiskTrainingBatches, EvaluationB
 from distributed import Ranks
 from recipes import RunConfig
 from s3net_common.errors import InputError, LocalError
+from training.cuda_graphs import GraphedStep
 from training.stopping import Agreement, Stopped
 
 VALIDATION = ("val_loss", "val_error", "val_top5_error")
@@ -123,6 +124,8 @@ class Trainer:
         compiled: the same network, compiled, for the parts of a batch that have `compiled_size` images; None for none.
             Compiling for one size only is faster. The last batch of an epoch may be smaller.
         compiled_size: images.
+        learning_rate: on CUDA, a tensor that holds the rate of the current step, as a CUDA graph needs; else None.
+        graphed: replays `_compute` as a CUDA graph; None to call it.
         optimizer, scheduler: stepped once per batch.
         precision: numerical precision of the forward pass.
         ranks: the distributed ranks.
@@ -144,6 +147,8 @@ class Trainer:
     checkpoint_every: int = 0
     compiled: nn.Module | None = None
     compiled_size: int = 0
+    learning_rate: Tensor | None = None
+    graphed: GraphedStep | None = None
 
     def __post_init__(self) -> None:
         # Reading a loss makes the host wait for the GPU, and the ranks for each other.
@@ -194,13 +199,25 @@ class Trainer:
 
     def _step(self, images: Tensor, labels: Tensor, weights: Tensor, batch_images: int) -> tuple[Tensor, Tensor]:
         """Update the weights once. Return this rank's summed loss and number of errors, as tensors on the device."""
+        if self.learning_rate is not None:
+            self.learning_rate.fill_(self.optimizer.param_groups[0]["lr"])
+        sums = (self.graphed or self._compute)(images, labels, weights, batch_images)
+        self.scheduler.step()
+        return sums
+
+    def _compute(self, images: Tensor, labels: Tensor, weights: Tensor, batch_images: int) -> tuple[Tensor, Tensor]:
+        """Compute `_step` without the learning-rate schedule. The host reads nothing from the device."""
         self.optimizer.zero_grad(set_to_none=True)
         # A rank with fewer images than parts has fewer parts. Every rank exchanges gradients in its last part.
         parts = list(zip(*(t.chunk(self.accumulation_steps) for t in (images, labels, weights)), strict=True))
         sums = [self._add_gradient(*part, batch_images, last=part is parts[-1]) for part in parts]
+        group = self.optimizer.param_groups[0]
+        rate = group["lr"]  # the schedule and the checkpoint keep a number
+        if self.learning_rate is not None:
+            group["lr"] = self.learning_rate
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
-        self.scheduler.step()
+        group["lr"] = rate
         total, errors = (torch.stack(column).sum() for column in zip(*sums, strict=True))
         return total, errors
 
@@ -290,11 +307,21 @@ SCHEDULES = {
 }
 
 
-def make_trainer(model: nn.Module, config: RunConfig, steps: int, compiled: bool, ranks: Ranks) -> Trainer:
+def make_trainer(
+    model: nn.Module, config: RunConfig, steps: int, compiled: bool, ranks: Ranks, graphs: bool = False
+) -> Trainer:
     """Wrap the network for training (distributed, compiled), and build its optimizer and schedule.
 
-    `steps` is the number of steps per epoch.
+    Args:
+        model: the network. With `config.sync_bn` and several ranks, its BatchNorms are replaced.
+        config: of the run.
+        steps: number of steps per epoch.
+        compiled: whether to compile the network.
+        ranks: this process among the distributed ranks.
+        graphs: whether to replay a step as a CUDA graph.
     """
+    if config.sync_bn and ranks.world_size > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.SGD(
         model.parameters(),
         config.lr,
@@ -312,7 +339,8 @@ def make_trainer(model: nn.Module, config: RunConfig, steps: int, compiled: bool
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
     torch.manual_seed(config.seed + 1_000_003 * (ranks.rank + 1))  # dropout differs between ranks
-    return Trainer(
+    on_cuda = ranks.device.type == "cuda"
+    trainer = Trainer(
         model=model,
         optimizer=optimizer,
         scheduler=SCHEDULES[config.schedule](optimizer, config, config.epochs * steps),
@@ -320,14 +348,22 @@ def make_trainer(model: nn.Module, config: RunConfig, steps: int, compiled: bool
         ranks=ranks,
         accumulation_steps=config.accumulate,
         compiled=torch.compile(model, dynamic=False) if compiled else None,
-        compiled_size=largest_part(config, ranks),
+        compiled_size=-(-share_of_batch(config, ranks) // config.accumulate),
+        learning_rate=torch.zeros((), device=ranks.device) if on_cuda else None,
     )
+    if trainer.precision.scaler.is_enabled() and config.momentum:
+        # If the first gradients of float16 overflow, the fused optimizer leaves its new buffers uninitialised.
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if graphs:
+        trainer.graphed = GraphedStep(trainer._compute, share_of_batch(config, ranks))
+    return trainer
 
 
-def largest_part(config: RunConfig, ranks: Ranks) -> int:
-    """Return the number of images in the largest part of a batch that this rank computes at once."""
+def share_of_batch(config: RunConfig, ranks: Ranks) -> int:
+    """Return the number of images of a full batch that this rank computes."""
     part = step_part(0, config.batch_size, config.train_images, ranks.rank, ranks.world_size)[0]
-    return -(-(part.stop - part.start) // config.accumulate)
+    return part.stop - part.start
 
 
 def progress_bar(ranks: Ranks, description: str, total: int, initial: int = 0) -> tqdm:

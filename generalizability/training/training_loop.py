@@ -41,7 +41,7 @@ def train(
     model.to(ranks.device, memory_format=torch.channels_last)
     batches = make_batches(config, data, ranks, loader_workers)
     steps = len(batches[0])
-    trainer = make_trainer(model, config, steps, flags.get("compile", False), ranks)
+    trainer = make_trainer(model, config, steps, flags.get("compile", False), ranks, flags.get("graphs", False))
     trainer.stop_requested = stop = StopSignal()
     progress = load_progress(run, config, model, trainer, steps)
     trainer.checkpoint = partial(save_progress, run, config, model, trainer, progress)

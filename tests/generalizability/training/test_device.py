@@ -14,7 +14,10 @@ from data.device_input import to_device
 from distributed import Ranks
 from recipes import RunConfig
 from s3net_common.errors import InputError
-from training.engine import Precision, Progress, largest_part, make_trainer
+from s3net_networks import create_network
+from training import engine
+from training.config import check_device
+from training.engine import Precision, Progress, make_trainer, share_of_batch
 
 CPU = torch.device("cpu")
 
@@ -120,11 +123,9 @@ def config(**changes) -> RunConfig:
     return RunConfig(**settings)
 
 
-@pytest.mark.parametrize(
-    ("changes", "rank", "size"), [({}, 0, 3), ({"accumulate": 2}, 0, 2), ({"train_images": 4}, 2, 1)]
-)
-def test_the_largest_part_of_a_batch(changes, rank, size):
-    assert largest_part(config(**changes), Ranks(rank, 3, CPU)) == size
+@pytest.mark.parametrize(("changes", "rank", "size"), [({}, 0, 3), ({}, 2, 2), ({"train_images": 4}, 2, 1)])
+def test_the_share_of_a_batch(changes, rank, size):
+    assert share_of_batch(config(**changes), Ranks(rank, 3, CPU)) == size
 
 
 def test_the_network_is_compiled_once_and_the_last_batch_is_not(monkeypatch):
@@ -156,3 +157,89 @@ def test_the_network_is_compiled_once_and_the_last_batch_is_not(monkeypatch):
             trainer.training_metrics(progress), {"val_loss": 1.0, "val_error": 1.0, "val_top5_error": 0.0}, 0.0
         )
     assert graphs == [[(8, 3, 8, 8)]]
+
+
+# -- CUDA graphs and SyncBatchNorm --
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "ranks", "message"),
+    [
+        ({}, {"graphs": True}, Ranks(0, 1, CPU), "--graphs is for a single process on a CUDA GPU: leave it out"),
+        ({}, {"graphs": True}, Ranks(0, 2, torch.device("cuda")), "--graphs is for a single process on a CUDA GPU"),
+        ({"sync_bn": True}, {}, Ranks(0, 2, CPU), "--sync-bn is for CUDA GPUs: PyTorch has no BatchNorm over several"),
+        ({"sync_bn": True}, {"graphs": True}, Ranks(0, 1, torch.device("cuda")), None),
+    ],
+)
+def test_flags_that_need_a_gpu(settings, flags, ranks, message):
+    if message is None:
+        return check_device(config(**settings), flags, ranks)
+    with pytest.raises(InputError, match=f"^{message}"):
+        check_device(config(**settings), flags, ranks)
+
+
+def test_sync_bn_replaces_every_batchnorm_and_keeps_the_weights(monkeypatch):
+    monkeypatch.setattr(engine, "DistributedDataParallel", lambda model, **options: model)
+    model = create_network("s3net_cifar", 3, growth_rate=4, depth=7)
+    images, names = torch.randn(2, 3, 8, 8), list(model.state_dict())
+    expected = model.eval()(images)
+    count = sum(type(module) is torch.nn.BatchNorm2d for module in model.modules())
+    make_trainer(model, config(sync_bn=True), 3, compiled=False, ranks=Ranks(0, 2, CPU))
+    assert sum(type(module) is torch.nn.SyncBatchNorm for module in model.modules()) == count == 7
+    assert list(model.state_dict()) == names and torch.equal(model(images), expected)
+
+
+class RecordedGraph:
+    """Replays, in place of a CUDA graph, the step that was called while it was captured."""
+
+    step = None
+
+    def replay(self):
+        for output, value in zip(self.outputs, self.step(), strict=True):
+            output.copy_(value)
+
+
+def test_replayed_steps_train_like_steps_without_a_graph(monkeypatch):
+    """The logic around the graph on a CPU: warm-up, fixed inputs, learning rate, the smaller batch at the end."""
+    trainers = []
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3))
+        trainer = make_trainer(model, config(schedule="step", milestones=[0.7]), 6, False, Ranks(0, 1, CPU), graphs)
+        trainers.append(trainer)
+    plain, graphed = trainers
+    captures = []
+
+    def capture(images, labels, weights, whole_batch):
+        step = graphed.graphed
+        step.inputs, step.graph = tuple(torch.full_like(t, 7) for t in (images, labels, weights)), RecordedGraph()
+        step.outputs = step.graph.outputs = (torch.zeros(()), torch.zeros(()))
+        step.graph.step = lambda: step.step(*step.inputs, whole_batch)
+        captures.append(whole_batch)
+
+    monkeypatch.setattr(graphed.graphed, "_capture", capture)
+    monkeypatch.setattr(graphed.graphed, "_beside", graphed._compute)
+    generator = torch.Generator().manual_seed(1)
+    sums = []
+    for size in [8] * 5 + [3] + [8] * 5 + [3]:
+        batch = (torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) % 3, torch.ones(size), size)
+        sums.append((plain._step(*batch), graphed._step(*batch)))
+    assert captures == [8]
+    assert all(torch.equal(a, b) for pair in sums for a, b in zip(*pair, strict=True))
+    assert len({float(loss) for (loss, _), _ in sums}) == len(sums)
+    for a, b in zip(plain.model.parameters(), graphed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert plain.optimizer.param_groups[0]["lr"] == graphed.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_the_optimizer_takes_the_rate_from_the_tensor_and_keeps_the_number():
+    model = torch.nn.Linear(192, 3, bias=False)
+    network = torch.nn.Sequential(torch.nn.Flatten(), model)
+    trainer = make_trainer(network, config(momentum=0.0), 3, False, Ranks(0, 1, CPU))
+    trainer.learning_rate, before = torch.zeros(()), model.weight.detach().clone()
+    images, labels, weights = torch.randn(8, 3, 8, 8), torch.arange(8) % 3, torch.ones(8)
+    trainer._step(images, labels, weights, 8)
+    change = (model.weight - before).abs().max()
+    assert float(trainer.learning_rate) == pytest.approx(0.1) and change > 1e-4
+    rate = trainer.optimizer.param_groups[0]["lr"]
+    assert isinstance(rate, float) and rate < 0.1

@@ -16,6 +16,7 @@ from s3net_common.checkpoints import save_weights
 from s3net_common.errors import InputError
 from s3net_networks import create_network
 from train_s3net import Args
+from training import training_loop
 from training.initial_weights import matching_rows, start_from
 
 GENERALIZABILITY = Path(train_s3net.__file__).parent
@@ -73,7 +74,7 @@ def test_resuming_never_reads_the_file_again(start, images, tmp_path, monkeypatc
     file, _ = start
     assert train_s3net.main(args(images, file, tmp_path / "whole", epochs=2)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train_s3net, "run_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(training_loop, "train_and_evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train_s3net.main(args(images, file, tmp_path / "parts", epochs=2))
     file.unlink()
