@@ -28,6 +28,7 @@ import torch
 
 from data.datasets import DATASETS, load_dataset
 from data.image_sets import Halves
+from data.loader_workers import default_workers
 from data.splits import SPLITS
 from distributed import Ranks, join_ranks
 from recipes import RECIPES, RunConfig
@@ -128,7 +129,7 @@ class Args:
     yet tried on a GPU: compare its first losses with those of a run without it."""
     sync_bn: bool = False
     """BatchNorm over the images of all GPUs of a step instead of those of each GPU (SyncBatchNorm)."""
-    workers: flag(int, "N", "one a processor") = None
+    workers: flag(int, "N", "one a processor, at most 16") = None
     """DataLoader workers of each rank, which decode image files: processes for ImageNet, whose images stay on disk (0:
     decode in the training process), threads for the other data sets."""
     skip_unreadable: bool = False
@@ -330,12 +331,10 @@ def read_data(flags: Flags, ranks: Ranks, splits: tuple[str, ...] = SPLITS) -> H
 
 
 def loader_workers(flags: Flags) -> int:
-    """Return the number of DataLoader workers of this rank: by default its share of the available processors."""
+    """Return the number of DataLoader workers of this rank, or of threads that decode images."""
     if "workers" in flags:
         return flags["workers"]
-    # Slurm and containers give a process some of the machine's processors.
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return default_workers()
 
 
 # ---- Evaluation only ----------------------------------------------------------------------------------------------

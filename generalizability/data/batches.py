@@ -4,7 +4,6 @@ The images of a batch, their flips and their crops depend on the seed, the epoch
 the number of distributed ranks, or earlier steps. A run can therefore be resumed at any step of an epoch.
 """
 
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from torchvision.transforms import functional as transforms
 
 from data.device_input import to_device
 from data.image_sets import DiskImages, Halves, ImageSet, Source
+from data.loader_workers import fitting_workers, ignore_stop_signals, is_file_limit, stop_signals_blocked
 from distributed import Ranks
 from recipes import RunConfig
-from s3net_common.errors import InputError, LocalError
+from s3net_common.errors import TOO_MANY_FILES, InputError, LocalError
 from s3net_common.images import read_rgb
 from s3net_common.unused_files import report_once, unreadable_images
 
@@ -269,14 +269,9 @@ def collate(items: list[tuple[Tensor, int, InputError | None]]) -> tuple[Tensor,
 
 
 def start_worker(max_pixels: float | None, worker: int) -> None:
-    """Set the signals of a DataLoader worker and its limit of pixels (Pillow's), which a spawned process lacks.
-
-    Ctrl-C is ignored: the terminal sends it to every process, and the main process handles it. The main process ends
-    its workers with SIGTERM, which therefore gets its default effect.
-    """
+    """Set the signals of a DataLoader worker and its limit of pixels (Pillow's), which a spawned process lacks."""
     Image.MAX_IMAGE_PIXELS = max_pixels
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ignore_stop_signals()
 
 
 @dataclass
@@ -299,8 +294,9 @@ class _DiskBatches:
         data: the images.
         batch_size: images in a batch, over all distributed ranks.
         device, mean, std, image_size: as of `Normalization`.
-        workers: processes that decode images; 0 to decode them in this process.
+        workers: processes that decode images, fewer if the system's limits allow fewer; 0 to decode in this process.
         transform: applied to each image.
+        world_size: number of distributed ranks that share a batch.
     """
 
     def __init__(
@@ -313,13 +309,18 @@ class _DiskBatches:
         image_size: int,
         workers: int,
         transform: Transform,
+        world_size: int = 1,
     ) -> None:
         self.data, self.batch_size, self.device = data, batch_size, device
         self.normalize = Normalization(device, mean, std, image_size)
         self.sampler = _BatchSampler()
         self.reported: set[str] = set()  # messages about the images left out
+        decoder = Decoder(data.source, transform)
+        if workers and len(data):
+            images = min(-(-batch_size // world_size), len(data))
+            workers = fitting_workers(workers, images * decoder[int(data.indices[0]), 0][0].nbytes)
         self.loader = DataLoader(
-            Decoder(data.source, transform),
+            decoder,
             batch_sampler=self.sampler,
             num_workers=workers,
             collate_fn=collate,
@@ -341,18 +342,24 @@ class _DiskBatches:
 
         Raises:
             LocalError: an image cannot be read and `data.skip_unreadable` is False. The message also names others that
-                are found in `SEARCH_SECONDS`.
+                are found in `SEARCH_SECONDS`. Or the workers need too many open files.
         """
         self.sampler.batches = batches
-        loaded = iter(self.loader)
-        for *batch, errors in loaded:
-            if errors and not self.data.skip_unreadable:
-                deadline = time.monotonic() + SEARCH_SECONDS
-                while time.monotonic() < deadline and (more := next(loaded, None)):
-                    errors += more[-1]
-                raise LocalError(str(unreadable_images(errors)))
-            report_once(errors, self.reported)
-            yield tuple(batch)
+        try:
+            with stop_signals_blocked():
+                loaded = iter(self.loader)
+            for *batch, errors in loaded:
+                if errors and not self.data.skip_unreadable:
+                    deadline = time.monotonic() + SEARCH_SECONDS
+                    while time.monotonic() < deadline and (more := next(loaded, None)):
+                        errors += more[-1]
+                    raise LocalError(str(unreadable_images(errors)))
+                report_once(errors, self.reported)
+                yield tuple(batch)
+        except (OSError, RuntimeError) as error:
+            if is_file_limit(error):
+                raise LocalError(TOO_MANY_FILES) from error
+            raise
 
     def _to_device(self, *tensors: Tensor) -> list[Tensor]:
         return [to_device(tensor, self.device) for tensor in tensors]
@@ -370,7 +377,11 @@ class DiskTrainingBatches(_DiskBatches):
         self, *args, image_size: int, flip: bool, seed: int, rank: int = 0, world_size: int = 1, **kwargs
     ) -> None:
         super().__init__(
-            *args, image_size=image_size, transform=partial(random_crop, size=image_size, flip=flip), **kwargs
+            *args,
+            image_size=image_size,
+            transform=partial(random_crop, size=image_size, flip=flip),
+            world_size=world_size,
+            **kwargs,
         )
         self.seed, self.rank, self.world_size = seed, rank, world_size
 
