@@ -42,6 +42,7 @@ from s3net_networks import list_networks
 from s3net_networks.size import model_size
 from training.confusion import ConfusionMatrix
 from training.engine import Precision, progress_bar
+from training.out_of_memory import out_of_memory_as_error
 from training.trained_network import Preparation, TrainedNetwork, file_label, read_options, read_trained_network
 
 RESULT_KIND = "validate_10crop"
@@ -294,7 +295,8 @@ def count_errors(
     try:
         with progress_bar(ranks, "10 crops", steps) as bar:
             for _ in range(steps):
-                ranks.on_all_ranks(step)
+                with out_of_memory_as_error("pass a smaller --batch-size"):
+                    ranks.on_all_ranks(step)
                 bar.update()
                 so_far = confusions["ten_crops"]
                 bar.set_postfix_str(f"error {100 * so_far.errors[0] / max(1, so_far.images):.1f}%")

@@ -20,7 +20,7 @@ from torchvision.transforms import functional as transforms
 
 from data.device_input import to_device
 from data.image_sets import DiskImages, Halves, ImageSet, Source
-from data.loader_workers import fitting_workers, ignore_stop_signals, is_file_limit, stop_signals_blocked
+from data.loader_workers import fitting_workers, ignore_stop_signals, is_file_limit, starting_workers
 from distributed import Ranks
 from recipes import RunConfig
 from s3net_common.errors import TOO_MANY_FILES, InputError, LocalError
@@ -346,7 +346,7 @@ class _DiskBatches:
         """
         self.sampler.batches = batches
         try:
-            with stop_signals_blocked():
+            with starting_workers():
                 loaded = iter(self.loader)
             for *batch, errors in loaded:
                 if errors and not self.data.skip_unreadable:

@@ -1,11 +1,14 @@
 """The processes that decode images: how many the system's limits allow, and which signals they get."""
 
+import atexit
 import contextlib
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
 from collections.abc import Iterator
+from weakref import WeakSet
 
 from data.memory import available_memory
 
@@ -87,23 +90,35 @@ def is_file_limit(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def stop_signals_blocked() -> Iterator[None]:
-    """Block the signals that stop a run in this thread, and in the processes that it starts for good.
+def starting_workers() -> Iterator[None]:
+    """Block the signals that stop a run, for good in the worker processes that are started inside the context.
 
-    They are sent to every process of a terminal or batch job. The main process ends its workers; a worker that died
-    before would be an error.
+    The signals are sent to every process of a terminal or batch job. The main process ends its workers; a worker that
+    ended before would be an error. Workers that are left when the interpreter ends are killed.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    earlier = {*multiprocessing.active_children()}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if hasattr(signal, "pthread_sigmask") else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _workers.update({*multiprocessing.active_children()} - earlier)
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore_stop_signals() -> None:
     """Ignore the signals that stop a run, in a worker. PyTorch has set a handler for SIGTERM when it starts."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+_workers: WeakSet[multiprocessing.Process] = WeakSet()
+
+
+@atexit.register  # before the handler of multiprocessing, which would send SIGTERM and wait
+def _kill_workers() -> None:
+    left = [worker for worker in _workers if worker.is_alive()]
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report a crash
+    for worker in left:
+        worker.kill()

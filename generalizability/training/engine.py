@@ -19,6 +19,7 @@ from distributed import Ranks
 from recipes import RunConfig
 from s3net_common.errors import InputError, LocalError
 from training.cuda_graphs import GraphedStep
+from training.out_of_memory import is_out_of_memory, training_advice
 from training.stopping import Agreement, Stopped
 
 VALIDATION = ("val_loss", "val_error", "val_top5_error")
@@ -161,6 +162,7 @@ class Trainer:
         Raises:
             NonFiniteError: the loss of a step is infinite or NaN.
             Stopped: a rank was asked to stop; the checkpoint is saved.
+            LocalError: the memory is full. The message says which batch fits.
         """
         self.model.train()
         if progress.step == 0:
@@ -170,7 +172,7 @@ class Trainer:
         started = time.perf_counter()
         with bar:
             for images, labels, weights, whole_batch in batches.epoch(progress.epoch, progress.step):
-                pending.append((*self._step(images, labels, weights, whole_batch), whole_batch))
+                pending.append((*self._fitting_step(images, labels, weights, whole_batch), whole_batch))
                 step = progress.step + len(pending)
                 save_due = step % len(batches) > 0 and self.checkpoint_every > 0 and step % self.checkpoint_every == 0
                 if not (self.agreement.is_due() or save_due or step == len(batches)):
@@ -186,6 +188,18 @@ class Trainer:
                     started = time.perf_counter()
                 if stop:
                     raise Stopped
+
+    def _fitting_step(self, images: Tensor, labels: Tensor, *rest: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Call `_step`. A LocalError says which batch fits if memory is full."""
+        try:
+            return self._step(images, labels, *rest)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the handler, which keeps the step's tensors alive.
+        module = self.model.module if self.ranks.world_size > 1 else self.model
+        parts, size = self.accumulation_steps, self.ranks.world_size
+        raise LocalError(training_advice(module, images, labels, parts, size, self.precision.autocast()))
 
     def check_weights(self, step: int) -> None:
         """Check that the weights are finite, which a loss before the last update does not tell.

@@ -19,6 +19,7 @@ from recipes import RunConfig
 from s3net_common.output_files import relative
 from training.config import Flags
 from training.engine import NonFiniteError, Progress, Trainer, average_buffers, evaluate, make_trainer
+from training.out_of_memory import out_of_memory_as_error
 from training.reporting import TensorBoardLog, describe, diverged, epoch_line, summarize
 from training.run_folder import Run, load_progress, save_progress
 from training.stopping import Stopped, StopSignal
@@ -52,8 +53,9 @@ def train(
     if ranks.is_main:
         print(describe(run, config, size, trainer, progress), flush=True)
 
+    advice = "let other programs free theirs, or use a smaller network or --image-size"
     try:
-        with closing(batches[0]), closing(batches[1]):
+        with closing(batches[0]), closing(batches[1]), out_of_memory_as_error(advice):
             while progress.epoch < config.epochs:
                 train_and_evaluate(model, trainer, batches, progress)
                 if ranks.is_main:
@@ -67,9 +69,9 @@ def train(
             print(f"error: {message}", file=sys.stderr)
         return 1
     except Stopped:
+        command = resume_command(flags, run.folder)
+        ranks.on_main_rank(lambda: run.record_stop(command))  # a batch system may kill all ranks after the first end
         if ranks.is_main:
-            command = resume_command(flags, run.folder)
-            run.record_stop(command)
             print(f"stopped; resume with\n  {command}", flush=True)
         return 128 + (stop.number or signal.SIGTERM)
     if ranks.is_main:
