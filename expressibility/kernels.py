@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_backend import jax_backend
+
 jax.config.update("jax_enable_x64", True)
 
 W_STD = 1.5
@@ -150,6 +152,7 @@ def kernel_row_blocks(
     Raises:
         ValueError: the topology is unknown, a depth is below 1, a set of points is empty, the numbers of features
             differ, or `lower_triangle` is used with two sets of points.
+        InputError: JAX cannot use the devices that JAX_PLATFORMS names.
     """
     _check(topology, depths)
     x1 = _points(x1, "x1")
@@ -158,7 +161,7 @@ def kernel_row_blocks(
         raise ValueError(f"x1 has {x1.shape[1]} features and x2 has {x2.shape[1]}: they must be equal")
     if lower_triangle and x2 is not x1:
         raise ValueError("lower_triangle needs the kernel of one set of points with itself: leave x2 None")
-    backend = backend or ("numpy" if jax.default_backend() == "cpu" else "jax")
+    backend = backend or ("numpy" if jax_backend() == "cpu" else "jax")
     convert, dense_of_relu, block_elements = _BACKENDS[backend]
     block_rows = block_rows or max(1, block_elements // len(x2))
     x1, x2 = convert(x1), convert(x2)

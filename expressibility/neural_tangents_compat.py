@@ -23,6 +23,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy
+import numpy as np
+import scipy.linalg
 
 LAST_RELEASE = (0, 6, 5)
 WORKING_JAX = "JAX 0.6 to 0.12"
@@ -84,6 +87,92 @@ def _removed_names_restored() -> Iterator[None]:
         yield
 
 
+# ---- Repairs of neural-tangents' own modules -----------------------------------------------------------------------
+
+
+class _Overlay:
+    """A module with some names replaced, for use inside one of neural-tangents' modules."""
+
+    def __init__(self, module: types.ModuleType, **replaced: Any) -> None:
+        self.__dict__.update(replaced)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _repair_structured_derivatives(empirical: types.ModuleType) -> None:
+    """Replace what `empirical_ntk_fn` reads from inside JAX by public functions of JAX."""
+
+    def primals_out_and_pullback(
+        function: Callable, mode: Any, _j_rules: bool, _s_rules: bool, _fwd: bool | None, *primals: Any
+    ) -> tuple[Any, Callable]:
+        flat, tree = jax.tree.flatten(primals)
+        with jax.disable_jit():  # so that the program of the tangents has no functions inside
+            outputs, linear = jax.linearize(lambda *flat: function(*jax.tree.unflatten(tree, flat)), *flat)
+            program = jax.make_jaxpr(lambda *tangents: jax.tree.leaves(linear(*tangents)))(*flat)
+
+        def pullback(*cotangents: Any) -> Any:
+            unknown = [empirical.UndefinedPrimal(variable.aval) for variable in program.jaxpr.invars]
+            flat_cotangents = tuple(jax.tree.leaves(cotangents))
+            results = empirical._backward_pass(
+                program.jaxpr, mode, program.consts, unknown, flat_cotangents, _j_rules, _s_rules, _fwd
+            )
+            return jax.tree.unflatten(tree, results)
+
+        return outputs, pullback
+
+    def equation_vjp(equation: Any, cotangents: Any, *inputs: Any) -> tuple:
+        if equation is None:  # the identity
+            return (cotangents,)
+        transpose = empirical.ad.get_primitive_transpose(equation.primitive)
+        return transpose(cotangents, *inputs, **equation.params)
+
+    def read_primal(values: dict, variable: Any) -> Any:
+        return (
+            variable.val if hasattr(variable, "val") else values.get(variable, empirical.UndefinedPrimal(variable.aval))
+        )
+
+    def get_flops(function: Callable, optimize: bool, *args: Any, **options: Any) -> float:
+        lowered = jax.jit(function).lower(*args, **options)
+        analysis = (lowered.compile() if optimize else lowered).cost_analysis()
+        return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]  # a dict since JAX 0.5
+
+    empirical._get_primals_out_and_pullback = primals_out_and_pullback
+    empirical._eqn_vjp_fn = equation_vjp
+    empirical._read_primal = read_primal
+    empirical._get_flops = get_flops
+    empirical.ad = _Overlay(
+        empirical.ad,
+        config=types.SimpleNamespace(jax_enable_checks=False),
+        source_info_util=types.SimpleNamespace(transform_name_stack=contextlib.nullcontext),
+    )
+    # jax.numpy's own functions refuse, or will refuse, shapes without values and arrays in place of dtypes.
+    empirical.jnp = _Overlay(jax.numpy, size=np.size, shape=np.shape, dtype=jax.numpy.result_type)
+
+
+def _repair_predict(predict: types.ModuleType) -> None:
+    def eigvalsh(matrix: Any, eigvals: tuple[int, int]) -> Any:
+        return scipy.linalg.eigvalsh(matrix, subset_by_index=eigvals)  # the argument's name since SciPy 1.14
+
+    def at_once_unless_traced(solver: Callable) -> Callable:
+        def solve(kernel: Any, *args: Any, **options: Any) -> Any:
+            traced = isinstance(kernel, jax.core.Tracer)
+            with contextlib.nullcontext() if traced else jax.ensure_compile_time_eval():
+                return solver(kernel, *args, **options)
+
+        return solve
+
+    predict.sp = _Overlay(scipy, linalg=_Overlay(scipy.linalg, eigvalsh=eigvalsh))
+    # Its `eval_context` around these two functions lets tracers of `vmap` and `grad` leak since JAX 0.4.36.
+    predict.jax = _Overlay(jax, core=_Overlay(jax.core, eval_context=contextlib.nullcontext))
+    for name in ("_get_cho_solve", "_get_fns_in_eigenbasis"):
+        setattr(predict, name, at_once_unless_traced(getattr(predict, name)))
+
+
+# ---- The import ----------------------------------------------------------------------------------------------------
+
+
 class _WithoutTensorFlow(types.ModuleType):
     """Replacement of `neural_tangents.experimental`, which would import TensorFlow and is not used here."""
 
@@ -118,7 +207,10 @@ def load() -> types.ModuleType:
     sys.modules["neural_tangents.experimental"] = _WithoutTensorFlow("neural_tangents.experimental")
     try:
         with _removed_names_restored():
-            return importlib.import_module("neural_tangents")
+            module = importlib.import_module("neural_tangents")
+        _repair_structured_derivatives(importlib.import_module("neural_tangents._src.empirical"))
+        _repair_predict(importlib.import_module("neural_tangents._src.predict"))
+        return module
     except (ImportError, AttributeError) as error:
         for name in [name for name in sys.modules if name.split(".")[0] == "neural_tangents"]:
             del sys.modules[name]  # so that the next import fails with the same message

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import expressions
+from jax_backend import jax_backend
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
@@ -260,6 +261,7 @@ def main(args: Args) -> None:
     function = expressions.parse(args.function)
     low, high = args.interval
     function(np.linspace(low, high, POINTS + 1))  # raises InputError before the folder is made
+    jax_backend()  # as above
     out = claim_folder(args.out, "one_neuron.json", "one_neuron.png", overwrite=args.overwrite)
     results, sparse, plain = study(function, low, high, args.depth)
     results = {"function": args.function, **results}

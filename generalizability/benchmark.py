@@ -4,6 +4,7 @@
     python generalizability/benchmark.py --only data       # the augmentation against PIL with a DataLoader
     python generalizability/benchmark.py --only decoding   # LMDB against an image folder and the decoder
     python generalizability/benchmark.py --compile         # also S3-Net under torch.compile, and the time it compiles
+    python generalizability/benchmark.py --compile --graphs    # on a GPU, also with steps replayed as CUDA graphs
 
 Each contender trains in a fresh process, the contenders take turns, and each number is the median over the rounds. A
 training step fetches and augments a batch of 64 images and runs the forward pass, the backward pass and the update. The
@@ -34,13 +35,14 @@ from tqdm import tqdm
 from data.batches import TrainingBatches
 from data.image_sets import ImageSet
 from decoding_benchmark import benchmark_decoding, print_decoding
-from distributed import Ranks, join_ranks
+from distributed import Ranks, device_name, join_ranks
 from recipes import RECIPES
 from s3net_common.command_line import flag, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, relative, run_record, write_json
 from s3net_networks import create_network
+from training.cuda_graphs import GraphedStep
 from training.engine import Precision, Trainer
 
 BATCH = 64
@@ -64,6 +66,8 @@ class Args:
     """Training time of each run in seconds, at least 3 steps."""
     compile: bool = False
     """Also measure S3-Net under torch.compile."""
+    graphs: bool = False
+    """Also measure S3-Net with its training step replayed as a CUDA graph."""
     device: flag(str, "DEVICE", "a GPU if there is one") = None
     """Device to train on: cpu, cuda or mps."""
     images: flag(Path, "DIR", "crops of two photographs") = None
@@ -167,7 +171,7 @@ def published_step(contender: str, device: torch.device) -> Callable[[], None]:
 
 
 def trainer_step(contender: str, ranks: Ranks) -> Callable[[], None]:
-    """Return a step of the trainer with its default settings, for "ours NAME" or "compiled NAME"."""
+    """Return a step of the trainer with its default settings, for "ours NAME", "compiled NAME" or "graphs NAME"."""
     kind, _, name = contender.partition(" ")
     keep_freed_memory()
     torch.manual_seed(0)
@@ -176,12 +180,17 @@ def trainer_step(contender: str, ranks: Ranks) -> Callable[[], None]:
     fused = ranks.device.type in ("cpu", "cuda")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=fused)
     trainer = Trainer(
-        model=torch.compile(model) if kind == "compiled" else model,
+        model=model,
+        compiled=torch.compile(model, dynamic=False) if kind == "compiled" else None,
+        compiled_size=BATCH,
+        learning_rate=torch.zeros((), device=ranks.device) if ranks.device.type == "cuda" else None,
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
         precision=Precision(ranks.device, Precision.is_faster(ranks.device)),
         ranks=ranks,
     )
+    if kind == "graphs":
+        trainer.graphed = GraphedStep(trainer._compute, BATCH)
     batches = cifar_like_batches(ranks.device)
 
     stream = chain.from_iterable(batches.epoch(epoch) for epoch in count())
@@ -211,6 +220,8 @@ def benchmark_training(args: Args) -> dict:
     contenders = ["published k=12", "published k=64", *(f"ours {name}" for name in NETWORKS)]
     if args.compile:
         contenders += ["compiled S3-Net k=12", "compiled S3-Net k=64"]
+    if args.graphs:
+        contenders += ["graphs S3-Net k=12", "graphs S3-Net k=64"]
     runs: dict[str, list[dict[str, float]]] = {contender: [] for contender in contenders}
     with tqdm(total=args.rounds * len(contenders), desc="training", unit="run", disable=None) as bar:
         for _ in range(args.rounds):
@@ -311,9 +322,12 @@ def main(args: Args) -> None:
     """Run the measurements, then print and write them."""
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds} is too small: give 1 or more")
-    join_ranks(args.device)  # raises an InputError if the device is missing
+    device = join_ranks(args.device).device  # raises an InputError if the device is missing
+    if args.graphs and device.type != "cuda":
+        raise InputError("--graphs needs a CUDA GPU: leave it out")
     claim_folder(args.out, "benchmark.json", overwrite=args.overwrite)
-    results = run_record() | {"threads": torch.get_num_threads(), "batch_size": BATCH}
+    results = run_record() | {"threads": torch.get_num_threads(), "batch_size": BATCH, "device": device_name(device)}
+    results["precision"] = Precision(device, Precision.is_faster(device)).name
     if args.only in ("all", "data"):
         results["data"] = benchmark_data(args.rounds)
         for name, rate in results["data"]["images_per_second"].items():

@@ -109,6 +109,11 @@ def join_ranks(device: str | None) -> Ranks:
     return Ranks(rank, world_size, chosen, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the kind of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _cuda_device(device: torch.device) -> torch.device:
     if not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA GPU here; pass --device cpu, or leave it out")

@@ -32,6 +32,7 @@ from s3net_common.images import IMAGE_SUFFIXES, MAX_PIXELS, find_images, limit_p
 from s3net_common.output_files import csv_cell, default_out, make_folder, relative, write_atomically
 from s3net_common.unused_files import UnreadableImage, report_once, unreadable_images
 from s3net_networks import list_networks
+from s3net_networks.size import count_multiply_adds
 from training.trained_network import TrainedNetwork, read_options, read_trained_network
 
 CHECKPOINTS = "the checkpoint's"  # what --help says about a default
@@ -103,6 +104,7 @@ def main(args: Args) -> int:
     )
     outputs = trained.outputs or (100 if trained.name.endswith("_cifar") else 1000)
     model = trained.build(outputs, print).to(device, memory_format=torch.channels_last)
+    count_multiply_adds(model, trained.preparation.image_size, device)  # a check that it takes images of this size
     names = [*(trained.classes or []), *(f"output {i}" for i in range(len(trained.classes or []), outputs))]
     for note in trained.notes:
         print(note, flush=True)

@@ -175,3 +175,4 @@ class RunConfig:
     accumulate: int = 1
     init: str | None = None
     sync_bn: bool = False
+    decode: str = "cpu"

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from data.datasets import DATASETS, load_dataset
+from data.decoding import DECODERS
 from data.image_sets import Halves
 from data.loader_workers import default_workers
 from data.splits import SPLITS
@@ -132,6 +133,9 @@ class Args:
     workers: flag(int, "N", "one a processor, at most 16") = None
     """DataLoader workers of each rank, which decode image files: processes for ImageNet, whose images stay on disk (0:
     decode in the training process), threads for the other data sets."""
+    decode: flag(str, f"{{{','.join(DECODERS)}}}", "cpu") = None
+    """How ImageNet's training images are decoded: cpu (in full), draft (JPEGs at the smallest size that the crop
+    allows: faster, with slightly different pixels) or gpu (JPEGs on the CUDA GPU). Evaluation decodes in full."""
     skip_unreadable: bool = False
     """Skip image files that cannot be read, and list them, instead of stopping."""
     max_pixels: flag(int, "N", f"{MAX_PIXELS:,}") = None
@@ -321,8 +325,6 @@ def read_data(flags: Flags, ranks: Ranks, splits: tuple[str, ...] = SPLITS) -> H
 
     halves = ranks.on_all_ranks(lambda: read() if first_of_node else None)
     halves = ranks.on_all_ranks(lambda: halves or read())
-    if ranks.is_main and (skipped := sum(half.skipped for half in halves)):
-        print(f"left out {skipped} unreadable images", flush=True)
     if held_out is not None:
         both = dict(zip(SPLITS, ranks.on_all_ranks(lambda: halves[0].hold_out(held_out)), strict=True))
         halves = [both[split] for split in splits]

@@ -29,9 +29,10 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from data.batches import DiskEvaluationBatches
-from data.image_sets import DiskImages, find_split, open_source
+from data.image_sets import DiskImages, open_source
+from data.splits import find_half
 from data.ten_crops import CENTER_CROP, ten_crops
-from distributed import Ranks, join_ranks
+from distributed import Ranks, device_name, join_ranks
 from s3net_common.class_names import match_classes
 from s3net_common.command_line import flag, given_flags, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
@@ -120,7 +121,7 @@ def main(args: Args) -> int:
         results |= {
             "seconds": seconds,
             "images_per_second": len(images) / seconds,
-            "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type,
+            "device": device_name(ranks.device),
             "processes": ranks.world_size,
             "precision": precision.name,
             **run_record(),
@@ -260,7 +261,7 @@ def open_images(path: Path, limit: int | None = None, skip_unreadable: bool = Fa
     if not path.exists():
         raise InputError(f"there is no {path}: pass --images with an LMDB file or a folder of <class>/*")
     # Class folders without images count, too: without class names in the checkpoint, the folders number the outputs.
-    source = open_source(find_split(path, "val") or find_split(path, "test") or path, keep=None)
+    source = open_source(find_half(path, "val", lmdb=True) or path, keep=None)
     return DiskImages(source, torch.arange(len(source)), skip_unreadable).subset(limit)
 
 

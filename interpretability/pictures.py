@@ -10,7 +10,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from s3net_common.errors import InputError, printable
-from s3net_common.images import IMAGE_SUFFIXES, load_image, read_rgb, to_rgb
+from s3net_common.images import IMAGE_SUFFIXES, load_image, read_rgb
+from s3net_common.pixel_modes import to_rgb
 from s3net_common.unused_files import UnreadableImage, report_once, unreadable_images
 
 ASPECT_TOLERANCE = 0.02  # relative, because a mask may have been rounded to whole pixels

@@ -201,7 +201,7 @@ def check_tensors(
         expected: of the network; may be on the meta device.
         optional: names whose shapes may differ.
         head: names of the classifier's tensors.
-        finite: refuse weights that are NaN or infinite.
+        finite: refuse weights that are NaN or infinite, and variances below 0.
 
     Raises:
         InputError: a tensor cannot be loaded; the message names it.
@@ -222,6 +222,8 @@ def check_tensors(
             raise InputError(f"{path} does not fit this network: {shapes}; {advice}")
         if finite and name.endswith(_FINITE) and not torch.isfinite(tensor.to(wanted.dtype)).all():
             raise InputError(f"{path}: {name} holds NaN or infinite values: take an earlier checkpoint")
+        if finite and name.endswith("running_var") and tensor.min() < 0:
+            raise InputError(f"{path} is damaged: {name}, a variance, has values below 0; get it again")
 
 
 def _unsupported_kind(tensor: Tensor, wanted: Tensor) -> str | None:
@@ -327,7 +329,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 1000
 
 
-def _are_options(value: object) -> bool:
+def are_options(value: object) -> bool:
     """Whether a value is a dict of a network's options. The network's builder checks their values."""
     reserved = {"name", "num_classes", "pretrained", "block"}
     return isinstance(value, dict) and all(isinstance(name, str) and name not in reserved for name in value)
@@ -341,7 +343,7 @@ def _is_colour(value: object, least: float) -> bool:
 _VALID: dict[str, tuple[Callable[[object], bool], str]] = {
     "model": (_is_text, "a network's name"),
     "dataset": (_is_text, "a data set's name"),
-    "model_options": (_are_options, "a dict of options"),
+    "model_options": (are_options, "a dict of options"),
     "num_classes": (lambda value: is_whole(value, 1, MOST_CLASSES), f"a whole number from 1 to {MOST_CLASSES:,}"),
     "classes": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of names"),
     "mean": (lambda value: _is_colour(value, -1000), "three numbers"),

@@ -74,12 +74,12 @@ def find_class(target: str, names: Sequence[str] | None) -> int:
     Raises:
         InputError: there is no such class (the message lists close matches), or several have this name.
     """
-    indices = [i for i, name in enumerate(names or ()) if _normalised(name) == _normalised(target)]
+    indices = [i for i, name in enumerate(names or ()) if composed(name) == composed(target)]
     if len(indices) > 1:
         raise InputError(f"{len(indices)} classes are called {target!r}: give an index, {_any_of(indices)}")
     if indices:
         return indices[0]
-    if target.isascii() and target.isdecimal():
+    if _is_number(target):
         return int(target)
     if names is None:
         raise InputError(f"the network's class names are unknown: give the index of a class instead of {target!r}")
@@ -97,10 +97,10 @@ def list_names(names: Sequence[str]) -> str:
 def _match_by_name(classes: Sequence[str], trained: Sequence[str], file: Path) -> list[int]:
     if list(classes) == list(trained):
         return list(range(len(trained)))
-    known = [_normalised(name) for name in trained]
+    known = [composed(name) for name in trained]
     index, count = {name: i for i, name in enumerate(known)}, Counter(known)
-    names = [_normalised(name) for name in classes]
-    if unknown := [name for name in classes if _normalised(name) not in index]:
+    names = [composed(name) for name in classes]
+    if unknown := [name for name in classes if composed(name) not in index]:
         count_text = f" ({len(unknown)} of {len(classes)})" if len(unknown) > LISTED else ""
         raise InputError(
             f"the images have classes that the network does not have: {list_names(unknown)}{count_text}; the "
@@ -117,13 +117,12 @@ def _match_by_name(classes: Sequence[str], trained: Sequence[str], file: Path) -
 def _match_in_order(classes: Sequence[str], outputs: int, file: Path) -> tuple[list[int], str]:
     if len(classes) > outputs:
         raise InputError(f"the weights in {file} are for {outputs} classes, and the images have {len(classes)}")
-    numbers = [int(name) for name in classes if name.isascii() and name.isdecimal()]
-    if sorted(numbers) == list(range(len(classes))):
+    if (numbers := class_numbers(classes)) is not None:
         return numbers, f"{file} names no classes: the folders 0 to {len(classes) - 1} are the outputs of these numbers"
     unclear = ""
     if len(classes) < outputs:
         unclear = f"the network has {outputs} outputs, and the images have {len(classes)} classes"
-    elif len(numbers) == len(classes):
+    elif all(map(_is_number, classes)):
         unclear = f"the class folders are numbers, but not 0 to {outputs - 1}"
     if unclear:
         raise InputError(
@@ -134,8 +133,19 @@ def _match_in_order(classes: Sequence[str], outputs: int, file: Path) -> tuple[l
     return list(range(outputs)), f"{file} names no classes: its outputs are taken in {order} as {list_names(classes)}"
 
 
-def _normalised(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # macOS decomposes the accents in names of files
+def class_numbers(classes: Sequence[str]) -> list[int] | None:
+    """Return the names of classes as numbers if they are exactly 0 to N - 1 ("007" is 7), else None."""
+    numbers = [int(name) for name in classes if _is_number(name)]
+    return numbers if sorted(numbers) == list(range(len(classes))) else None
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and len(name) < 20
+
+
+def composed(name: str) -> str:
+    """Return a name with composed accents (NFC). macOS decomposes them in the names of files."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _any_of(indices: Sequence[int]) -> str:

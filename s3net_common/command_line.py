@@ -41,9 +41,10 @@ def run_script(
 
     `is_positional` is as in `positional_first`.
 
-    Exit code 2, with one line on stderr: flags that cannot be parsed, an InputError, a missing package, or a stdout
-    that cannot be written (a full disk, or a pipe whose reader has ended). Ctrl-C exits with 130. SIGTERM and SIGHUP
-    raise SystemExit, so that temporary files are removed and child processes ended, and exit with 143 and 129.
+    Exit code 2, with one line on stderr: flags that cannot be parsed, an InputError, a missing package, a path that the
+    system refuses (too long, no permission), or a stdout that cannot be written (a full disk, or a pipe whose reader
+    has ended). Ctrl-C exits with 130. SIGTERM and SIGHUP raise SystemExit, so that temporary files are removed and
+    child processes ended, and exit with 143 and 129.
 
     A distributed rank that fails ends at once, and prints its host and rank with the error.
     """
@@ -64,16 +65,14 @@ def run_script(
         print("interrupted", file=sys.stderr)
         code = 130
     except OSError as error:
-        if error.filename is None:  # set if a file could not be opened, never if an open one could not be written
+        if error.filename is not None:  # set if a file could not be opened, never if an open one could not be written
+            message = f"{printable(str(error.filename))} cannot be used ({error.strerror}): give another path"
+        else:
             # Without this, the interpreter would try to write again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print(f"error: the output cannot be written ({error.strerror}): give it a reader or room", file=sys.stderr)
-            code = 2
-        elif process_group.is_joined():
-            _report(error)
-            code = 1
-        else:
-            raise
+            message = f"the output cannot be written ({error.strerror}): give it a reader or room"
+        _report(LocalError(message))
+        code = 2
     except (SystemExit, Exception) as error:
         if not process_group.is_joined():
             raise

@@ -4,14 +4,16 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from s3net_common.class_names import composed
 from s3net_common.errors import InputError, first_line, printable
+from s3net_common.pixel_modes import scale_transparency, to_rgb, use_full_range
 from s3net_common.text_files import read_text
 from s3net_common.unused_files import (
     NEEDED_PACKAGES,
@@ -34,6 +36,7 @@ RASTER_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "J
 FORMATS = tuple(name for name in RASTER_FORMATS if name in Image.OPEN)  # without those that need a package
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")}
 MAX_PIXELS = 178_956_970  # Pillow's limit
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # Pillow refuses images with 1 MB of text or profile
 
 warnings.filterwarnings("ignore", module="PIL")  # an image that can be decoded is used, whatever Pillow warns about
 
@@ -158,10 +161,31 @@ def _expected(skipped: Skipped) -> str:
 # ---- Folders of classes ---------------------------------------------------------------------------------------------
 
 
-def class_names(folder: Path, keep: Collection[str] | None = ()) -> list[str]:
-    """Return the names of the class folders in `folder`, in alphabetical order.
+def class_folders(folder: Path) -> dict[str, Path]:
+    """Return the class folders in `folder` by name, in alphabetical order. Accents in the names are composed (NFC).
 
-    Hidden folders, those of operating systems (`SYSTEM_FOLDERS`), and folders without images are no classes.
+    Hidden folders and those of operating systems (`SYSTEM_FOLDERS`) are no classes.
+
+    Raises:
+        InputError: the folder cannot be opened, or two names differ only in the form of their accents.
+    """
+    try:
+        paths = sorted(Path(entry.path) for entry in os.scandir(folder) if _classify(entry) == (True, None))
+    except OSError as error:
+        raise InputError(f"{printable(folder)} cannot be opened ({error.strerror})") from error
+    folders: dict[str, Path] = {}
+    for path in paths:
+        if (name := composed(path.name)) in folders:
+            raise InputError(
+                f"{printable(folder)} has two folders {printable(name)}, whose accents are stored in different forms: "
+                "move the images into one of them"
+            )
+        folders[name] = path
+    return dict(sorted(folders.items()))
+
+
+def class_names(folder: Path, keep: Collection[str] | None = ()) -> list[str]:
+    """Return the names of `class_folders` without those that have no images.
 
     Args:
         folder: contains a folder for each class.
@@ -169,18 +193,15 @@ def class_names(folder: Path, keep: Collection[str] | None = ()) -> list[str]:
             because the outputs of a network without class names are numbered by them.
 
     Raises:
-        InputError: there are none, or the folder cannot be opened.
+        InputError: as `class_folders`; or there are none.
     """
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder) if _classify(entry) == (True, None))
-    except OSError as error:
-        raise InputError(f"{printable(folder)} cannot be opened ({error.strerror})") from error
-    if not names:
+    folders = class_folders(folder)
+    if not folders:
         raise InputError(f"{printable(folder)} has no class folders: put the images into {printable(folder)}/<class>/")
     if keep is None:
-        return names
+        return list(folders)
     skipped = Skipped(folder)
-    names = [name for name in names if name in keep or any(_images_below(folder / name, skipped))]
+    names = [name for name, path in folders.items() if name in keep or any(_images_below(path, skipped))]
     if not names:
         raise InputError(f"{printable(folder)} has no images in its class folders {_expected(skipped)}")
     return names
@@ -199,11 +220,10 @@ def class_images(folder: Path, classes: list[str], reports: bool = True) -> Iter
     Raises:
         InputError: there are no image files.
     """
+    folders = class_folders(folder)
     skipped, filled = Skipped(folder), set()
     for label, name in enumerate(classes):
-        if not (folder / name).is_dir():
-            continue
-        for path in _images_below(folder / name, skipped):
+        for path in _images_below(folders[name], skipped) if name in folders else ():
             filled.add(name)
             yield path, label
     if not filled:
@@ -216,12 +236,12 @@ def class_images(folder: Path, classes: list[str], reports: bool = True) -> Iter
 def _skip_outside_classes(folder: Path, classes: list[str], filled: set[str], skipped: Skipped) -> None:
     """Count what lies beside the class folders, and class folders without images."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        path = Path(entry.path)
+        path, name = Path(entry.path), composed(entry.name)
         is_folder, reason = _classify(entry)
         if reason is None and not is_folder:
             reason = "images outside of class folders"
-        elif reason is None and entry.name not in filled:
-            unused = entry.name not in classes and any(_images_below(path, skipped))
+        elif reason is None and name not in filled:
+            unused = name not in classes and any(_images_below(path, skipped))
             reason = "folders of other classes" if unused else "class folders without images"
         if reason:
             skipped.add(reason, path)
@@ -234,9 +254,13 @@ def read_class_names(file: Path) -> list[str]:
         InputError: the file cannot be read, is empty, or contains a name twice.
     """
     try:
-        names = [name for line in read_text(file).splitlines() if (name := line.partition("\t")[0].strip())]
+        lines = (line.partition("\t")[0].strip() for line in read_text(file).splitlines())
+        names = [composed(name) for name in lines if name]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--classes {file} cannot be read: pass a text file with one class name per line") from error
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        raise InputError(
+            f"--classes {file} cannot be read ({reason}): pass a text file with one class name per line"
+        ) from error
     if not names:
         raise InputError(f"--classes {file} is empty: it needs one class name per line")
     if len(set(names)) < len(names):
@@ -279,7 +303,12 @@ def limit_pixels(count: int | None) -> None:
     Image.MAX_IMAGE_PIXELS = (count or MAX_PIXELS) / 2  # Pillow warns above this number and refuses twice it
 
 
-def load_image(file: Path | bytes | memoryview, orient: bool, rgb: bool = False) -> Image.Image:
+Prepare = Callable[[Image.Image], object]  # called with an image whose header has been read, but not its pixels
+
+
+def load_image(
+    file: Path | bytes | memoryview, orient: bool, rgb: bool = False, prepare: Prepare | None = None
+) -> Image.Image:
     """Load an image in its own mode, or convert it with `to_rgb`. For the other arguments see `decode`.
 
     Raises:
@@ -287,41 +316,51 @@ def load_image(file: Path | bytes | memoryview, orient: bool, rgb: bool = False)
     """
     try:
         with Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=FORMATS) as image:
-            _scale_transparency(image)
+            scale_transparency(image)
+            if prepare:
+                prepare(image)
             image.load()
+            image = use_full_range(image)
             image = _turn_upright(image) if orient else image
             return to_rgb(image) if rgb else image
     except Exception as error:  # Pillow's decoders raise many kinds of exception
         raise InputError(_reason(error, file)) from error
 
 
-def decode(file: Path | bytes | memoryview, orient: bool = False) -> Image.Image:
+def decode(file: Path | bytes | memoryview, orient: bool = False, prepare: Prepare | None = None) -> Image.Image:
     """Decode an image of any mode as 8-bit RGB. Transparent pixels become white; other ranges are scaled to 8 bits.
 
     Args:
         file: path of an image file, or the file's content.
         orient: rotate the image as its EXIF orientation says: for users' photographs. ImageNet, ten-crop evaluation
             and LMDB files use the stored pixels, as torchvision does.
+        prepare: called before the pixels are decoded; it may set the size at which a JPEG is decoded.
 
     Raises:
         InputError: the image cannot be decoded; the message is the reason.
     """
-    return load_image(file, orient, rgb=True)
+    return load_image(file, orient, rgb=True, prepare=prepare)
 
 
-def read_rgb(file: Path | bytes | memoryview, name: str | Path | None = None, orient: bool = True) -> Image.Image:
+def read_rgb(
+    file: Path | bytes | memoryview,
+    name: str | Path | None = None,
+    orient: bool = True,
+    prepare: Prepare | None = None,
+) -> Image.Image:
     """Decode an image like `decode`, with an error message for the user.
 
     Args:
         file: path of an image file, or the file's content.
         name: the image's name in the message; by default its path.
         orient: as in `decode`.
+        prepare: as in `decode`.
 
     Raises:
         UnreadableImage: the image cannot be decoded.
     """
     try:
-        return decode(file, orient)
+        return decode(file, orient, prepare)
     except InputError as error:
         raise UnreadableImage(file if name is None else name, str(error)) from error
 
@@ -336,57 +375,6 @@ def read_square(path: Path, size: int) -> np.ndarray:
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return np.array(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image of any mode to 8-bit RGB, as `decode` does.
-
-    Raises:
-        InputError: the values of the pixels exceed 16 bits.
-    """
-    if image.mode.startswith("I") or image.mode == "F":
-        values, transparency = np.asarray(image), image.info.get("transparency")
-        grey = _to_8_bits(values, sixteen_bits=image.mode.startswith("I;16") or image.format in ("PNG", "PPM"))
-        if transparency is not None:
-            grey[values == transparency] = 255
-        image = Image.fromarray(grey)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _to_8_bits(values: np.ndarray, sixteen_bits: bool) -> np.ndarray:
-    """Return grey values `(H, W)` as uint8.
-
-    Values with 16 bits lose the lower 8 bits, as in Pillow's colour images. Other integers and floating-point numbers
-    have no fixed range, so the largest value decides: floating-point numbers are in [0, 1] if it is below 2 and in
-    [0, 255] if it is below 512 (resizing exceeds the range a little), integers are in [0, 255] if it is in this range,
-    and all others have 16 bits.
-
-    Raises:
-        InputError: the largest value exceeds 16 bits.
-    """
-    if sixteen_bits:
-        return (values.clip(0, 65535) >> 8).astype(np.uint8)
-    one, byte = (2, 512) if values.dtype.kind == "f" else (0, 256)
-    values = values.astype(np.float64)
-    peak = values[np.isfinite(values)].max(initial=0)
-    if peak >= 256 * byte:
-        raise InputError(f"its values reach {peak:g}: save it with 8 or 16 bits per channel")
-    values = np.nan_to_num(values, nan=0, posinf=peak, neginf=0)
-    scale = 255 if peak < one else 1 if peak < byte else 1 / 257
-    return (values * scale).round().clip(0, 255).astype(np.uint8)
-
-
-def _scale_transparency(image: Image.Image) -> None:
-    """Scale a PNG's transparent colour to 8 bits, as Pillow scales the pixels. Call it before the pixels are loaded."""
-    colour = image.info.get("transparency")
-    rawmode = image.tile[0][3] if image.format == "PNG" and image.tile else None
-    if isinstance(colour, tuple) and rawmode == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in colour)
-    elif isinstance(colour, int) and rawmode in ("L;2", "L;4"):
-        image.info["transparency"] = colour * (85 if rawmode == "L;2" else 17)
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:

@@ -16,4 +16,6 @@ def read_text(path: Path) -> str:
     content = Path(path).read_bytes()
     utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = content.decode("utf-16" if utf_16 else "utf-8-sig")
+    if "\0" in text:  # UTF-16 without a byte-order mark, or UTF-32
+        raise UnicodeDecodeError("utf-8", content, 0, len(content), "zero bytes")
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -23,8 +23,20 @@ NEEDED_PACKAGES = {  # by suffix, if Pillow does not read it
 }
 # Names, in lower case, of what operating systems, NAS systems and archive programs leave in folders.
 SYSTEM_FOLDERS = {
-    *("@eadir", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot", "network trash folder"),
-    *("$recycle.bin", "recycler", "system volume information", "__macosx", "lost+found", "__pycache__"),
+    *(
+        "@eadir",
+        "@tmp",
+        "@sharebin",
+        "@recycle",
+        "@recently-snapshot",
+        "@__thumb",
+        "#recycle",
+        "#snapshot",
+        "~snapshot",
+    ),
+    *("network trash folder", "temporary items", "thefindbycontentfolder", "thevolumesettingsfolder", "~snapshot"),
+    *("$recycle.bin", "recycler", "system volume information", "found.000", "lost.dir", "lost+found", "__macosx"),
+    *("_vti_cnf", "__pycache__"),
 }
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 
@@ -38,6 +50,8 @@ CONTENTS = {  # regular expressions for the first bytes, in lower case
     rb"<\?xml": "an XML file",
     rb"%!ps|\xc5\xd0\xd3\xc6": NO_RASTER.format("a PostScript file"),
     rb"%pdf": NO_RASTER.format("a PDF file"),
+    rb"8bps": "a Photoshop file: export it as PNG",
+    rb"pf\s|p7\s": "a PFM image in colour or a PAM image, which Pillow cannot read: save it as PNG",
     rb"pk\x03\x04": "a ZIP archive",
     rb"\x1f\x8b": "a gzip archive",
     rb"\xff\xd8": DAMAGED.format("JPEG"),
@@ -66,7 +80,7 @@ def describe_content(start: bytes) -> str:
     line = (text.decode("utf-8", "replace").splitlines() or [""])[0]
     if line and line.isprintable() and "\ufffd" not in line:
         return f"a text file that begins with {line[:40]!r}"
-    return "no image format that Pillow knows"
+    return "none of the image formats that are read: save it as JPEG or PNG"
 
 
 def read_start(file: Path, size: int = 4096) -> bytes:

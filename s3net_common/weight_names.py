@@ -14,9 +14,9 @@ from s3net_common.errors import InputError
 
 # Parts that DataParallel, torch.compile, FSDP and activation checkpointing put into names, at any level.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# Counters of averaged models. They are no weights.
-_COUNTERS = {"n_averaged", "num_updates", "decay", "initted", "step"}
-_AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|averaged?)([^a-z]|$)")
+# Counters of averaged models, and of thop, which counts operations. They are no weights.
+_COUNTERS = {"n_averaged", "num_updates", "decay", "initted", "step", "total_ops", "total_params"}
+_AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|avg|averaged?)([^a-z]|$)")
 # Names of containers, those before which others that fit are not taken.
 _CONTAINERS = (
     "state_dict",

@@ -1,12 +1,10 @@
 """Imports run downwards only, and what must work without torch imports no torch."""
 
 import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ("expressibility", "generalizability", "interpretability")
@@ -81,9 +79,7 @@ def test_no_modules_import_each_other_in_a_circle():
 @pytest.mark.parametrize("module", ["errors", "command_line", "output_files"])
 def test_shared_modules_import_no_torch(module):
     program = f"import sys, s3net_common.{module}; print('torch' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout == "False\n"
+    assert run_python("-c", program, env={"PYTHONPATH": str(ROOT)}, check=True).stdout == "False\n"
 
 
 def test_models_is_short_and_begins_with_the_topology():

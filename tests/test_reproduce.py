@@ -3,10 +3,8 @@
 import errno
 import functools
 import importlib.util
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import tyro
 from PIL import Image
+from processes import run_python, started_python
 
 from s3net_common.errors import InputError
 
@@ -144,13 +143,13 @@ def test_sigterm_ends_the_step_and_the_next_run_resumes_it(scripts):
         f"step = s.Step('slow', 'expressibility', '', '', {slow.command!r})\n"
         f"reproduce.main(reproduce.Args(out=pathlib.Path({str(scripts / 'out')!r})), [step])\n"
     )
-    driver = subprocess.Popen([sys.executable, scripts / "driver.py"], env=os.environ | {"PYTHONPATH": str(ROOT)})
-    wait_until(lambda: (scripts / "child").is_file() and (scripts / "child").read_text())
-    with pytest.raises(InputError, match=r"is in use by another .* end it \(kill -TERM -- -\d+\)"):
-        run(scripts, [slow])
-    child = int((scripts / "child").read_text())
-    driver.terminate()
-    assert driver.wait(timeout=20) == 128 + signal.SIGTERM
+    with started_python(scripts / "driver.py", env={"PYTHONPATH": str(ROOT)}) as driver:
+        wait_until(lambda: (scripts / "child").is_file() and (scripts / "child").read_text())
+        with pytest.raises(InputError, match=r"is in use by another .* end it \(kill -TERM -- -\d+\)"):
+            run(scripts, [slow])
+        child = int((scripts / "child").read_text())
+        driver.terminate()
+        assert driver.wait() == 128 + signal.SIGTERM
     wait_until(lambda: ended(child))
     before = read_record(scripts / "out", "slow")
     assert before.status == "unfinished" and before.seconds > 0
@@ -339,8 +338,5 @@ def test_a_full_disk_is_one_line(scripts, monkeypatch):
 
 
 def test_the_command_line(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "reproduce.py", "--budget", "tiny"], capture_output=True, text=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = run_python(ROOT / "reproduce.py", "--budget", "tiny", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "quick" in done.stderr

@@ -15,16 +15,25 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms import functional as transforms
 
+from data.decoding import (
+    CropDrawer,
+    Decoder,
+    DraftDecoder,
+    Item,
+    Transform,
+    center_crop,
+    collate,
+    collate_encoded,
+    decode_crops,
+    random_crop,
+)
 from data.device_input import to_device
-from data.image_sets import DiskImages, Halves, ImageSet, Source
+from data.image_sets import DiskImages, Halves, ImageSet
 from data.loader_workers import fitting_workers, ignore_stop_signals, is_file_limit, starting_workers
 from distributed import Ranks
 from recipes import RunConfig
-from s3net_common.errors import TOO_MANY_FILES, InputError, LocalError
-from s3net_common.images import read_rgb
+from s3net_common.errors import TOO_MANY_FILES, LocalError
 from s3net_common.unused_files import report_once, unreadable_images
 
 SEARCH_SECONDS = 60  # after an unreadable image, the time to look for others, so that one error names them
@@ -208,64 +217,7 @@ def flip_and_crop(images: Tensor, flips: Tensor, offsets: Tensor, padding: int) 
     return torch.where(to_device(flips, device).view(-1, 1, 1, 1), images.flip(3), images)
 
 
-# ---- Images on disk: one image ------------------------------------------------------------------------------------
-
-Transform = Callable[[Image.Image], Tensor]  # from an RGB image to uint8 pixels
-Item = tuple[int, int | None]  # index of an image, and the seed of its random transform (None: it is not random)
-
-
-def random_crop(image: Image.Image, size: int, flip: bool) -> Tensor:
-    """Convert an RGB image to uint8 `(3, size, size)`: a random crop, resized, and mirrored at random if `flip`.
-
-    The crop has 8% to 100% of the area and an aspect ratio of 3/4 to 4/3. The random numbers are torch's.
-    """
-    top, left, height, width = RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
-    box = (left, top, left + width, top + height)
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box)
-    if flip and torch.rand(()) < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return transforms.pil_to_tensor(image)
-
-
-def center_crop(image: Image.Image, size: int) -> Tensor:
-    """Convert an RGB image to uint8 `(3, size, size)`: short side resized to 256/224 of the size, then centre crop."""
-    resized = transforms.resize(image, round(size * 256 / 224))
-    return transforms.pil_to_tensor(transforms.center_crop(resized, size))
-
-
-@dataclass
-class Decoder(Dataset):
-    """Decoded and transformed images of a source.
-
-    `decoder[index, seed]` is `(pixels, label, problem)`: the transformed image, its label and, if it cannot be decoded,
-    the error, with black pixels. A raised exception would reach the main process with its worker's traceback in it.
-    """
-
-    source: Source
-    transform: Transform
-
-    def __getitem__(self, item: Item) -> tuple[Tensor, int, InputError | None]:
-        index, seed = item
-        label, problem = 0, None
-        try:
-            encoded, label = self.source.encoded(index)
-            image = read_rgb(encoded, self.source.name(index), orient=False)
-        except InputError as error:
-            image, problem = Image.new("RGB", (64, 64)), error
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPU's, for dropout
-            return self.transform(image), label, problem
-
-
-# ---- Images on disk: batches --------------------------------------------------------------------------------------
-
-
-def collate(items: list[tuple[Tensor, int, InputError | None]]) -> tuple[Tensor, Tensor, Tensor, list[InputError]]:
-    """Return the pixels `(B, ...)`, labels `(B,)` and whether each could be read, bool `(B,)`; and the problems."""
-    pixels, labels, problems = zip(*items, strict=True)
-    readable = torch.tensor([problem is None for problem in problems])
-    return torch.stack(pixels), torch.tensor(labels), readable, list(filter(None, problems))
+# ---- Images on disk -----------------------------------------------------------------------------------------------
 
 
 def start_worker(max_pixels: float | None, worker: int) -> None:
@@ -295,8 +247,10 @@ class _DiskBatches:
         batch_size: images in a batch, over all distributed ranks.
         device, mean, std, image_size: as of `Normalization`.
         workers: processes that decode images, fewer if the system's limits allow fewer; 0 to decode in this process.
+        decoder: the data set of decoded images; by default `Decoder` with `transform`.
         transform: applied to each image.
-        world_size: number of distributed ranks that share a batch.
+        collate_fn: makes a batch of the items of `decoder`.
+        loaded_images: images that this rank loads at a time; by default `batch_size`.
     """
 
     def __init__(
@@ -308,22 +262,25 @@ class _DiskBatches:
         std: tuple[float, float, float],
         image_size: int,
         workers: int,
-        transform: Transform,
-        world_size: int = 1,
+        transform: Transform | None = None,
+        decoder: Dataset | None = None,
+        collate_fn: Callable = collate,
+        loaded_images: int | None = None,
     ) -> None:
         self.data, self.batch_size, self.device = data, batch_size, device
         self.normalize = Normalization(device, mean, std, image_size)
         self.sampler = _BatchSampler()
         self.reported: set[str] = set()  # messages about the images left out
-        decoder = Decoder(data.source, transform)
+        decoder = decoder or Decoder(data.source, transform)
         if workers and len(data):
-            images = min(-(-batch_size // world_size), len(data))
-            workers = fitting_workers(workers, images * decoder[int(data.indices[0]), 0][0].nbytes)
+            image = decoder[int(data.indices[0]), 0][0]
+            images = min(loaded_images or batch_size, len(data))
+            workers = fitting_workers(workers, images * getattr(image, "content", image).nbytes)
         self.loader = DataLoader(
             decoder,
             batch_sampler=self.sampler,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=collate_fn,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=partial(start_worker, Image.MAX_IMAGE_PIXELS),
@@ -371,19 +328,31 @@ class DiskTrainingBatches(_DiskBatches):
     Args:
         *args, **kwargs: as of `_DiskBatches`.
         flip, seed, rank, world_size: as of `TrainingBatches`.
+        decode: one of `DECODERS`.
     """
 
     def __init__(
-        self, *args, image_size: int, flip: bool, seed: int, rank: int = 0, world_size: int = 1, **kwargs
+        self,
+        data: DiskImages,
+        batch_size: int,
+        *args,
+        image_size: int,
+        flip: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        decode: str = "cpu",
+        **kwargs,
     ) -> None:
-        super().__init__(
-            *args,
-            image_size=image_size,
-            transform=partial(random_crop, size=image_size, flip=flip),
-            world_size=world_size,
-            **kwargs,
-        )
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        crop = {"size": image_size, "flip": flip}
+        kinds = {
+            "cpu": {"transform": partial(random_crop, **crop)},
+            "draft": {"decoder": DraftDecoder(data.source, **crop)},
+            "gpu": {"decoder": CropDrawer(data.source, **crop), "collate_fn": collate_encoded},
+        }
+        kwargs["loaded_images"] = -(-batch_size // world_size)
+        super().__init__(data, batch_size, *args, image_size=image_size, **kinds[decode], **kwargs)
+        self.seed, self.rank, self.world_size, self.decode = seed, rank, world_size, decode
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
         """Yield as `TrainingBatches.epoch`; an image that is skipped has weight 0."""
@@ -398,8 +367,16 @@ class DiskTrainingBatches(_DiskBatches):
             for part, _, _ in parts:
                 yield list(zip(order[part].tolist(), seeds[part].tolist(), strict=True))
 
-        for batch, (_, weight, whole_batch) in zip(self._load(batches), parts, strict=True):
-            pixels, labels, readable = self._to_device(*batch)
+        for (pixels, *rest), (_, weight, whole_batch) in zip(self._load(batches), parts, strict=True):
+            labels, readable = self._to_device(*rest)
+            if self.decode == "gpu":
+                pixels, problems = decode_crops(pixels, self.device)
+                if errors := list(filter(None, problems)):
+                    if not self.data.skip_unreadable:
+                        raise LocalError(str(unreadable_images(errors)))
+                    report_once(errors, self.reported)
+                    readable &= torch.tensor([problem is None for problem in problems], device=self.device)
+            pixels = to_device(pixels, self.device)
             yield self.normalize(pixels), labels, readable * weight, whole_batch
 
 
@@ -449,7 +426,8 @@ def make_batches(config: RunConfig, data: Halves, ranks: Ranks, loader_workers: 
     options = {"mean": config.mean, "std": config.std, "image_size": config.image_size, "flip": config.flip}
     options |= {"seed": config.seed, "rank": ranks.rank, "world_size": ranks.world_size}
     if isinstance(train, DiskImages):
-        training = DiskTrainingBatches(train, config.batch_size, ranks.device, workers=loader_workers, **options)
+        options |= {"workers": loader_workers, "decode": config.decode}
+        training = DiskTrainingBatches(train, config.batch_size, ranks.device, **options)
     else:
         training = TrainingBatches(train, config.batch_size, ranks.device, crop_padding=config.crop_padding, **options)
     return training, evaluation

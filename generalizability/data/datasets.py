@@ -15,7 +15,7 @@ from data import tiny_imagenet
 from data.download import download, one_at_a_time, unpack
 from data.image_sets import DiskImages, Halves, ImageSet, open_source
 from data.memory import check_memory
-from data.splits import HALVES, SPLITS, find_halves
+from data.splits import SPLITS, find_half, find_halves
 from s3net_common.errors import InputError, first_line, nearest_names
 from s3net_common.images import check_same_classes, class_images, class_names, read_square
 from s3net_common.unused_files import UnreadableImage, report_unreadable, unreadable_images
@@ -64,7 +64,9 @@ def load_dataset(name: str, data_dir: Path, **options) -> Halves:
     if read_options.unreadable and not read_options.skip_unreadable:  # one error for training and validation images
         raise unreadable_images(read_options.unreadable)
     train = halves[0] if "train" in read_options.splits else None
-    if train and train.skipped and (lost := {*range(len(train.classes))} - {*train.labels.tolist()}):
+    if train and len(train.classes) == 1:
+        raise InputError(f"the training images have only one class, {train.classes[0]}: give two class folders or more")
+    if train and read_options.unreadable and (lost := {*range(len(train.classes))} - {*train.labels.tolist()}):
         names = ", ".join(train.classes[label] for label in sorted(lost))
         raise InputError(f"no training image of these classes can be read: {names}; repair some, or remove the classes")
     return halves
@@ -95,10 +97,9 @@ def _load_cifar100(options: ReadOptions) -> tuple[ImageSet, ...]:
     The binary files are in `data_dir` or in `cifar-100-python/` there, or are unpacked from `cifar-100-python.tar.gz`.
     """
     data_dir = options.data_dir
-    names = [name for split in options.splits for name in HALVES[split]]
     if data_dir.name == "cifar-100-python.tar.gz":
         data_dir = data_dir.parent
-    elif any((data_dir / name).is_dir() for name in names):
+    elif any(find_half(data_dir, split) for split in options.splits):
         return _load_folder(replace(options, image_size=32))
     is_inner = data_dir.name == "cifar-100-python" or (data_dir / "meta").is_file()
     folder = data_dir.absolute() if is_inner else data_dir / "cifar-100-python"
@@ -249,4 +250,4 @@ def _read_images(
                 raise InputError(f"none of the {len(files):,} images in {folder} can be read")
         readable = torch.tensor([error is None for error in errors])
         images, labels = images[readable], labels[readable]
-    return ImageSet(images, labels, classes, len(unreadable))
+    return ImageSet(images, labels, classes)

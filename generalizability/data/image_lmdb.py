@@ -34,6 +34,7 @@ import lmdb
 import numpy as np
 from torch.utils.data import Dataset
 
+from s3net_common.class_names import composed
 from s3net_common.errors import InputError, printable
 from s3net_common.images import decode
 from s3net_common.output_files import rename_durably
@@ -291,7 +292,8 @@ class ImageFolderLMDB(Dataset):
         self.path, self.transform = Path(path), transform
         self._file: _OpenFile | None = _open_shared(self.path)
         contents = self._file.contents
-        self.classes, self.skipped, self.digest = contents.classes, contents.skipped, contents.digest
+        self.classes = [composed(name) for name in contents.classes]  # as class folders are named
+        self.skipped, self.digest = contents.skipped, contents.digest
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
         self._counts, self._length = contents.counts, len(contents)
 

@@ -26,13 +26,11 @@ class ImageSet:
         images: uint8 `(N, 3, H, W)`, 0 to 255.
         labels: int64 `(N,)`, indices into `classes`.
         classes: names of the classes.
-        skipped: number of unreadable images that were skipped.
     """
 
     images: Tensor
     labels: Tensor
     classes: list[str]
-    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,7 +56,7 @@ class ImageSet:
         return replace(self, labels=torch.tensor(indices)[self.labels], classes=classes)
 
     def _select(self, indices: Tensor) -> "ImageSet":
-        return ImageSet(self.images[indices], self.labels[indices], self.classes, self.skipped)
+        return ImageSet(self.images[indices], self.labels[indices], self.classes)
 
 
 # ---- Images on disk -----------------------------------------------------------------------------------------------
@@ -158,13 +156,6 @@ def open_source(path: Path, keep: Collection[str] | None = ()) -> Source:
     return ImageFolder(path, keep) if path.is_dir() else ImageFolderLMDB(path)
 
 
-def find_split(folder: Path, split: str) -> Path | None:
-    """Return the path of `<split>.lmdb` or, if there is none, of `<split>/` in a data folder; None without both."""
-    if (path := folder / f"{split}.lmdb").is_file():
-        return path
-    return path if (path := folder / split).is_dir() else None
-
-
 @dataclass
 class DiskImages:
     """Images of a source, which are read from disk when a batch needs them.
@@ -173,13 +164,11 @@ class DiskImages:
         source: the LMDB file or the class folders.
         indices: int64 `(N,)`, the images of the source that belong to this set.
         skip_unreadable: skip images that cannot be decoded, instead of stopping.
-        skipped: always 0, because an image is first decoded when a batch needs it.
     """
 
     source: Source
     indices: Tensor
     skip_unreadable: bool = False
-    skipped: int = 0
 
     @property
     def classes(self) -> list[str]:

@@ -1,19 +1,24 @@
 """Find the training images and the validation images in a data folder, however much of the usual layout it has."""
 
-import os
 from pathlib import Path
 
-from data.image_sets import find_split
 from s3net_common.errors import InputError
-from s3net_common.images import IMAGE_SUFFIXES
+from s3net_common.images import IMAGE_SUFFIXES, class_folders
+from s3net_common.unused_files import Skipped
 
 SPLITS = ("train", "val")
-HALVES = {"train": ("train",), "val": ("val", "test")}  # names of their folders, the preferred one first
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+# Names of their folders in any case, the preferred one first.
+HALVES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "test", "testing"),
+}
+SPLIT_NAMES = {*HALVES["train"], *HALVES["val"]}
 
 
 def find_halves(data_dir: Path, splits: tuple[str, ...], lmdb: bool = False) -> list[Path]:
     """Return the path of each half: a folder of class folders or, with `lmdb`, an LMDB file if there is one.
+
+    Prints which other folders are beside them.
 
     Args:
         data_dir: the data folder.
@@ -24,29 +29,49 @@ def find_halves(data_dir: Path, splits: tuple[str, ...], lmdb: bool = False) -> 
     Raises:
         InputError: a half is missing; the message says what to do.
     """
-    paths = {split: _find_half(data_dir, names, lmdb) for split, names in HALVES.items()}
+    paths = {split: find_half(data_dir, split, lmdb) for split in SPLITS}
     if splits == ("train",) and not any(paths.values()):
         return [_class_root(data_dir, lmdb)]
     if missing := next((split for split in splits if paths[split] is None), None):
         raise InputError(_missing_half(data_dir, missing, splits, paths, lmdb))
+    val = paths["val"]
+    if splits == SPLITS and val.is_dir() and not class_folders(val):
+        raise InputError(
+            f"{val} has no class folders: put the images into {val}/<class>/, or pass --hold-out 0.1 to validate on a "
+            "tenth of each class of the training images"
+        )
+    skipped = Skipped(data_dir)
+    for name, path in class_folders(data_dir).items():
+        if name.lower() not in SPLIT_NAMES:
+            skipped.add("folders beside those of the splits", path)
+    skipped.report()
     return [paths[split] for split in splits]
 
 
-def _find_half(data_dir: Path, names: tuple[str, ...], lmdb: bool) -> Path | None:
-    """Return the path of a half, or None. Among class folders, a folder without subfolders is a class like them."""
-    beside_classes = any(name.lower() not in SPLIT_NAMES for name in _folder_names(data_dir))
-    for name in names:
-        path = find_split(data_dir, name) if lmdb else data_dir / name
-        if path is not None and path.exists() and not (beside_classes and _is_class(path)):
-            return path
-    return None
+def find_half(data_dir: Path, split: str, lmdb: bool = False) -> Path | None:
+    """Return the path of a half in a data folder, or None. For `lmdb` see `find_halves`.
+
+    Among class folders, a folder without subfolders is a class like them, whatever its name. Of several folders for a
+    half, one with class folders is preferred.
+    """
+    if not data_dir.is_dir():
+        return None
+    folders = class_folders(data_dir)
+    beside_classes = any(name.lower() not in SPLIT_NAMES for name in folders)
+    without_classes = None
+    for half in HALVES[split]:
+        if lmdb and (file := data_dir / f"{half}.lmdb").is_file():
+            return file
+        for path in (path for name, path in folders.items() if name.lower() == half):
+            if class_folders(path):
+                return path
+            if not (beside_classes and _has_images(path)):
+                without_classes = without_classes or path
+    return without_classes
 
 
-def _is_class(folder: Path) -> bool:
-    """Return whether a folder holds images and no folders."""
-    entries = list(os.scandir(folder)) if folder.is_dir() else []
-    has_images = any(Path(entry.name).suffix.lower() in IMAGE_SUFFIXES for entry in entries)
-    return has_images and not any(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
+def _has_images(folder: Path) -> bool:
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
 
 
 def _class_root(data_dir: Path, lmdb: bool) -> Path:
@@ -55,36 +80,24 @@ def _class_root(data_dir: Path, lmdb: bool) -> Path:
     Raises:
         InputError: it does not.
     """
-    names = _folder_names(data_dir)
-    if not names:
+    folders = list(class_folders(data_dir).values()) if data_dir.is_dir() else []
+    if not folders:
         raise InputError(_no_images(data_dir, lmdb))
-    if split_names := _split_names(data_dir, names):
+    if len(folders) == 1:
         raise InputError(
-            f"{data_dir} has {split_names[0]}/, which is no class: name the folder of the training images train/, and "
-            "that of the validation images val/ or test/"
-        )
-    if len(names) == 1:
-        raise InputError(
-            f"{data_dir} has only one class folder, {names[0]}/: if that folder contains the classes, pass --data-dir "
-            f"{data_dir / names[0]}"
+            f"{data_dir} has only one class folder, {folders[0].name}/: if that folder contains the classes, pass "
+            f"--data-dir {folders[0]}"
         )
     return data_dir
-
-
-def _split_names(data_dir: Path, names: list[str]) -> list[str]:
-    return [name for name in names if name.lower() in SPLIT_NAMES and not _is_class(data_dir / name)]
-
-
-def _folder_names(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _missing_half(
     data_dir: Path, missing: str, splits: tuple[str, ...], paths: dict[str, Path | None], lmdb: bool
 ) -> str:
     """Return the error message for a data folder without the half `missing`."""
+    inner = list(class_folders(data_dir).values()) if data_dir.is_dir() else []
+    if len(inner) == 1 and not any(paths.values()) and find_half(inner[0], missing, lmdb):
+        return f"{data_dir} has no images itself: pass --data-dir {inner[0]}"
     if "train" not in splits:
         return (
             f"{data_dir} has no val/<class>/* (or test/<class>/*) to evaluate: pass --data-dir, or the --hold-out of "
@@ -93,8 +106,7 @@ def _missing_half(
     hold_out = "pass --hold-out 0.1 to validate on a tenth of each class"
     if missing == "val":
         return f"{_no_images(data_dir, lmdb, 'val')}; or {hold_out}"
-    names = _folder_names(data_dir)
-    if len(names) > 1 and not any(paths.values()) and not _split_names(data_dir, names):
+    if len(inner) > 1 and not any(paths.values()):
         return f"{data_dir} has class folders, but no train/ and val/: {hold_out}, or another --data-dir"
     return _no_images(data_dir, lmdb)
 

@@ -8,8 +8,10 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 import torch
+import torchvision
 
 from data.datasets import DATASETS
+from data.decoding import DECODERS
 from data.image_sets import Halves
 from distributed import Ranks
 from recipes import RunConfig, recipe_for
@@ -50,6 +52,7 @@ def check_flags(flags: Flags) -> None:
         ("data set", flags.get("dataset"), DATASETS),
         ("network", flags.get("model"), list_networks()),
         ("schedule", flags.get("schedule"), SCHEDULES),
+        ("decoder", flags.get("decode"), DECODERS),
     ):
         if name is not None and name not in known:
             raise InputError(f"there is no {kind} {name!r}: {nearest_names(name, known)}")
@@ -108,6 +111,7 @@ def resolve_config(flags: Flags, data: Halves, device: torch.device, start: dict
         classes=train.classes,
         init=flags.get("init"),
         sync_bn=flags.get("sync_bn", False),
+        decode=flags.get("decode", "cpu"),
     )
     check_sizes(config)
     return RunConfig(**json.loads(json.dumps(asdict(config))))  # tuples become lists, as in config.json
@@ -137,6 +141,15 @@ def check_device(config: RunConfig, flags: Flags, ranks: Ranks) -> None:
         raise InputError("--graphs is for a single process on a CUDA GPU: leave it out")
     if config.sync_bn and ranks.device.type != "cuda":
         raise InputError("--sync-bn is for CUDA GPUs: PyTorch has no BatchNorm over several processes on other devices")
+    if config.decode != "cpu" and config.dataset != "imagenet":
+        raise InputError(
+            f"--decode {config.decode} is for images on disk, --dataset imagenet: other data sets are decoded once, "
+            "before the training"
+        )
+    if config.decode == "gpu" and (ranks.device.type != "cuda" or not hasattr(torchvision.io, "decode_jpeg")):
+        raise InputError(
+            "--decode gpu needs a CUDA GPU, and a torchvision with decode_jpeg: pass --decode draft, or leave it out"
+        )
 
 
 def environment_of(flags: Flags) -> dict[str, str | int]:

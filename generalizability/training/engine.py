@@ -20,6 +20,7 @@ from recipes import RunConfig
 from s3net_common.errors import InputError, LocalError
 from training.cuda_graphs import GraphedStep
 from training.out_of_memory import is_out_of_memory, training_advice
+from training.step_clock import StepClock
 from training.stopping import Agreement, Stopped
 
 VALIDATION = ("val_loss", "val_error", "val_top5_error")
@@ -126,6 +127,7 @@ class Trainer:
             Compiling for one size only is faster. The last batch of an epoch may be smaller.
         compiled_size: images.
         learning_rate: on CUDA, a tensor that holds the rate of the current step, as a CUDA graph needs; else None.
+        clock: watches the batches, and reports which side limits the speed.
         graphed: replays `_compute` as a CUDA graph; None to call it.
         optimizer, scheduler: stepped once per batch.
         precision: numerical precision of the forward pass.
@@ -150,11 +152,13 @@ class Trainer:
     compiled_size: int = 0
     learning_rate: Tensor | None = None
     graphed: GraphedStep | None = None
+    clock: StepClock = field(init=False)
 
     def __post_init__(self) -> None:
         # Reading a loss makes the host wait for the GPU, and the ranks for each other.
         every_step = self.ranks.world_size == 1 and self.ranks.device.type == "cpu"
         self.agreement = Agreement(self.ranks, every_step)
+        self.clock = StepClock(self.ranks.device, tqdm.write if self.ranks.is_main else lambda line: None)
 
     def train_epoch(self, batches: TrainingBatches | DiskTrainingBatches, progress: Progress) -> None:
         """Train the rest of the current epoch and update `progress`.
@@ -171,7 +175,7 @@ class Trainer:
         pending: list[tuple[Tensor, Tensor, int]] = []
         started = time.perf_counter()
         with bar:
-            for images, labels, weights, whole_batch in batches.epoch(progress.epoch, progress.step):
+            for images, labels, weights, whole_batch in self.clock.watch(batches.epoch(progress.epoch, progress.step)):
                 pending.append((*self._fitting_step(images, labels, weights, whole_batch), whole_batch))
                 step = progress.step + len(pending)
                 save_due = step % len(batches) > 0 and self.checkpoint_every > 0 and step % self.checkpoint_every == 0

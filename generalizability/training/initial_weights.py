@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from distributed import Ranks
 from recipes import RunConfig
 from s3net_common.checkpoints import fitting_weights, head_names, pretrained_file, read_metadata
+from s3net_common.class_names import class_numbers, composed
 from s3net_common.output_files import relative
 from s3net_networks import create_network, published_file
 from training.config import Flags
@@ -66,7 +67,7 @@ def start_from(file: Path, metadata: dict[str, Any], model: nn.Module, config: R
     """Load weights into a new network, and return a line that says what was loaded.
 
     The classifier's rows of classes with the same name are loaded, too; those of other classes keep their random
-    weights. If the file names no classes and the data's are "0", "1", ..., the names count as row numbers.
+    weights. If the file names no classes and the data's are the numbers 0 to N - 1, they count as row numbers.
 
     Raises:
         InputError: the file is damaged, or other tensors than the classifier's do not fit.
@@ -98,10 +99,10 @@ def matching_rows(config: RunConfig, names: list[str] | None, outputs: int) -> l
         outputs: rows of the file's classifier.
     """
     if names is None:
-        are_numbers = config.classes == [str(i) for i in range(len(config.classes))]
-        names = config.classes[:outputs] if are_numbers else []
-    index = {name: row for row, name in reversed(list(enumerate(names[:outputs])))}
-    return [(row, index[name]) for row, name in enumerate(config.classes) if name in index]
+        numbers = class_numbers(config.classes) or []
+        return [(row, number) for row, number in enumerate(numbers) if number < outputs]
+    index = {composed(name): row for row, name in reversed(list(enumerate(names[:outputs])))}
+    return [(row, index[composed(name)]) for row, name in enumerate(config.classes) if composed(name) in index]
 
 
 def copy_rows(new: Tensor, old: Tensor | None, rows: list[tuple[int, int]]) -> Tensor:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import torch
-
+from distributed import device_name
 from recipes import RunConfig
 from s3net_common.output_files import relative, run_record
 from training.engine import NonFiniteError, Progress, Trainer
@@ -79,7 +78,7 @@ def summarize(config: RunConfig, size: dict[str, int], progress: Progress, train
         "last_val_top5_error": last["val_top5_error"],
         **size,
         "total_seconds": sum(row["seconds"] for row in progress.history),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "processes": trainer.ranks.world_size,
         "precision": trainer.precision.name,
         **run_record(),

@@ -19,7 +19,8 @@ from torchvision.transforms import functional as transforms
 
 from data.tiny_imagenet import IMAGE_SIZE as TINY_IMAGENET_SIZE
 from recipes import RECIPES
-from s3net_common.checkpoints import create_with_weights, read_metadata
+from s3net_common.checkpoints import are_options, create_with_weights, read_metadata
+from s3net_common.class_names import composed
 from s3net_common.errors import InputError
 from s3net_common.images import read_class_names
 from s3net_networks import create_network
@@ -145,13 +146,16 @@ def read_trained_network(
     names = metadata.get("classes") or None
     if classes is not None:
         names = _names_from_file(classes, names)
-    notes = []
-    if "mean" in metadata:
-        settings, prepared_as = metadata, metadata.get("dataset")
-    else:
+    outputs = num_classes or metadata.get("num_classes") or (len(names) if names else None)
+    if names and len(names) > outputs:
+        raise InputError(
+            f"there are {len(names)} class names for {outputs} outputs: correct --classes or --num-classes"
+        )
+    notes, settings, prepared_as = [], metadata, metadata.get("dataset")
+    if not {"mean", "std", "image_size"} <= metadata.keys():
         known = dataset in RECIPES and dataset != "folder"
         prepared_as = dataset if known else "cifar100" if name.endswith("_cifar") else "imagenet"
-        settings = vars(RECIPES[prepared_as])
+        settings = vars(RECIPES[prepared_as]) | metadata
         notes.append(
             f"{file} does not say how its images are prepared: as for {prepared_as}, {settings['image_size']} pixels"
         )
@@ -160,7 +164,7 @@ def read_trained_network(
         name=name,
         options=own_options | (options or {}),
         preparation=dataset_preparation(prepared_as, settings["image_size"], settings["mean"], settings["std"]),
-        outputs=num_classes or metadata.get("num_classes") or (len(names) if names else None),
+        outputs=outputs,
         classes=names,
         dataset=metadata.get("dataset") or dataset,
         notes=notes,
@@ -171,14 +175,14 @@ def read_options(text: str | None) -> dict:
     """Parse the value of --model-options.
 
     Raises:
-        InputError: it is not a JSON object.
+        InputError: it is not a JSON object of options.
     """
     try:
-        if isinstance(options := json.loads(text or "{}"), dict):
+        if are_options(options := json.loads(text or "{}")):
             return options
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
-    raise InputError(f"--model-options {text} is no JSON object: write '{{\"growth_rate\": 24}}'")
+    raise InputError(f"--model-options {text} is no JSON object of options: write '{{\"growth_rate\": 24}}'")
 
 
 def file_label(checkpoint: Path) -> str:
@@ -191,7 +195,7 @@ def _names_from_file(file: Path, trained: list[str] | None) -> list[str]:
     """Return the names of a file of --classes, which must be those of the checkpoint if it has names."""
     names = read_class_names(file)
     for output, (trained_name, name) in enumerate(zip_longest(trained or names, names)):
-        if trained_name != name:
+        if None in (trained_name, name) or composed(trained_name) != name:
             in_checkpoint, in_file = ("missing" if text is None else repr(text) for text in (trained_name, name))
             raise InputError(
                 f"{file} does not fit this checkpoint: output {output} is {in_checkpoint} in the checkpoint and "

@@ -1,8 +1,8 @@
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_python as run_in_process
 
 FOLDER = Path(__file__).resolve().parents[2] / "expressibility"
 
@@ -12,8 +12,7 @@ def run_script(tmp_path):
     """Run a script of the experiment in a new process, from a folder outside the repository."""
 
     def run(name: str, *flags: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(FOLDER / name), *map(str, flags)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return run_in_process(FOLDER / name, *flags, cwd=tmp_path)
 
     return run
 
@@ -23,8 +22,7 @@ def run_python(tmp_path):
     """Run Python code in a new process, with the experiment's folder on sys.path."""
 
     def run(code: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n{code}"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return run_in_process("-c", f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n{code}", cwd=tmp_path)
 
     return run
 

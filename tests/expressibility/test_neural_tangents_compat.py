@@ -1,4 +1,10 @@
 import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neural_tangents_compat import neural_tangents as nt
+from neural_tangents_compat import stax
 
 
 def test_the_import_neither_changes_jax_nor_loads_tensorflow(run_python):
@@ -98,14 +104,74 @@ print(neural_tangents.patched == hasattr(jax.core, "Jaxpr"), neural_tangents.exp
 
 
 def test_predict_and_empirical_kernels_work():
-    import numpy as np
-
-    from neural_tangents_compat import neural_tangents as nt
-    from neural_tangents_compat import stax
-
     init_fn, apply_fn, kernel_fn = stax.serial(stax.Dense(64), stax.Relu(), stax.Dense(1))
     x = np.random.default_rng(0).normal(size=(6, 3))
     predict_fn = nt.predict.gradient_descent_mse_ensemble(kernel_fn, x[:4], x[:4, :1], diag_reg=0.1)
     assert predict_fn(x_test=x[4:], get="ntk").shape == (2, 1)
     _, params = init_fn(jax.random.PRNGKey(0), (-1, 3))
     assert nt.empirical_ntk_fn(apply_fn)(x, None, params).shape == (6, 6)
+
+
+FULLY_CONNECTED = (stax.Dense(8), stax.Relu(), stax.Dense(2)), (4, 3)
+CONVOLUTIONAL = (
+    (stax.Conv(3, (2, 2)), stax.LayerNorm(axis=-1), stax.Gelu(), stax.AvgPool((2, 2)), stax.Flatten(), stax.Dense(2)),
+    (2, 4, 4, 2),
+)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "layers", "shape"),
+    [
+        ("NTK_VECTOR_PRODUCTS", *FULLY_CONNECTED),
+        ("AUTO", *FULLY_CONNECTED),
+        ("STRUCTURED_DERIVATIVES", *FULLY_CONNECTED),
+        ("STRUCTURED_DERIVATIVES", *CONVOLUTIONAL),
+    ],
+)
+def test_all_implementations_compute_the_same_empirical_ntk(implementation, layers, shape):
+    init_fn, apply_fn, _ = stax.serial(*layers)
+    x = np.random.default_rng(0).normal(size=shape)
+    _, params = init_fn(jax.random.PRNGKey(0), shape)
+    ntk, expected = (
+        nt.empirical_ntk_fn(apply_fn, implementation=nt.NtkImplementation[name])(x, None, params)
+        for name in (implementation, "JACOBIAN_CONTRACTION")
+    )
+    np.testing.assert_allclose(ntk, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_structured_derivatives_of_an_output_that_ignores_some_weights():
+    def apply_fn(params, x):
+        return jnp.stack([x @ params["used"], jnp.ones(len(x))], axis=1)
+
+    x, params = np.eye(3), {"used": np.ones(3), "unused": np.ones(2)}
+    ntk_fn = nt.empirical_ntk_fn(apply_fn, trace_axes=(), implementation=nt.NtkImplementation.STRUCTURED_DERIVATIVES)
+    ntk = ntk_fn(x, None, params)  # (3, 3, 2, 2)
+    np.testing.assert_allclose(ntk[:, :, 0, 0], np.eye(3))
+    assert not ntk[:, :, 1].any() and not ntk[:, :, 0, 1].any()
+
+
+def test_the_largest_learning_rate_is_two_over_the_largest_eigenvalue():
+    kernel = np.diag([1.0, 4.0, 2.0])
+    assert nt.predict.max_learning_rate(jnp.asarray(kernel), y_train_size=3) == pytest.approx(2 * 3 / 4)
+
+
+@pytest.mark.parametrize("time", [None, 2.0])
+def test_predict_works_under_vmap_and_jit(time):
+    rng = np.random.default_rng(0)
+    factors, y = rng.normal(size=(2, 4, 6)), rng.normal(size=(4, 1))
+
+    def prediction(factor):
+        kernel = factor @ factor.T
+        predict_fn = nt.predict.gradient_descent_mse(kernel, y, diag_reg=0.1)
+        return predict_fn(time, jnp.zeros((4, 1)), jnp.zeros((4, 1)), kernel)[1]
+
+    expected = np.stack([prediction(jnp.asarray(factor)) for factor in factors])
+    np.testing.assert_allclose(jax.jit(jax.vmap(prediction))(factors), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cached_prediction_made_inside_jit_serves_outside_of_it():
+    kernel, y = jnp.asarray(np.diag([1.0, 2.0])), jnp.ones((2, 1))
+    predict_fn = nt.predict.gradient_descent_mse(kernel, y, diag_reg=0.0)
+    inside = jax.jit(lambda: predict_fn(None, jnp.zeros((2, 1)), jnp.zeros((2, 1)), kernel)[1])()
+    outside = predict_fn(None, jnp.zeros((2, 1)), jnp.zeros((2, 1)), kernel)[1]
+    np.testing.assert_allclose(inside, outside)

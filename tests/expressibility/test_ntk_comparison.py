@@ -1,10 +1,9 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import run_python
 
 import ntk_comparison
 from s3net_common.output_files import ROOT
@@ -20,10 +19,7 @@ FLAGS = ["--depths", "3", "2", "2", "--out", "out"]
 def run(tmp_path_factory):
     """Run the script from a folder outside the repository; return the process and the folder of its results."""
     folder = tmp_path_factory.mktemp("folder")
-    command = [sys.executable, ntk_comparison.__file__, *FLAGS]
-    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
-    return process, folder / "out"
+    return run_python(ntk_comparison.__file__, *FLAGS, cwd=folder, check=True), folder / "out"
 
 
 @pytest.fixture(scope="module")

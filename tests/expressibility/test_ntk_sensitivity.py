@@ -2,12 +2,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import run_python, started_python
 from scipy import stats
 
 import ntk_sensitivity
@@ -108,10 +108,10 @@ def test_a_killed_run_continues_with_its_records(houses, tmp_path):
     flags = ["--csv", str(houses), "--target", "price", "--depths", "1", "--diag-regs", "0.1"]
 
     def command(out):
-        return [sys.executable, ntk_sensitivity.__file__, *flags, "--splits", "40", "--out", str(tmp_path / out)]
+        return [ntk_sensitivity.__file__, *flags, "--splits", 40, "--out", tmp_path / out]
 
     partial = tmp_path / "killed" / "sensitivity.partial.jsonl"
-    with subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    with started_python(*command("killed"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         while not (partial.exists() and partial.read_text().count("\n") > 3):
             assert process.poll() is None
             time.sleep(0.01)
@@ -121,8 +121,8 @@ def test_a_killed_run_continues_with_its_records(houses, tmp_path):
     marked["residual"][0][0] += 1e6  # visible in the result only if the record is used
     incomplete = '{"dataset": "houses", "sca'  # the last line of a process that was killed while writing
     partial.write_text("\n".join([settings, json.dumps(marked), *others, incomplete]))
-    subprocess.run(command("killed"), check=True, capture_output=True)
-    subprocess.run(command("complete"), check=True, capture_output=True)
+    run_python(*command("killed"), check=True)
+    run_python(*command("complete"), check=True)
     resumed, complete = (
         json.loads((tmp_path / out / "sensitivity.json").read_text())["cells"] for out in ("killed", "complete")
     )

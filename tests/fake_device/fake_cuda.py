@@ -2,7 +2,7 @@
 
     python tests/fake_device/fake_cuda.py [--dtype float16] [--graphs] [--lines] [NAME ...]    # all networks by default
 
-Prints a line of JSON for each network: the operations on the device and the copies between host and device, of a batch
+Prints JSON. For each network: the operations on the device and the copies between host and device, of a batch
 and of a training step, and how often the host reads from the device in an epoch, an evaluation and a saliency map.
 
 Every tensor is a FakeTensor: shapes, dtypes and devices are computed, and no kernel runs. An operation on tensors of
@@ -277,9 +277,10 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     args = parser.parse_args()
     pretend_cuda(args.dtype == "bfloat16")
+    from s3net_common.output_files import run_record
     from s3net_networks import list_networks
 
-    failures = 0
+    failures, results = 0, []
     for name in args.names or list_networks():
         size, batch_size, classes = (32, 64, 100) if name.endswith("_cifar") else (224, 8, 1000)
         result = {"network": name}
@@ -297,7 +298,9 @@ def main() -> int:
             for part in ("batch", "step", "epoch", "evaluation", "saliency"):
                 for detail in ("by_name", "lines"):
                     result.get(part, {}).pop(detail, None)
-        print(json.dumps(result), flush=True)
+        results.append(result)
+        print(f"{name}: {'failed' if 'error' in result else 'done'}", file=sys.stderr, flush=True)
+    print(json.dumps(run_record() | {"networks": results}, indent=1))
     return failures
 
 

@@ -8,12 +8,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_python
 
 SCRIPT = Path(__file__).with_name("fake_cuda.py")
 
@@ -36,10 +36,9 @@ pytestmark = pytest.mark.skipif(bool(reason_to_skip()), reason=f"the fake device
 
 
 def run_on_fake_device(*words: str) -> list[dict]:
-    done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=300)
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0, "\n".join([result.get("error", "") for result in results] + [done.stderr])
-    return results
+    done = run_python(SCRIPT, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)["networks"]
 
 
 def test_operations_and_waits_of_a_training_step():

@@ -1,11 +1,11 @@
 """benchmark.py: the published formulation equals S3-Net, and the measurements are printed and written."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from processes import run_python
 from torch import nn
 
 from models import create_model
@@ -39,9 +39,7 @@ def test_the_published_formulation_computes_the_same_function():
 
 
 def test_the_data_benchmark_writes_its_rates(tmp_path):
-    command = [sys.executable, FOLDER / "benchmark.py", "--only", "data", "--rounds", "1", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_python(FOLDER / "benchmark.py", "--only", "data", "--rounds", 1, "--out", tmp_path, check=True)
     rates = json.loads((tmp_path / "benchmark.json").read_text())["data"]["images_per_second"]
     assert len(rates) == 3 and all(rate > 0 for rate in rates.values())
     assert f"{rates['ours']:,.0f} images/s" in done.stdout

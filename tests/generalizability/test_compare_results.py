@@ -2,13 +2,12 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.axes
 import pytest
 from PIL import Image
+from processes import run_python
 
 import compare_results
 from compare_results import Args
@@ -295,7 +294,7 @@ def test_the_same_run_counts_once(tmp_path):
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):
-    done = subprocess.run([sys.executable, SCRIPT, "absent"], cwd=tmp_path, capture_output=True, text=True)
+    done = run_python(SCRIPT, "absent", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (
         2,
         "",

@@ -14,10 +14,12 @@ import folder2lmdb
 import predict
 import train_s3net
 from data.image_sets import DiskImages, open_source
+from recipes import RECIPES
 from s3net_common.checkpoints import pretrained_file, save_weights
 from s3net_common.errors import InputError
 from s3net_networks import create_network
 from train_s3net import Args
+from training.trained_network import read_options, read_trained_network
 
 NAMES = sorted(["ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx"])
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -51,9 +53,9 @@ def write_folders(root, photographs, folders, splits=("train", "val")):
     return root
 
 
-def save_checkpoint(path, model, classes=NAMES, dataset="folder"):
+def save_checkpoint(path, model, classes=NAMES, dataset="folder", image_size=24):
     metadata = {"model": "s3net_cifar", "model_options": {"depth": 7, "growth_rate": 4}, "num_classes": 12}
-    metadata |= {"classes": classes, "mean": MEAN, "std": STD, "image_size": 24, "dataset": dataset}
+    metadata |= {"classes": classes, "mean": MEAN, "std": STD, "image_size": image_size, "dataset": dataset}
     save_weights(path, model.state_dict(), metadata)
     return path
 
@@ -273,12 +275,33 @@ def test_unreadable_images_stop_the_prediction_or_are_listed(network, photograph
         run_predict(tmp_path, broken, checkpoint=checkpoint, skip_unreadable=True)
 
 
+def test_a_size_that_the_network_cannot_take(network, photographs, tmp_path):
+    photographs[0].save(tmp_path / "a.png")
+    checkpoint = save_checkpoint(tmp_path / "a.safetensors", network, image_size=2)
+    with pytest.raises(InputError, match="this network cannot take images of 2x2"):
+        run_predict(tmp_path, tmp_path / "a.png", checkpoint=checkpoint)
+
+
 def test_cells_of_the_csv_file_are_no_formulas(network, photographs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photographs[0].save("=1+1.png")
     classes = [f"@{name}\x1b" for name in NAMES]
     (row,) = run_predict(tmp_path, "=1+1.png", checkpoint=save_checkpoint(tmp_path / "b.safetensors", network, classes))
     assert row["image"] == "'=1+1.png" and row["class_1"][:2] == "'@" and row["class_1"][-4:] == "\\x1b"
+
+
+@pytest.mark.parametrize("lacking", ["mean", "std", "image_size"])
+def test_what_a_foreign_file_does_not_say_about_its_images(network, tmp_path, lacking):
+    """A dict "config" may be another program's, with some of the trainer's keys."""
+    config = {"model": "s3net_cifar", "model_options": {}, "mean": MEAN, "std": STD, "image_size": 24}
+    torch.save({"config": {key: config[key] for key in config.keys() - {lacking}}}, tmp_path / "a.pt")
+    trained = read_trained_network(tmp_path / "a.pt")
+    cifar = RECIPES["cifar100"]
+    for name in ("mean", "std", "image_size"):
+        expected = getattr(cifar, name) if name == lacking else config[name]
+        assert getattr(trained.preparation, name) == (expected if name == "image_size" else tuple(expected))
+    (note,) = trained.notes
+    assert "does not say how its images are prepared: as for cifar100" in note
 
 
 def test_a_plain_file_needs_the_networks_name(network, photographs, tmp_path, capsys):
@@ -292,8 +315,13 @@ def test_a_plain_file_needs_the_networks_name(network, photographs, tmp_path, ca
         run_predict(tmp_path, tmp_path / "a.png", checkpoint=tmp_path / "plain.pt", **flags)
     (row,) = run_predict(tmp_path, tmp_path / "a.png", checkpoint=tmp_path / "plain.pt", num_classes=12, **flags)
     assert row["class_1"].startswith("output ")
-    flags["classes"] = tmp_path / "names.txt"
-    (named,) = run_predict(tmp_path, tmp_path / "a.png", checkpoint=tmp_path / "plain.pt", **flags)
+    for options in ('{"num_classes": 12}', '{"pretrained": true}', "[1]", "{"):
+        with pytest.raises(InputError, match=r"--model-options .* is no JSON object of options"):
+            read_options(options)
+    flags |= {"classes": tmp_path / "names.txt", "checkpoint": tmp_path / "plain.pt"}
+    with pytest.raises(InputError, match="there are 12 class names for 4 outputs: correct --classes or --num-classes"):
+        run_predict(tmp_path, tmp_path / "a.png", num_classes=4, **flags)
+    (named,) = run_predict(tmp_path, tmp_path / "a.png", **flags)
     assert named["class_1"] == NAMES[int(row["class_1"].split()[1])]
     assert "does not say how its images are prepared: as for cifar100, 32 pixels" in capsys.readouterr().out
 

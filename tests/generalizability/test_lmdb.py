@@ -7,13 +7,13 @@ import pickle
 import resource
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import lmdb
 import numpy as np
 import pytest
 from PIL import Image
+from processes import run_python, started_python
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -129,13 +129,13 @@ def test_a_killed_build_continues_to_the_same_bytes(photographs, tmp_path, small
         "f.append_records = append_and_pause; f.run_script(f.main, f.Args, '')"
     )
     target, partial = tmp_path / "killed.lmdb", tmp_path / "killed.lmdb.partial"
-    command = [sys.executable, "-c", slow, "--images", photographs, "--out", target]
-    process = subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "paused\n"
-    with pytest.raises(InputError, match=r"killed.lmdb.partial is being written by another process"):
-        main(Args(target, photographs))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    flags = ["--images", photographs, "--out", target]
+    with started_python("-c", slow, *flags, cwd=FOLDER, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "paused\n"
+        with pytest.raises(InputError, match=r"killed.lmdb.partial is being written by another process"):
+            main(Args(target, photographs))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
     assert 0 < len(reopen_unfinished(partial)) < 16 and not target.exists()
     with pytest.raises(InputError, match="is not finished"):
         ImageFolderLMDB(partial)
@@ -402,8 +402,7 @@ def test_verify_finds_a_changed_byte(built_file, tmp_path, capsys):
 
 
 def test_the_script_prints_one_line_and_exits_with_2(tmp_path):
-    command = [sys.executable, FOLDER / "folder2lmdb.py", "--out", tmp_path / "a.lmdb", "--images", tmp_path / "none"]
-    process = subprocess.run(command, capture_output=True, text=True)
+    process = run_python(FOLDER / "folder2lmdb.py", "--out", tmp_path / "a.lmdb", "--images", tmp_path / "none")
     assert process.returncode == 2 and process.stdout == ""
     assert (
         process.stderr

@@ -13,6 +13,7 @@ import pytest
 import torch
 from image_trees import digit_photos, make_imagenet
 from PIL import Image
+from processes import TORCHRUN, run_python, started_python
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -32,22 +33,19 @@ WRITTEN = {"best.safetensors", "config.json", "curves.png", "last.pt", "metrics.
 
 
 def command(*flags):
-    return [sys.executable, str(SCRIPT), *map(str, flags)]
+    return [str(SCRIPT), *map(str, flags)]
 
 
 def torchrun(processes, *flags):
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    return [*launcher, str(SCRIPT), *map(str, flags)]
+    return [*TORCHRUN, f"--nproc_per_node={processes}", *command(*flags)]
 
 
 def run(arguments, **options):
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, **options)
+    return run_python(*arguments, **options)
 
 
 def completed(arguments, **options):
-    done = run(arguments, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return run_python(*arguments, check=True, **options)
 
 
 def metrics(folder):
@@ -116,13 +114,11 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(reference, tmp_
     arguments = command(*SMALL, "--epochs", 4, "--out", folder, "--resume")
     while kills < 3:
         before = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
-        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:  # three lines describe the run, then training begins
-            if "resuming" in line or "starting" in line:
-                break
-        time.sleep(moments.uniform(0, 0.8))
-        process.kill()
-        process.wait()
+        with started_python(*arguments, stdout=subprocess.PIPE) as process:
+            for line in process.stdout:  # three lines describe the run, then training begins
+                if "resuming" in line or "starting" in line:
+                    break
+            time.sleep(moments.uniform(0, 0.8))
         kills += 1
         if (folder / "metrics.jsonl").exists():
             assert (folder / "metrics.jsonl").read_text().startswith(before)
@@ -144,13 +140,13 @@ def test_the_run_folder_alone_says_what_to_resume(reference, tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_the_command_that_resumes_it(tmp_path, number):
     flags = [*TINY, "--limit-train", "800", "--epochs", "2", "--out", str(tmp_path / "run"), "--batch-size", "4"]
-    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "starting" in line:
-            break
-    time.sleep(0.3)
-    process.send_signal(number)
-    printed, errors = process.communicate(timeout=60)
+    with started_python(*command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for line in process.stdout:
+            if "starting" in line:
+                break
+        time.sleep(0.3)
+        process.send_signal(number)
+        printed, errors = process.communicate()
     assert process.returncode == 128 + number and errors == ""
     assert printed.splitlines()[-2] == "stopped; resume with"
     progress = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]
@@ -158,7 +154,7 @@ def test_a_signal_ends_the_run_with_the_command_that_resumes_it(tmp_path, number
     if number == signal.SIGINT:
         resume = printed.splitlines()[-1].split()
         assert resume[0] == "python"
-        completed([sys.executable, *resume[1:]])
+        completed(resume[1:])
         completed(command(*flags[:-3], tmp_path / "whole", *flags[-2:]))
         assert_same_run(tmp_path / "run", tmp_path / "whole")
 
@@ -223,19 +219,14 @@ def test_two_processes_killed_in_mid_epoch_resume_exactly_under_torchrun_and_by_
     completed(torchrun(2, *flags, "--out", tmp_path / "whole"))
     folder = tmp_path / "parts"
     arguments = torchrun(2, *flags, "--checkpoint-every", 2, "--out", folder)
-    process = subprocess.Popen(
-        [*arguments[:3], "--max-restarts=1", *arguments[3:]],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    while not (folder / "last.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    subprocess.run(["pkill", "-KILL", "--newest", "-f", str(folder)], check=True)  # one of the two: torchrun restarts
-    assert any("resuming after epoch 0 and" in line for line in process.stdout)
-    subprocess.run(["pkill", "-KILL", "-f", str(folder)], check=True)  # torchrun and its two processes
-    process.wait()
+    words = [*TORCHRUN, "--max-restarts=1", *arguments[len(TORCHRUN) :]]
+    with started_python(*words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        while not (folder / "last.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        subprocess.run(["pkill", "-KILL", "--newest", "-f", str(folder)], check=True)  # torchrun restarts both ranks
+        assert any("resuming after epoch 0 and" in line for line in process.stdout)
+        subprocess.run(["pkill", "-KILL", "-f", str(folder)], check=True)  # torchrun and its two processes
     progress = torch.load(folder / "last.pt", weights_only=True)["progress"]
     assert progress["epoch"] == 0 and progress["step"] % 2 == 0 and 0 < progress["step"] < 39
     completed([*arguments, "--resume"])
@@ -321,7 +312,8 @@ def test_it_runs_from_any_directory_on_own_images(tmp_path):
     assert refused.returncode == 2 and "broken.jpg cannot be read" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
     done = completed(command(*flags, "--skip-unreadable"), cwd=tmp_path)
-    assert "left out 1 unreadable image" in done.stdout
+    assert done.stderr.count("unreadable") == 1 and "train: unreadable images: 1 (" in done.stderr
+    assert "unreadable" not in done.stdout
     assert "16 training and 16 validation images, 2 classes" in done.stdout
     assert (tmp_path / "run" / "best.safetensors").exists()
 

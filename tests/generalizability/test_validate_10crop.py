@@ -2,15 +2,13 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import TORCHRUN, run_python
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torchvision import transforms
@@ -182,10 +180,7 @@ def test_torchrun_counts_every_image_once_and_writes_one_file(folder, tmp_path):
     out = tmp_path / "results.json"
     flags = ["--checkpoint", folder / "best.safetensors", "--images", folder, "--resize", 48, "--crop", 33]
     flags += ["--workers", 0, "--batch-size", 3, "--device", "cpu", "--no-amp", "--out", out]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", SCRIPT, *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=environment)
-    assert process.returncode == 0, process.stderr
+    process = run_python(*TORCHRUN, "--nproc_per_node=2", SCRIPT, *flags, check=True)
     results = json.loads(out.read_text())
     assert (results["images"]["count"], results["processes"]) == (14, 2)
     assert errors_of(results) == pytest.approx(plain_loop(folder), abs=1e-9)

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from urllib.error import URLError
@@ -14,6 +13,7 @@ import pytest
 import torch
 import tyro
 from PIL import Image
+from processes import run_python
 
 import interpret_fullgrad
 import plot_segmentation_map
@@ -27,10 +27,8 @@ FOLDER = ROOT / "interpretability"
 
 
 def run(script: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(FOLDER / script), *map(str, arguments)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "2"} | environment
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=120)
+    return run_python(FOLDER / script, *arguments, cwd=cwd, env={"PYTHONPATH": path} | environment)
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +146,7 @@ def copy(tmp_path_factory) -> Path:
 
 
 def run_copy(copy: Path, script: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(copy / "interpretability" / script)]
-    environment = os.environ | {"PYTHONPATH": str(copy)}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=120)
+    return run_python(copy / "interpretability" / script, cwd=cwd, env={"PYTHONPATH": str(copy)})
 
 
 def test_interpret_fullgrad_without_arguments_explains_photographs_by_s3net(copy, tmp_path):
@@ -304,6 +300,6 @@ def test_benchmark_writes_times_and_completeness_errors(tmp_path):
 
 @pytest.mark.parametrize("script", ["benchmark.py", "interpret_fullgrad.py", "plot_segmentation_map.py"])
 def test_an_unknown_flag_is_reported_in_one_line(script):
-    process = subprocess.run([sys.executable, FOLDER / script, "--nope", "2"], capture_output=True, text=True)
+    process = run_python(FOLDER / script, "--nope", 2)
     assert process.returncode == 2
     assert process.stderr.startswith("error: Unrecognized options: --nope") and len(process.stderr.splitlines()) == 1

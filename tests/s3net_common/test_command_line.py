@@ -1,4 +1,4 @@
-"""The order of words on a command line."""
+"""The order of words on a command line, and errors of the system."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from s3net_common.command_line import flag, parse_flags
+from s3net_common.command_line import flag, parse_flags, run_script
 
 
 @dataclass
@@ -41,3 +41,13 @@ def test_images_stand_before_between_or_after_flags(monkeypatch, words, images, 
     monkeypatch.setattr("sys.argv", ["script.py", *words.split()])
     args = parse_flags(Args, "", lambda word: word.endswith(".jpg"))
     assert ([str(path) for path in args.images], args.networks, args.target) == (images, networks, target)
+
+
+def test_a_path_that_the_system_refuses_is_an_error_of_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["script.py", "x" * 300 + "\x1b"])
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda args: args.images[0].is_file() and 0, Args, "")
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr().err == f"error: {'x' * 300}\\x1b cannot be used (File name too long): give another path\n"
+    )

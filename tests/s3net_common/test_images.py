@@ -4,13 +4,13 @@ import os
 import pickle
 import struct
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, features
+from processes import run_python
 
 from s3net_common.errors import InputError, printable
 from s3net_common.images import (
@@ -113,8 +113,51 @@ def test_integers_with_32_bits(tmp_path):
         Image.fromarray(np.array([values], np.int32)).save(tmp_path / "a.tif")
         assert np.asarray(decode(tmp_path / "a.tif"))[0, :, 0].tolist() == expected
     Image.fromarray(np.array([[0, 70_000]], np.int32)).save(tmp_path / "a.tif")
-    with pytest.raises(InputError, match="its values reach 70000: save it with 8 or 16 bits per channel"):
+    with pytest.raises(InputError, match="its values are from 0 to 70000: save it with 8 or 16 bits per channel"):
         decode(tmp_path / "a.tif")
+
+
+def test_values_around_zero_are_refused_instead_of_losing_a_half(tmp_path):
+    for values in (np.array([[-1, 0, 1]], np.float32), np.array([[-1024, 3000]], np.int32)):
+        Image.fromarray(values).save(tmp_path / "a.tif")
+        with pytest.raises(InputError, match=r"its values are from -1\d* to .*: save it with 8 or 16 bits"):
+            decode(tmp_path / "a.tif")
+
+
+def tiff(raw: bytes, width: int, bits: int, photometric: int) -> bytes:
+    """Return a TIFF of one row of greys, of kinds that Pillow cannot write."""
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 122, 277: 1, 278: 1, 279: len(raw)}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    return b"".join([b"II*\0", struct.pack("<IH", 8, len(tags)), entries, bytes(4), raw])
+
+
+@pytest.mark.parametrize(
+    ("raw", "bits", "photometric"),
+    [
+        (bytes.fromhex("0009c3fff9c3"), 12, 1),
+        (np.array([0, 40_000, 65_535, 40_000], "<u2").tobytes(), 16, 1),
+        (np.array([65_535, 25_535, 0, 25_535], "<u2").tobytes(), 16, 0),
+        (bytes([255, 99, 0, 99]), 8, 0),
+    ],
+    ids=["12 bits", "16 bits", "16 bits, white is zero", "8 bits, white is zero"],
+)
+def test_greys_of_a_tiff(raw, bits, photometric):
+    image = decode(tiff(raw, 4, bits, photometric))
+    assert np.asarray(image)[..., 0].tolist() == [[0, 156, 255, 156]]
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+def test_a_floating_point_pfm(tmp_path, scale):
+    values = np.array([[0.25, 1], [0, 0.5]], "<f4") * scale  # its rows are stored from the bottom to the top
+    (tmp_path / "a.pfm").write_bytes(b"Pf\n2 2\n-1.0\n" + values.tobytes())
+    assert np.asarray(decode(tmp_path / "a.pfm"))[..., 0].tolist() == [[0, 128], [64, 255]]
+
+
+def test_a_png_with_long_texts(tmp_path):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("workflow", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (2, 2), (9, 8, 7)).save(tmp_path / "a.png", pnginfo=texts, icc_profile=bytes(2_000_000))
+    assert decode(tmp_path / "a.png").getpixel((0, 0)) == (9, 8, 7)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "palette with alpha values"])
@@ -164,7 +207,9 @@ def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
         (b'<?xml version="1.0"?>\n<svg/>', "an SVG drawing"),
         (b"\xff\x0a\1\2\3\4\5\6\7\x08\x09\x80", "a JPEG XL image"),
         (b"PK\3\4" + bytes(range(1, 99)), "a ZIP archive"),
-        (b"\x80\x81\x82" * 9, "no image format that Pillow knows"),
+        (b"8BPS\0\1" + bytes(30), "a Photoshop file: export it as PNG"),
+        (b"PF\n2 2\n-1.0\n" + bytes(48), "a PFM image in colour or a PAM image, which Pillow cannot read"),
+        (b"\x80\x81\x82" * 9, "none of the image formats that are read: save it as JPEG or PNG"),
     ],
 )
 def test_the_reason_for_refusing_a_file(tmp_path, content, reason):
@@ -295,6 +340,32 @@ def test_folders_of_classes_without_images_are_kept_on_request(folder, tmp_path)
         class_names(tmp_path / "heic")
 
 
+SYSTEM_FOLDERS = ["@tmp", "~snapshot", "Temporary Items", "FOUND.000", "TheVolumeSettingsFolder", "LOST.DIR"]
+
+
+@pytest.mark.parametrize("name", SYSTEM_FOLDERS)
+def test_folders_that_systems_leave_are_no_classes(tmp_path, capsys, name):
+    for path in ("cat/a.png", f"cat/{name}/a.png", f"{name}/cat/a.png", f"{name}/b.png"):
+        save_image(tmp_path / path)
+    assert names_below(tmp_path) == ["cat/a.png 0"]
+    assert f"an archive program: 2 (cat/{name}, {name})" in capsys.readouterr().err
+
+
+def test_accents_of_class_folders_are_composed(tmp_path):
+    """The same name: "é" as one character, and as "e" with an accent, as macOS stores it. They sort differently."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for name in ("cafz", decomposed):
+        save_image(tmp_path / name / "a.png")
+    assert class_names(tmp_path) == ["cafz", composed]
+    assert [(path.parent.name, label) for path, label in class_images(tmp_path, ["cafz", composed])] == [
+        ("cafz", 0),
+        (decomposed, 1),
+    ]
+    save_image(tmp_path / composed / "b.png")
+    with pytest.raises(InputError, match="two folders café, whose accents are stored in different forms"):
+        class_names(tmp_path)
+
+
 def test_links_to_folders_are_followed_without_loops(tmp_path, capsys):
     root = tmp_path / "data" / "train"
     save_image(tmp_path / "elsewhere" / "a.png")
@@ -370,6 +441,6 @@ def test_heic_images_are_read_with_the_package(tmp_path):
         "import pathlib\nfrom s3net_common.images import find_images, decode\n"
         f"print([decode(path).getpixel((1, 1)) for path in find_images([pathlib.Path({str(tmp_path)!r})])])"
     )
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2]}:{tmp_path}"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    path = os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])
+    done = run_python("-c", program, env={"PYTHONPATH": path})
     assert done.stdout == "[(7, 7, 7)]\n", done.stderr

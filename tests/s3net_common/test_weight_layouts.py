@@ -76,6 +76,11 @@ LAYOUTS = {
     "averaged": averaged,
     "averaged, parallel": lambda s: prefixed("module.")(averaged(s)),
     "averaged without prefix": lambda s: s | {"n_averaged": torch.tensor(3)},
+    "counted by thop": lambda s: (
+        s | {f"{m}{n}": torch.zeros(1) for m in ("", "stem.", "stem.conv.") for n in ("total_ops", "total_params")}
+    ),
+    "counted by thop, parallel": lambda s: prefixed("module.")(s | {"stem.total_ops": torch.zeros(1).double()}),
+    "avg_model beside the trained": lambda s: prefixed("model.")(other(s)) | prefixed("avg_model.")(s),
     "averaged beside the trained": lambda s: prefixed("online_model.")(other(s)) | prefixed("ema_model.")(s),
     "Lightning": lambda s: {
         "epoch": 3,
@@ -94,7 +99,7 @@ CONTAINERS += ["model_ema", "ema", "ema_state_dict", "my_own_name"]
 LAYOUTS |= {f"container {name}": (lambda s, name=name: {name: s, "epoch": 3}) for name in CONTAINERS}
 LAYOUTS |= {
     f"{name} beside the trained": (lambda s, name=name: {"state_dict": other(s), "model": other(s), name: s})
-    for name in ("state_dict_ema", "model_ema", "ema")
+    for name in ("state_dict_ema", "model_ema", "ema", "model_avg")
 }
 
 
@@ -102,10 +107,11 @@ LAYOUTS |= {
 def state():
     torch.manual_seed(0)
     state = network().state_dict()
-    return {
+    state = {
         name: torch.randn_like(t).half().bfloat16().float() if t.is_floating_point() else t + 7
         for name, t in state.items()
     }
+    return {name: t.abs() if name.endswith("running_var") else t for name, t in state.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -157,6 +163,7 @@ def test_the_choice_is_reported_in_one_line(tmp_path, state, layout, line):
         (lambda s: s | prefixed("module.")(other(s)), "it also holds module."),
         (lambda s: prefixed("encoder_q.")(s) | prefixed("encoder_k.")(s), "several networks in the file fit"),
         (lambda s: prefixed("module.")(s | {"blocks.0.layers.1.0.conv.weight": torch.ones(1)}), "also holds blocks.0."),
+        (lambda s: s | {"stem.norm.running_var": torch.full((8,), -1.0)}, "stem.norm.running_var, a variance, has"),
         (lambda s: prefixed("model.")(without(s, "stem.conv")), "it lacks stem.conv.weight of shape (8, 3, 3, 3)"),
     ],
 )

@@ -2,12 +2,12 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_python
 from torch import nn
 
 from s3net_common.errors import InputError
@@ -317,5 +317,4 @@ def test_options_that_there_are_not():
 def test_the_registry_imports_no_network_before_it_is_asked_for():
     program = "import sys, s3net_networks; print(sorted({'torchvision', 'timm', 'networkx'} & sys.modules.keys()))"
     folder = Path(__file__).resolve().parents[2] / "generalizability"
-    imported = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
-    assert imported.stdout == "[]\n"
+    assert run_python("-c", program, cwd=folder, check=True).stdout == "[]\n"

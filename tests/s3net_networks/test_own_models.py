@@ -2,10 +2,10 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,10 +20,8 @@ def users_folder(request, tmp_path) -> Path:
 
 
 def run(*command, first_on_path: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(first_on_path), str(ROOT)])}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, cwd=first_on_path.parent
-    )
+    environment = {"PYTHONPATH": os.pathsep.join([str(first_on_path), str(ROOT)])}
+    return run_python(*command, env=environment, cwd=first_on_path.parent)
 
 
 @pytest.mark.parametrize(

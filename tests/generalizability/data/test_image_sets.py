@@ -13,8 +13,9 @@ from PIL import Image
 from torchvision import transforms
 
 import train_s3net
-from data.batches import Decoder, DiskEvaluationBatches, DiskTrainingBatches, random_crop
+from data.batches import DiskEvaluationBatches, DiskTrainingBatches
 from data.datasets import load_dataset
+from data.decoding import Decoder, random_crop
 from data.image_sets import open_source
 from s3net_common.errors import InputError, LocalError
 from s3net_common.images import limit_pixels

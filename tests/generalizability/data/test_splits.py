@@ -68,7 +68,10 @@ def test_a_class_of_one_image_cannot_be_split():
         (("train/a", "train/b"), ("val",), "has no val/<class>/. .*or the --hold-out of the training"),
         (("a", "b"), ("val",), "has no val/<class>/. .*or the --hold-out of the training"),
         (("val/a", "val/b"), ("train",), r"has no images: it needs train/<class>/\\*"),
-        (("Training/a", "Testing/a"), ("train",), "has Testing/, which is no class: name the folder of the training"),
+        (("train/a", "train/b", "test"), ("train", "val"), "test has no class folders: .*, or pass --hold-out 0.1"),
+        (("set/train/a", "set/val/a"), ("train", "val"), "has no images itself: pass --data-dir .*/set"),
+        (("set/train/a", "set/val/a"), ("val",), "has no images itself: pass --data-dir .*/set"),
+        (("train/a", "val/a"), ("train", "val"), "the training images have only one class, a: give two"),
         (("photos/a", "photos/b"), ("train",), "only one class folder, photos/: .* pass --data-dir .*photos"),
         (("train", "val"), ("train",), "train has no class folders: put the images into .*train/<class>/"),
         ((), ("train",), "has no images: it needs train/<class>"),
@@ -78,6 +81,40 @@ def test_a_missing_half_is_reported_with_what_to_do(tmp_path, folders, splits, m
     write_images(tmp_path, dict.fromkeys(folders, 2))
     with pytest.raises(InputError, match=message):
         load_dataset("folder", tmp_path, splits=splits)
+
+
+@pytest.mark.parametrize("dataset", ["folder", "imagenet", "cifar100"])
+@pytest.mark.parametrize(
+    ("train", "val", "others"),
+    [
+        ("Train", "Val", ["TEST/a", "TEST/b"]),
+        ("training", "validation", []),
+        ("train", "valid", ["test/a", "test/b", "test/c"]),  # as Roboflow exports
+        ("train", "test/labelled", ["valid"]),  # no class folders in valid/
+        ("train", "Testing", ["annotations"]),
+    ],
+)
+def test_usual_names_of_the_splits(tmp_path, capsys, dataset, train, val, others):
+    val = val.partition("/")[0]
+    write_images(tmp_path / train, {"a": 3, "b": 2})
+    write_images(tmp_path / val, {"a": 1, "b": 1})
+    write_images(tmp_path, dict.fromkeys(others, 4))
+    assert [len(half) for half in load_dataset(dataset, tmp_path)] == [5, 2]
+    (only,) = load_dataset(dataset, tmp_path, splits=("val",))
+    assert len(only) == 2
+    line = "folders beside those of the splits: 1 (annotations)"
+    assert (line in capsys.readouterr().err) == ("annotations" in others)
+
+
+@pytest.mark.parametrize("dataset", ["folder", "imagenet"])
+def test_class_folders_whose_accents_are_stored_in_different_forms(tmp_path, dataset):
+    """On macOS "é" becomes "e" with an accent. Both forms of a name are one class."""
+    write_images(tmp_path / "train", {"caf\u00e9": 2, "cafz": 3})
+    write_images(tmp_path / "val", {"cafe\u0301": 4, "cafz": 5})
+    train, val = load_dataset(dataset, tmp_path)
+    assert train.classes == val.classes == ["cafz", "caf\u00e9"]
+    labels = val.source.labels if dataset == "imagenet" else val.labels
+    assert np.bincount(labels).tolist() == [5, 4]
 
 
 def test_classes_are_trained_without_a_split_and_their_held_out_images_are_evaluated(tmp_path, capsys):

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import distributed
-from data.batches import Decoder, random_crop, step_part
+from data.batches import step_part
+from data.decoding import Decoder, random_crop
 from data.device_input import to_device
 from distributed import Ranks
 from recipes import RunConfig

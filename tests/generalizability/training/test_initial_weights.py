@@ -1,14 +1,13 @@
 """`--init`: training starts from weights."""
 
 import json
-import subprocess
-import sys
 import urllib.error
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from processes import TORCHRUN, run_python
 from torchvision.models import mobilenet_v2
 
 import train_s3net
@@ -123,6 +122,10 @@ class Config:
         (("cat", "yak"), NAMES, [(0, 2)]),
         (("0", "1", "2"), None, [(0, 0), (1, 1), (2, 2)]),
         (("0", "1", "2", "3", "4"), None, [(0, 0), (1, 1), (2, 2), (3, 3)]),
+        (("0", "1", "10", "2", "3", "4", "5", "6", "7", "8", "9"), None, [(0, 0), (1, 1), (3, 2), (4, 3)]),
+        (("00", "01", "02"), None, [(0, 0), (1, 1), (2, 2)]),
+        (("1", "2", "3"), None, []),
+        (("caf\u00e9",), ["tree", "cafe\u0301"], [(0, 1)]),  # the accent stored in two forms
         (("cat", "ant"), None, []),
         (("0", "1"), NAMES, []),
     ],
@@ -188,10 +191,8 @@ def test_two_ranks_start_from_the_same_weights(start, images, tmp_path):
         "    return 0\n"
         "train_s3net.train = train; run_script(main, Args, '')\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(program)]
     flags = ["--dataset", "folder", "--data-dir", images, "--init", file, "--out", tmp_path / "run", "--device", "cpu"]
-    done = subprocess.run([*launcher, *map(str, flags)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_python(*TORCHRUN, "--nproc_per_node=2", program, *flags, check=True)
     assert done.stdout.count("starting from ") == 1
     for name, buffer in torch.load(tmp_path / "rank1.pt").items():  # DDP sends the parameters
         if "running" in name:
