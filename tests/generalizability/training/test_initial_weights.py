@@ -185,7 +185,7 @@ def test_two_ranks_start_from_the_same_weights(start, images, tmp_path):
     program.write_text(
         f"import sys, torch; sys.path.insert(0, {str(GENERALIZABILITY)!r}); sys.argv[0] = 'train_s3net.py'\n"
         "from train_s3net import *; import train_s3net\n"
-        "def train(flags, run, config, model, size, data, ranks):\n"
+        "def train(flags, run, config, model, size, data, ranks, workers):\n"
         f"    torch.save(model.state_dict(), {str(tmp_path)!r} + f'/rank{{ranks.rank}}.pt')\n"
         "    ranks.gather(0)\n"
         "    return 0\n"
