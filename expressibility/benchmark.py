@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import tabular
 from kernel_regression import mean_squared_error
-from kernels import B_STD, TOPOLOGIES, W_STD, Topology, kernel_row_blocks
+from kernels import B_STD, PAPER_TOPOLOGIES, W_STD, Topology, kernel_row_blocks
 from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths, compare
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
@@ -83,7 +83,7 @@ def notebook_errors(data: tabular.Split, depths: tuple[int, ...]) -> dict[Topolo
     from neural_tangents_compat import neural_tangents as nt
 
     mse: dict[Topology, list[float]] = {}
-    for topology in TOPOLOGIES:
+    for topology in PAPER_TOPOLOGIES:
         mse[topology] = []
         for depth in depths:
             _, _, kernel_fn = notebook_network(topology, depth)
@@ -112,11 +112,13 @@ def time_calls(function: Callable[[], Any], repeats: int) -> tuple[float, float,
 def measure_figure_3(depths: tuple[int, ...], repeats: int) -> dict[str, Any]:
     """Time both computations of Figure 3 and compare their errors."""
     data = tabular.split(tabular.boston(), tabular.PAPER_SEED)
-    closed_first, closed_warm, closed_form = time_calls(lambda: compare(data, depths, check=False).mse, repeats)
+    closed_first, closed_warm, closed_form = time_calls(
+        lambda: compare(data, depths, PAPER_TOPOLOGIES, check=False).mse, repeats
+    )
     stax_first, stax_warm, notebook = time_calls(lambda: notebook_errors(data, depths), repeats)
     difference = max(
         float(np.max(np.abs(np.array(closed_form[topology]) / np.array(notebook[topology]) - 1)))
-        for topology in TOPOLOGIES
+        for topology in PAPER_TOPOLOGIES
     )
     return {
         "depths": list(depths),

@@ -67,7 +67,11 @@ def draw(results: dict[str, Any]) -> plt.Figure:
     """Draw the error against the width on logarithmic axes, with a line of slope -1/2."""
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     widths = np.array(results["widths"], dtype=float)
-    for topology, colour, marker in (("residual", "#c0392b", "s"), ("proposed", "#1f5fa8", "o")):
+    for topology, colour, marker in (
+        ("residual", "#c0392b", "s"),
+        ("proposed", "#1f5fa8", "o"),
+        ("chain", "#7f8c8d", "^"),
+    ):
         curve = results[topology]
         axes.errorbar(widths, curve["mean"], yerr=curve["standard_error"], color=colour, marker=marker, capsize=3,
                       label=f"{topology}: width^({curve['order']:.2f})")  # fmt: skip

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.linalg import lapack
 
-from kernels import Backend, Topology, kernel_row_blocks
+from kernels import W_STD, Backend, Topology, kernel_row_blocks
 
 
 class NtkMatrices(NamedTuple):
@@ -25,6 +25,7 @@ def ntk_matrices(
     depths: Collection[int],
     *,
     h0_shortcut: bool = False,
+    w_std: float = W_STD,
     backend: Backend | None = None,
 ) -> dict[int, NtkMatrices]:
     """Compute the neural tangent kernels of (n, d) training and (m, d) test points in closed form.
@@ -33,7 +34,7 @@ def ntk_matrices(
     """
     n, m = len(x_train), len(x_test)
     matrices = {depth: NtkMatrices(np.zeros((n, n)), np.empty((m, n))) for depth in depths}
-    options = {"h0_shortcut": h0_shortcut, "backend": backend}
+    options = {"h0_shortcut": h0_shortcut, "w_std": w_std, "backend": backend}
     for rows, kernels in kernel_row_blocks(x_train, None, topology, depths, lower_triangle=True, **options):
         for depth, kernel in kernels.items():
             matrices[depth].train[rows, : rows.stop] = kernel.ntk

@@ -1,4 +1,4 @@
-"""NNGP and neural tangent kernels of the residual and the proposed topology, for networks of infinite width.
+"""NNGP and neural tangent kernels of the residual and the proposed topology and a chain, at infinite width.
 
 The kernels are computed in two independent ways:
 
@@ -6,15 +6,18 @@ The kernels are computed in two independent ways:
 - `stax_network` builds the network in `neural_tangents.stax`, which derives the kernels from it. The same network
   also exists at finite width.
 
-The topologies (Figure 2 of the paper). All Dense layers have W_std 1.5 and b_std 0.05:
+The topologies (Figure 2 of the paper, and a control without shortcuts). All Dense layers have W_std 1.5, unless
+another value is given, and b_std 0.05:
 
     residual, depth d:  h = Dense(x);  d times  h <- h + Dense(ReLU(h));  out = Dense_1(ReLU(h))
     proposed, depth d:  h_0 = Dense(x);  h_i = Dense(ReLU(h_{i-1}));  out = Dense_1(ReLU(h_1 + ... + h_d))
+    chain, depth d:     h_0 = Dense(x);  h_i = Dense(ReLU(h_{i-1}));  out = Dense_1(ReLU(h_d))
 
-Both have d + 2 Dense layers. Figure 3 calls this number K. Importing this module switches JAX to float64: the
+All have d + 2 Dense layers. Figure 3 calls this number K. Importing this module switches JAX to float64: the
 kernel matrices are close to singular, and in float32 the two computations agree to only three or four digits.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
@@ -32,8 +35,9 @@ W_STD = 1.5
 B_STD = 0.05
 DENSE_LAYERS_BESIDE_DEPTH = 2  # the first and the last layer: Figure 3's K = depth + 2
 
-Topology = Literal["residual", "proposed"]
+Topology = Literal["residual", "proposed", "chain"]
 TOPOLOGIES: tuple[Topology, ...] = get_args(Topology)
+PAPER_TOPOLOGIES: tuple[Topology, ...] = ("residual", "proposed")  # those of Figure 3
 Backend = Literal["numpy", "jax"]
 
 
@@ -59,22 +63,22 @@ class _Signal(NamedTuple):
         return _Signal(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def _first_dense(x1: Any, x2: Any) -> _Signal:
+def _first_dense(x1: Any, x2: Any, w_std: float) -> _Signal:
     features = x1.shape[1]
     cov, var1, var2 = (
-        inner * (W_STD**2 / features) + B_STD**2 for inner in (x1 @ x2.T, (x1 * x1).sum(axis=1), (x2 * x2).sum(axis=1))
+        inner * (w_std**2 / features) + B_STD**2 for inner in (x1 @ x2.T, (x1 * x1).sum(axis=1), (x2 * x2).sum(axis=1))
     )
     return _Signal(cov, var1, var2, ntk=cov)
 
 
-def _dense_of_relu(h: _Signal, xp: Any) -> _Signal:
+def _dense_of_relu(h: _Signal, w_std: float, xp: Any) -> _Signal:
     """Return Dense(ReLU(h)), by the arc-cosine kernels of order 1 and 0 (Cho and Saul 2009)."""
     scale = xp.sqrt(h.var1)[:, None] * xp.sqrt(h.var2)
     cos = xp.clip(h.cov / scale, -1.0, 1.0)
     sin = xp.sqrt(1.0 - cos * cos)
-    weight = (xp.pi - xp.arccos(cos)) * (W_STD**2 / (2 * xp.pi))  # W_std^2 times the kernel of ReLU's derivative
-    cov = scale * (sin * (W_STD**2 / (2 * xp.pi)) + weight * cos) + B_STD**2
-    var1, var2 = (var * (W_STD**2 / 2) + B_STD**2 for var in (h.var1, h.var2))
+    weight = (xp.pi - xp.arccos(cos)) * (w_std**2 / (2 * xp.pi))  # W_std^2 times the kernel of ReLU's derivative
+    cov = scale * (sin * (w_std**2 / (2 * xp.pi)) + weight * cos) + B_STD**2
+    var1, var2 = (var * (w_std**2 / 2) + B_STD**2 for var in (h.var1, h.var2))
     return _Signal(cov, var1, var2, ntk=cov + weight * h.ntk)
 
 
@@ -86,10 +90,9 @@ _BACKENDS: dict[str, tuple[Callable, Callable, int]] = {  # conversion of arrays
 
 
 def _outputs(
-    x1: Any, x2: Any, topology: Topology, depths: Collection[int], h0_shortcut: bool, dense_of_relu: Callable
+    h: _Signal, topology: Topology, depths: Collection[int], h0_shortcut: bool, dense_of_relu: Callable
 ) -> Iterator[tuple[int, _Signal]]:
-    """Yield the output signal of the network of each requested depth, in one pass over the layers."""
-    h = _first_dense(x1, x2)
+    """Yield the output signal of the network of each requested depth, in one pass over the layers from h_0."""
     if topology == "residual":
         branch = dense_of_relu(h)
         for depth in range(1, max(depths) + 1):
@@ -97,6 +100,11 @@ def _outputs(
             branch = dense_of_relu(h)  # added by the next block; also the output, if the network ends here
             if depth in depths:
                 yield depth, branch
+    elif topology == "chain":
+        for depth in range(1, max(depths) + 1):
+            h = dense_of_relu(h)
+            if depth in depths:
+                yield depth, dense_of_relu(h)
     else:
         total = h if h0_shortcut else None
         for depth in range(1, max(depths) + 1):
@@ -106,12 +114,14 @@ def _outputs(
                 yield depth, dense_of_relu(total)
 
 
-def _check(topology: str, depths: Collection[int]) -> None:
+def _check(topology: str, depths: Collection[int], w_std: float) -> None:
     if topology not in TOPOLOGIES:
         raise ValueError(f"topology is {topology!r}: choose one of {', '.join(TOPOLOGIES)}")
     for depth in depths:
         if depth < 1:
             raise ValueError(f"depth is {depth}: it must be at least 1, since it counts the blocks")
+    if not 0 < w_std < math.inf:
+        raise ValueError(f"w_std is {w_std:g}: it must be above 0 and finite")
 
 
 def _points(x: np.ndarray, name: str) -> np.ndarray:
@@ -128,6 +138,7 @@ def kernel_row_blocks(
     depths: Collection[int],
     *,
     h0_shortcut: bool = False,
+    w_std: float = W_STD,
     backend: Backend | None = None,
     lower_triangle: bool = False,
     block_rows: int | None = None,
@@ -137,10 +148,11 @@ def kernel_row_blocks(
     Args:
         x1: (n1, features) points, any real numbers.
         x2: (n2, features) points, or None for x1.
-        topology: "residual" or "proposed".
+        topology: "residual", "proposed" or "chain".
         depths: numbers of blocks, each at least 1.
         h0_shortcut: whether h_0 of the proposed topology also has a shortcut to the sum, as Figure 2(a) shows. The
-            published notebook omits it. The residual topology always has it.
+            published notebook omits it. The residual topology always has it, and the chain never.
+        w_std: standard deviation of the weights times the square root of the layer's inputs, above 0.
         backend: "numpy" or "jax". The default is jax if JAX has a GPU, else numpy.
         lower_triangle: skip entries that symmetry makes redundant: the block of rows a to b gets the columns 0 to b
             only. Requires x2 to be None.
@@ -150,11 +162,11 @@ def kernel_row_blocks(
         The rows as a slice of x1, and their kernels by depth, (rows, n2) in float64.
 
     Raises:
-        ValueError: the topology is unknown, a depth is below 1, a set of points is empty, the numbers of features
-            differ, or `lower_triangle` is used with two sets of points.
+        ValueError: the topology is unknown, a depth is below 1, w_std is not above 0, a set of points is empty, the
+            numbers of features differ, or `lower_triangle` is used with two sets of points.
         InputError: JAX cannot use the devices that JAX_PLATFORMS names.
     """
-    _check(topology, depths)
+    _check(topology, depths, w_std)
     x1 = _points(x1, "x1")
     x2 = x1 if x2 is None else _points(x2, "x2")
     if x1.shape[1] != x2.shape[1]:
@@ -163,12 +175,14 @@ def kernel_row_blocks(
         raise ValueError("lower_triangle needs the kernel of one set of points with itself: leave x2 None")
     backend = backend or ("numpy" if jax_backend() == "cpu" else "jax")
     convert, dense_of_relu, block_elements = _BACKENDS[backend]
+    dense_of_relu = partial(dense_of_relu, w_std=w_std)
     block_rows = block_rows or max(1, block_elements // len(x2))
     x1, x2 = convert(x1), convert(x2)
     for start in range(0, len(x1), block_rows):
         rows = slice(start, min(start + block_rows, len(x1)))
         columns = x2[: rows.stop] if lower_triangle else x2
-        outputs = _outputs(x1[rows], columns, topology, depths, h0_shortcut, dense_of_relu)
+        h_0 = _first_dense(x1[rows], columns, w_std)
+        outputs = _outputs(h_0, topology, depths, h0_shortcut, dense_of_relu)
         yield rows, {depth: Kernel(np.asarray(output.cov), np.asarray(output.ntk)) for depth, output in outputs}
 
 
@@ -179,6 +193,7 @@ def closed_form_kernels(
     max_depth: int,
     *,
     h0_shortcut: bool = False,
+    w_std: float = W_STD,
     backend: Backend | None = None,
     block_rows: int | None = None,
 ) -> dict[int, Kernel]:
@@ -190,12 +205,12 @@ def closed_form_kernels(
     Returns:
         Kernels (n1, n2) in float64, by depth.
     """
-    _check(topology, [max_depth])
+    _check(topology, [max_depth], w_std)
     depths = range(1, max_depth + 1)
     shape = (len(x1), len(x1 if x2 is None else x2))
     matrices = {depth: Kernel(np.empty(shape), np.empty(shape)) for depth in depths}
     for rows, kernels in kernel_row_blocks(
-        x1, x2, topology, depths, h0_shortcut=h0_shortcut, backend=backend, block_rows=block_rows
+        x1, x2, topology, depths, h0_shortcut=h0_shortcut, w_std=w_std, backend=backend, block_rows=block_rows
     ):
         for depth, kernel in kernels.items():
             matrices[depth].nngp[rows] = kernel.nngp
@@ -204,30 +219,31 @@ def closed_form_kernels(
 
 
 def stax_network(
-    topology: Topology, depth: int, width: int = 512, *, h0_shortcut: bool = False
+    topology: Topology, depth: int, width: int = 512, *, h0_shortcut: bool = False, w_std: float = W_STD
 ) -> tuple[Callable, Callable, Callable]:
     """Build the network in `neural_tangents.stax`, as one chain of depth + 2 different Dense layers.
 
     Args:
-        topology: "residual" or "proposed".
+        topology: "residual", "proposed" or "chain".
         depth: number of blocks, at least 1.
         width: neurons of every hidden layer, at least 1. The kernel function is always that of infinite width.
         h0_shortcut: see `kernel_row_blocks`.
+        w_std: see `kernel_row_blocks`.
 
     Returns:
         `(init_fn, apply_fn, kernel_fn)` with neural-tangents' usual signatures: `init_fn(key, (-1, features)) ->
         (shape, params)`, `apply_fn(params, x) -> (n, 1)` and `kernel_fn(x1, x2, "ntk")`.
 
     Raises:
-        ValueError: the topology is unknown, or a depth or width is below 1.
+        ValueError: the topology is unknown, a depth or width is below 1, or w_std is not above 0.
         ImportError: neural-tangents is not installed, or cannot run on the installed JAX.
     """
     from neural_tangents_compat import stax  # not at the top: the closed form works without neural-tangents
 
-    _check(topology, [depth])
+    _check(topology, [depth], w_std)
     if width < 1:
         raise ValueError(f"width is {width}: it must be at least 1")
-    dense = partial(stax.Dense, W_std=W_STD, b_std=B_STD)
+    dense = partial(stax.Dense, W_std=w_std, b_std=B_STD)
 
     # FanInSum requires that no two summed branches end in the same Dense layer. It cannot check this; it holds here.
     warnings.filterwarnings("ignore", message="`FanIn` layers assume independent inputs")
@@ -235,6 +251,8 @@ def stax_network(
     if topology == "residual":
         block = stax.serial(stax.FanOut(2), stax.parallel(carry, layer), stax.FanInSum())
         return stax.serial(dense(width), *[block] * depth, stax.Relu(), dense(1))
+    if topology == "chain":
+        return stax.serial(dense(width), *[layer] * depth, stax.Relu(), dense(1))
     # Each step passes on two values: the last layer's output h, and the sum of all outputs so far.
     start = stax.FanOut(2) if h0_shortcut else stax.serial(layer, stax.FanOut(2))
     step = stax.serial(

@@ -12,7 +12,7 @@ Shortcut = tuple[int, int, float]  # numbers of the first and the last box, and 
 
 
 def draw_topologies() -> plt.Figure:
-    """Draw both topologies of Figure 2 with four blocks: layers as grey arrows, shortcuts as coloured ones."""
+    """Draw the topologies of Figure 2 and the chain, with four blocks: layers grey, shortcuts as coloured arrows."""
     chains: dict[str, tuple[str, list[str], list[Shortcut], float]] = {  # caption, boxes, shortcuts, height above them
         "residual": (
             "a shortcut around every layer",
@@ -26,6 +26,7 @@ def draw_topologies() -> plt.Figure:
             [(2, 6, 0.42), (3, 6, 0.42), (4, 6, 0.42), (5, 6, 0.0)],
             0.9,
         ),
+        "chain": ("no shortcuts, the control", ["$x$", "$h_0$", "$h_1$", "$h_2$", "$h_3$", "$h_4$", "out"], [], 0.25),
     }
     below = 0.3
     heights = [below + above for *_, above in chains.values()]

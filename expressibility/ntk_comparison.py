@@ -1,16 +1,17 @@
-"""Compute Figure 3: test error against depth of both topologies, as networks of infinite width.
+"""Compute Figure 3: test error against depth of both topologies and of a chain without shortcuts, at infinite width.
 
     python expressibility/ntk_comparison.py
     python expressibility/ntk_comparison.py --depths 2 4 8 16 --h0-shortcut --out runs/deeper
 
-The data are Boston housing with raw features, 455 training and 51 test rows. Predictions are those of fully
-trained networks in the NTK limit. Every number is computed twice, in closed form and by neural-tangents, and the
-largest relative difference is printed.
+The chain is a control that the paper lacks: the same Dense layers without shortcuts. The data are Boston housing with
+raw features, 455 training and 51 test rows. Predictions are those of fully trained networks in the NTK limit. Every
+number is computed twice, in closed form and by neural-tangents, and the largest relative difference is printed.
 
 Writes ntk_results.json and ntk_results.png. With --finite-width, also measures how finite networks approach the
 limit, and writes finite_width.json and finite_width.png.
 """
 
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from tqdm import tqdm
 import finite_width
 import tabular
 from kernel_regression import NtkMatrices, mean_squared_error, ntk_matrices, predict
-from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES, Topology, stax_network
+from kernels import DENSE_LAYERS_BESIDE_DEPTH, PAPER_TOPOLOGIES, TOPOLOGIES, Topology, stax_network
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
@@ -41,11 +42,8 @@ NOTEBOOK = {  # the newest outputs saved in the published notebook, in float32
     "residual": [0.78054477, 0.76126444],
     "proposed": [0.76725888, 0.74939610],
 }
-WHY_THE_PAPER_DIFFERS = (
-    "The dashed curves come from an older run than the published notebook's own saved outputs, "
-    "which the solid curves reproduce to within 0.02% at K = 4 and 5."
-)
-COLOURS = {"residual": "#c0392b", "proposed": "#1f5fa8"}
+COLOURS = {"residual": "#c0392b", "proposed": "#1f5fa8", "chain": "#7f8c8d"}
+MARKERS = {"residual": "s", "proposed": "o", "chain": "^"}
 
 
 @dataclass
@@ -65,7 +63,7 @@ class Args:
 
 
 class Comparison(NamedTuple):
-    """Test errors of both topologies by depth."""
+    """Test errors of the topologies by depth."""
 
     depths: tuple[int, ...]
     mse: dict[Topology, list[float]]
@@ -96,6 +94,7 @@ def relative_difference(first: NtkMatrices, second: NtkMatrices) -> float:
 def compare(
     data: tabular.Split,
     depths: tuple[int, ...] = FIGURE_3_DEPTHS,
+    topologies: tuple[Topology, ...] = TOPOLOGIES,
     *,
     h0_shortcut: bool = False,
     check: bool = True,
@@ -106,6 +105,7 @@ def compare(
     Args:
         data: training and test rows.
         depths: numbers of blocks, each at least 1.
+        topologies: the networks to compute.
         h0_shortcut: see `kernels.kernel_row_blocks`.
         check: also compute `disagreement`, over all kernel entries and errors.
         progress: show a progress bar.
@@ -114,10 +114,10 @@ def compare(
         ValueError: a depth is below 1.
         ImportError: with `check`, neural-tangents is missing or cannot run on the installed JAX.
     """
-    mse: dict[Topology, list[float]] = {topology: [] for topology in TOPOLOGIES}
+    mse: dict[Topology, list[float]] = {topology: [] for topology in topologies}
     disagreement = 0.0 if check else float("nan")
-    bar = tqdm(total=len(depths) * len(TOPOLOGIES), desc="networks", disable=None if progress else True)
-    for topology in TOPOLOGIES:
+    bar = tqdm(total=len(depths) * len(topologies), desc="networks", disable=None if progress else True)
+    for topology in topologies:
         matrices = ntk_matrices(
             data.x_train, data.x_test, topology, depths, h0_shortcut=h0_shortcut and topology == "proposed"
         )
@@ -140,16 +140,18 @@ def compare(
 def results_dict(comparison: Comparison, test_points: int, h0_shortcut: bool) -> dict[str, Any]:
     """Return the content of ntk_results.json.
 
-    `residual` and `proposed` are errors as in Figure 3, `residual_mse` and `proposed_mse` mean squared errors.
+    `residual`, `proposed` and `chain` are errors as in Figure 3, `residual_mse` etc. mean squared errors.
     """
     scores = {topology: [figure_score(mse, test_points) for mse in comparison.mse[topology]] for topology in TOPOLOGIES}
+    layers = [depth + DENSE_LAYERS_BESIDE_DEPTH for depth in comparison.depths]
     return {
-        "K": [depth + DENSE_LAYERS_BESIDE_DEPTH for depth in comparison.depths],
+        "K": layers,
         **scores,
         **{f"{topology}_mse": comparison.mse[topology] for topology in TOPOLOGIES},
+        "smallest_error": [min(TOPOLOGIES, key=lambda topology, i=i: scores[topology][i]) for i in range(len(layers))],
         "paper": PAPER,
         "published_notebook": NOTEBOOK,
-        "why_the_paper_differs": WHY_THE_PAPER_DIFFERS,
+        "why_the_paper_differs": why_the_paper_differs(layers, scores, h0_shortcut),
         "engine_disagreement": comparison.disagreement,
         "h0_shortcut": h0_shortcut,
         "diag_reg": DIAG_REG,
@@ -157,39 +159,79 @@ def results_dict(comparison: Comparison, test_points: int, h0_shortcut: bool) ->
     }
 
 
+def why_the_paper_differs(layers: list[int], scores: dict[Topology, list[float]], h0_shortcut: bool) -> str:
+    """Return what the computed curves have to do with the printed ones and with the published notebook's outputs.
+
+    Args:
+        layers: the computed numbers of Dense layers, K.
+        scores: computed errors as in Figure 3, by topology, one per K.
+        h0_shortcut: whether the proposed topology was computed with the shortcut from h_0.
+    """
+    if h0_shortcut:
+        return (
+            "The proposed topology was computed with the shortcut from h_0 that Figure 2(a) draws. The published "
+            "notebook omits it, so this curve reproduces neither the notebook's outputs nor the printed (dashed) curve."
+        )
+    differences = {
+        k: max(abs(scores[topology][layers.index(k)] / NOTEBOOK[topology][i] - 1) for topology in PAPER_TOPOLOGIES)
+        for i, k in enumerate(NOTEBOOK["K"])
+        if k in layers
+    }
+    reason = "The dashed curves come from an older run than the published notebook's own saved outputs"
+    if not differences:
+        return f"{reason}. Those are for K = 4 and 5, which were not computed here."
+    depths = " and ".join(map(str, differences))
+    return (
+        f"{reason}, which the residual and the proposed curve computed "
+        f"here reproduce to within {100 * max(differences.values()):.2f}% at K = {depths}."
+    )
+
+
+def titles(results: dict[str, Any]) -> dict[str, str]:
+    """Return the name of each computed curve."""
+    return {
+        "residual": "residual",
+        "proposed": "proposed, with the shortcut from h_0" if results["h0_shortcut"] else "proposed",
+        "chain": "chain without shortcuts",
+    }
+
+
 def draw(results: dict[str, Any]) -> plt.Figure:
-    """Draw Figure 3: the computed curves, and the paper's as dashed lines."""
-    figure, axes = plt.subplots(figsize=(7.2, 5.0), layout="constrained")
-    for topology, marker in (("residual", "s"), ("proposed", "o")):
-        colour = COLOURS[topology]
-        axes.plot(results["K"], results[topology], marker=marker, color=colour, label=f"{topology}, computed here")
-        axes.plot(PAPER["K"], PAPER[topology], "--", marker=marker, mfc="none", alpha=0.6, color=colour,
-                  label=f"{topology}, printed in the paper")  # fmt: skip
+    """Draw the computed curves, and Figure 3's as dashed lines."""
+    figure, axes = plt.subplots(figsize=(7.2, 5.2), layout="constrained")
+    for topology, title in titles(results).items():
+        style = {"marker": MARKERS[topology], "color": COLOURS[topology]}
+        axes.plot(results["K"], results[topology], label=f"{title}, computed here", **style)
+        if topology in PAPER:
+            axes.plot(PAPER["K"], PAPER[topology], "--", mfc="none", alpha=0.6,
+                      label=f"{topology}, printed in the paper", **style)  # fmt: skip
+    variant = "with the shortcut from h_0 of Figure 2(a)" if results["h0_shortcut"] else "and a chain without shortcuts"
     axes.set(
         xlabel="K, number of Dense layers",
         ylabel="test error as in the paper\n(mean squared error / 51 test rows)",
-        title="Figure 3: Boston housing, infinitely wide networks",
+        title=f"Figure 3 {variant}:\nBoston housing, infinitely wide networks",
     )
     axes.set_xticks(sorted({*results["K"], *PAPER["K"]}))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
-    figure.supxlabel(WHY_THE_PAPER_DIFFERS.replace("outputs, which", "outputs,\nwhich"), fontsize=8, color="0.35")
+    figure.supxlabel(textwrap.fill(results["why_the_paper_differs"], 105), fontsize=8, color="0.35")
     return figure
 
 
 def format_table(results: dict[str, Any]) -> str:
     """Return the errors as a Markdown table."""
+    proposed = "proposed with h_0" if results["h0_shortcut"] else "proposed"
     lines = [
-        "| K | residual | proposed | residual, paper | proposed, paper | residual MSE | proposed MSE |",
-        "|--:|--:|--:|--:|--:|--:|--:|",
+        f"| K | residual | {proposed} | chain | residual, paper | proposed, paper "
+        f"| residual MSE | {proposed} MSE | chain MSE |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    printed = {topology: dict(zip(PAPER["K"], PAPER[topology], strict=True)) for topology in ("residual", "proposed")}
+    printed = {topology: dict(zip(PAPER["K"], PAPER[topology], strict=True)) for topology in PAPER_TOPOLOGIES}
     for i, k in enumerate(results["K"]):
-        paper = [f"{printed[t][k]:.4f}" if k in printed[t] else "" for t in ("residual", "proposed")]
-        lines.append(
-            f"| {k} | {results['residual'][i]:.5f} | {results['proposed'][i]:.5f} | {paper[0]} | {paper[1]} "
-            f"| {results['residual_mse'][i]:.3f} | {results['proposed_mse'][i]:.3f} |"
-        )
+        cells = [f"{results[topology][i]:.5f}" for topology in TOPOLOGIES]
+        cells += [f"{printed[topology][k]:.4f}" if k in printed[topology] else "" for topology in PAPER_TOPOLOGIES]
+        cells += [f"{results[f'{topology}_mse'][i]:.3f}" for topology in TOPOLOGIES]
+        lines.append(f"| {' | '.join([str(k), *cells])} |")
     return "\n".join(lines)
 
 
@@ -222,7 +264,11 @@ def main(args: Args) -> None:
     write_json(out / "ntk_results.json", run_record() | results)
     save_figure(out / "ntk_results.png", draw(results))
     print(format_table(results))
-    print(WHY_THE_PAPER_DIFFERS)
+    print(results["why_the_paper_differs"])
+    for topology in TOPOLOGIES:
+        print(
+            f"{topology} has the smallest error at {results['smallest_error'].count(topology)} of {len(depths)} depths"
+        )
     print(f"Largest relative difference between closed form and neural-tangents: {comparison.disagreement:.1e}")
     print(f"Wrote {out / 'ntk_results.json'} and {out / 'ntk_results.png'}")
     if args.finite_width:

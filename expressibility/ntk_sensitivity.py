@@ -1,22 +1,25 @@
-"""Test whether the proposed topology's smaller error in Figure 3 depends on split, scaling, regulariser, depth or data.
+"""Test whether the ranking of Figure 3 depends on split, scaling, regulariser, depth, weights or data.
 
     python expressibility/ntk_sensitivity.py
     python expressibility/ntk_sensitivity.py --csv houses.csv --target price --splits 200
 
-Figure 3 uses a single split of a single data set. This script evaluates both topologies on 100 random splits of
-Boston housing and of diabetes, with raw and standardised features, seven depths and five regularisers, and compares
-their errors split by split. The training mean, ridge regression and a Gaussian process are evaluated on the same
-splits. Writes sensitivity.json, sensitivity.png and baselines.png.
+Figure 3 uses a single split of a single data set. This script evaluates both topologies, and a chain without
+shortcuts, on 100 random splits of Boston housing and of diabetes, with raw and standardised features, seven depths,
+five regularisers and three standard deviations of the weights, and compares their errors split by split. The training
+mean, ridge regression and a Gaussian process are evaluated on the same splits. Writes sensitivity.json,
+sensitivity.png (residual and proposed), sensitivity_chain.png (chain and proposed) and baselines.png.
 
 A run that was interrupted continues if the script is started again with the same flags.
 """
 
+import itertools
 import json
+import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -26,7 +29,7 @@ import sensitivity_figures
 import tabular
 from baseline_regressors import BASELINES
 from kernel_regression import mean_squared_error, ntk_matrices, predict
-from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES
+from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES, W_STD
 from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths
 from s3net_common.command_line import flag, run_script
 from s3net_common.errors import InputError
@@ -41,6 +44,10 @@ from s3net_common.output_files import (
 
 SCALINGS = ("raw", "standardised")
 DEFAULT_DATA = "Boston housing and diabetes"
+PICTURES = ("sensitivity.png", "sensitivity_chain.png", "baselines.png")
+MAX_W_STD = 100.0
+LEVEL = 0.05
+Rival = Literal["residual", "chain"]
 
 
 @dataclass
@@ -48,8 +55,8 @@ class Args:
     """Flags of the study."""
 
     out: Path = field(default_factory=lambda: default_out("ntk_sensitivity"))
-    """Folder for sensitivity.json, sensitivity.png and baselines.png, created if missing. Those of an earlier run are
-    replaced, and an interrupted study with the same flags is continued."""
+    """Folder for sensitivity.json and the pictures, created if missing. Those of an earlier run are replaced, and an
+    interrupted study with the same flags is continued."""
     overwrite: bool = False
     """Replace files in --out that this script did not write, and an interrupted study with other flags."""
     splits: int = 100
@@ -58,6 +65,8 @@ class Args:
     """Numbers of blocks, each at least 1. Figure 3's K counts Dense layers and is larger by 2."""
     diag_regs: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """Regularisers relative to the mean of the kernel's diagonal, above 0. The paper's is 0.1."""
+    w_stds: tuple[float, ...] = (1.0, W_STD, 2.0)
+    """Standard deviations of the weights times the square root of the layer's inputs, above 0. The paper's is 1.5."""
     csv: flag(Path, "FILE", DEFAULT_DATA) = None
     """Table to study instead: a line of column names, then lines of numbers, separated by commas, semicolons or tabs.
     Needs --target."""
@@ -77,6 +86,8 @@ def check_args(args: Args) -> tuple[list[tabular.Table], dict[str, Any]]:
         raise InputError(f"--splits is {args.splits}: at least 2 are needed for an interval")
     if not args.diag_regs or not all(0 < diag_reg < np.inf for diag_reg in args.diag_regs):
         raise InputError("--diag-regs must be one or more numbers above 0, such as --diag-regs 0.01 0.1")
+    if not args.w_stds or not all(0 < w_std <= MAX_W_STD for w_std in args.w_stds):
+        raise InputError(f"--w-stds must be one or more numbers above 0 and at most {MAX_W_STD:g}, such as 1.0 1.5")
     if (args.csv is None) != (args.target is None):
         raise InputError("--csv and --target must be given together: --csv FILE --target COLUMN")
     tables = [tabular.load_csv(args.csv, args.target)] if args.csv else [tabular.boston(), tabular.diabetes()]
@@ -85,6 +96,7 @@ def check_args(args: Args) -> tuple[list[tabular.Table], dict[str, Any]]:
         "splits": args.splits,
         "depths": list(check_depths(args.depths)),
         "diag_regs": sorted(set(args.diag_regs)),
+        "w_stds": sorted(set(args.w_stds)),
     }
     return tables, settings
 
@@ -98,25 +110,30 @@ def _fingerprint(table: tabular.Table) -> dict[str, int]:
 # ---- Errors on every split ----------------------------------------------------------------------------------------
 
 
-def evaluate(split: tabular.Split, depths: list[int], diag_regs: list[float]) -> dict[str, list[list[float]]]:
-    """Return by topology the mean squared errors on the test rows, a row per depth and a column per regulariser.
+def evaluate(
+    split: tabular.Split, depths: list[int], diag_regs: list[float], w_stds: Sequence[float] = (W_STD,)
+) -> dict[str, list[list[list[float]]]]:
+    """Return by topology the mean squared errors on the test rows, by W_std, then depth, then regulariser.
 
     Raises:
         InputError: the smallest regulariser leaves a kernel matrix singular.
     """
-    errors = {}
+    errors: dict[str, list[list[list[float]]]] = {topology: [] for topology in TOPOLOGIES}
     for topology in TOPOLOGIES:
-        matrices = ntk_matrices(split.x_train, split.x_test, topology, depths)
-        try:
-            errors[topology] = [
-                [
-                    mean_squared_error(predict(matrices[depth], split.y_train, diag_reg), split.y_test)
-                    for diag_reg in diag_regs
-                ]
-                for depth in depths
-            ]
-        except ValueError as error:
-            raise InputError(f"{error} than the smallest of --diag-regs") from None
+        for w_std in w_stds:
+            matrices = ntk_matrices(split.x_train, split.x_test, topology, depths, w_std=w_std)
+            try:
+                errors[topology].append(
+                    [
+                        [
+                            mean_squared_error(predict(matrices[depth], split.y_train, diag_reg), split.y_test)
+                            for diag_reg in diag_regs
+                        ]
+                        for depth in depths
+                    ]
+                )
+            except ValueError as error:
+                raise InputError(f"{error} than the smallest of --diag-regs") from None
     return errors
 
 
@@ -152,7 +169,7 @@ def _evaluate_split(table: tabular.Table, scaling: str, seed: int, settings: dic
     if scaling == "standardised":
         split = split.standardised()
     record = {"dataset": table.name, "scaling": scaling, "seed": seed}
-    record |= evaluate(split, settings["depths"], settings["diag_regs"])
+    record |= evaluate(split, settings["depths"], settings["diag_regs"], settings["w_stds"])
     if scaling == "standardised":
         record["baselines"] = {
             name: mean_squared_error(predict_test(split), split.y_test) for name, predict_test in BASELINES.items()
@@ -198,69 +215,122 @@ def paired_difference(first: np.ndarray, second: np.ndarray, test_share: float) 
 
     Returns:
         `difference`: mean of first - second, positive if the second predictor is better; `ci95`: its 95% confidence
-        interval; `percent`: the difference relative to the first predictor's mean error; `win_rate`: share of the
-        splits on which the second predictor has the smaller error.
+        interval; `p_value`: two-sided, of a difference of 0; `percent`: the difference relative to the first
+        predictor's mean error; `win_rate`: share of the splits on which the second predictor has the smaller error.
     """
     difference = first - second
     n = len(difference)
     standard_error = np.sqrt((1 / n + test_share / (1 - test_share)) * difference.var(ddof=1))
     half_width = float(stats.t.ppf(0.975, n - 1) * standard_error)
     mean = float(difference.mean())
+    t = abs(mean) / standard_error if standard_error > 0 else (math.inf if mean else 0.0)
     return {
         "difference": mean,
         "ci95": [mean - half_width, mean + half_width],
+        "p_value": float(2 * stats.t.sf(t, n - 1)),
         "percent": 100 * mean / float(first.mean()),
         "win_rate": float(np.mean(difference > 0)),
     }
 
 
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Return the p-values adjusted for their number (Holm 1979): the share of families with an error is bounded."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
+    return adjusted
+
+
 def compare_topologies(records: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a cell for each data set, scaling, depth and regulariser: both topologies' errors and their difference."""
+    """Return a cell for each data set, scaling, W_std, depth and regulariser.
+
+    A cell has the topologies' mean errors and the difference residual - proposed; its `chain` has the difference chain
+    - proposed. `holm_p_value` is adjusted over all cells, for each of the two comparisons.
+    """
     cells = []
-    for dataset in settings["datasets"]:
-        for scaling in SCALINGS:
-            selected = [record for record in records if (record["dataset"], record["scaling"]) == (dataset, scaling)]
-            errors = {topology: np.array([record[topology] for record in selected]) for topology in TOPOLOGIES}
-            for i, depth in enumerate(settings["depths"]):
-                for j, diag_reg in enumerate(settings["diag_regs"]):
-                    residual, proposed = (errors[topology][:, i, j] for topology in ("residual", "proposed"))
-                    cells.append(
-                        {
-                            "dataset": dataset,
-                            "scaling": scaling,
-                            "K": depth + DENSE_LAYERS_BESIDE_DEPTH,
-                            "diag_reg": diag_reg,
-                            "residual_mse": float(residual.mean()),
-                            "proposed_mse": float(proposed.mean()),
-                            **paired_difference(residual, proposed, tabular.TEST_SHARE),
-                        }
-                    )
+    places = list(itertools.product(*(enumerate(settings[axis]) for axis in ("w_stds", "depths", "diag_regs"))))
+    for dataset, scaling in itertools.product(settings["datasets"], SCALINGS):
+        selected = [record for record in records if (record["dataset"], record["scaling"]) == (dataset, scaling)]
+        errors = {topology: np.array([record[topology] for record in selected]) for topology in TOPOLOGIES}
+        for (w, w_std), (i, depth), (j, diag_reg) in places:
+            by_split = {topology: errors[topology][:, w, i, j] for topology in TOPOLOGIES}
+            cells.append(
+                {
+                    "dataset": dataset,
+                    "scaling": scaling,
+                    "w_std": w_std,
+                    "K": depth + DENSE_LAYERS_BESIDE_DEPTH,
+                    "diag_reg": diag_reg,
+                    **{f"{topology}_mse": float(error.mean()) for topology, error in by_split.items()},
+                    **paired_difference(by_split["residual"], by_split["proposed"], tabular.TEST_SHARE),
+                    "chain": paired_difference(by_split["chain"], by_split["proposed"], tabular.TEST_SHARE),
+                }
+            )
+    for comparisons in (cells, [cell["chain"] for cell in cells]):
+        adjusted = holm([comparison["p_value"] for comparison in comparisons])
+        for comparison, p_value in zip(comparisons, adjusted, strict=True):
+            comparison["holm_p_value"] = float(p_value)
     return cells
 
 
-def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Count for each data set and scaling the settings (depth and regulariser) in which either topology is better.
+def count(cells: list[dict[str, Any]], rival: Rival) -> dict[str, Any]:
+    """Count the settings in which the proposed topology or its rival is better.
 
-    A topology is "surely" better if the 95% interval of the difference excludes 0.
+    "Surely" means that the 95% interval of the difference excludes 0, "after Holm" that the difference differs from 0
+    at the 5% level with Holm's correction.
+
+    Args:
+        cells: as `compare_topologies` returns them, at least one.
+        rival: "residual" or "chain".
     """
+    compared = [cell if rival == "residual" else cell["chain"] for cell in cells]
+    percents = [cell["percent"] for cell in compared]
+    win_rates = [cell["win_rate"] for cell in compared]
+    after_holm = [math.copysign(cell["holm_p_value"] < LEVEL, cell["difference"]) for cell in compared]
+    return {
+        "settings": len(cells),
+        "proposed_better": sum(cell["difference"] > 0 for cell in compared),
+        "proposed_surely_better": sum(cell["ci95"][0] > 0 for cell in compared),
+        f"{rival}_surely_better": sum(cell["ci95"][1] < 0 for cell in compared),
+        "proposed_better_after_holm": after_holm.count(1.0),
+        f"{rival}_better_after_holm": after_holm.count(-1.0),
+        "percent_range": [min(percents), max(percents)],
+        "win_rate_range": [min(win_rates), max(win_rates)],
+    }
+
+
+def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the counts against the residual topology, and as `chain` those against the chain, by data and W_std."""
+    keys = ("dataset", "scaling", "w_std")
     verdicts = []
-    for dataset, scaling in dict.fromkeys((cell["dataset"], cell["scaling"]) for cell in cells):
-        selected = [cell for cell in cells if (cell["dataset"], cell["scaling"]) == (dataset, scaling)]
-        percents = [cell["percent"] for cell in selected]
-        win_rates = [cell["win_rate"] for cell in selected]
+    for values in dict.fromkeys(tuple(cell[key] for key in keys) for cell in cells):
+        selected = [cell for cell in cells if tuple(cell[key] for key in keys) == values]
         verdicts.append(
-            {
-                "dataset": dataset,
-                "scaling": scaling,
-                "settings": len(selected),
-                "proposed_better": sum(cell["difference"] > 0 for cell in selected),
-                "proposed_surely_better": sum(cell["ci95"][0] > 0 for cell in selected),
-                "residual_surely_better": sum(cell["ci95"][1] < 0 for cell in selected),
-                "percent_range": [min(percents), max(percents)],
-                "win_rate_range": [min(win_rates), max(win_rates)],
-            }
+            dict(zip(keys, values, strict=True)) | count(selected, "residual") | {"chain": count(selected, "chain")}
         )
     return verdicts
+
+
+def count_by_grid(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the counts of smaller grids of settings, with Holm's correction over each grid alone."""
+    grids = {
+        "all settings": cells,
+        f"W_std {W_STD:g}": [cell for cell in cells if cell["w_std"] == W_STD],
+        f"diag_reg {DIAG_REG:g}": [cell for cell in cells if cell["diag_reg"] == DIAG_REG],
+        f"W_std {W_STD:g}, diag_reg {DIAG_REG:g}": [
+            cell for cell in cells if (cell["w_std"], cell["diag_reg"]) == (W_STD, DIAG_REG)
+        ],
+        "largest K": [cell for cell in cells if cell["K"] == cells[-1]["K"]],
+        "raw features": [cell for cell in cells if cell["scaling"] == "raw"],
+    }
+    counts = []
+    for name, selected in grids.items():
+        if selected:
+            adjusted = holm([cell["p_value"] for cell in selected])
+            selected = [cell | {"holm_p_value": p} for cell, p in zip(selected, adjusted, strict=True)]
+            counts.append({"grid": name, **count(selected, "residual")})
+    return counts
 
 
 def compare_predictors(
@@ -268,8 +338,8 @@ def compare_predictors(
 ) -> list[dict[str, Any]]:
     """Return the mean error of every predictor by data set, and its difference to ridge regression.
 
-    Each kernel appears twice: in Figure 3's setting (raw features, diag_reg 0.1, the largest depth), and in the
-    setting with the smallest mean test error. The second choice uses the test rows, so its error is optimistic.
+    Each kernel appears twice: in Figure 3's setting (raw features, W_std 1.5, diag_reg 0.1, the largest depth), and in
+    the setting with the smallest mean test error. The second choice uses the test rows, so its error is optimistic.
     """
     rows = []
     for dataset in settings["datasets"]:
@@ -282,10 +352,13 @@ def compare_predictors(
         for name, topology, cell in _kernel_settings([cell for cell in cells if cell["dataset"] == dataset]):
             i = settings["depths"].index(cell["K"] - DENSE_LAYERS_BESIDE_DEPTH)
             j = settings["diag_regs"].index(cell["diag_reg"])
+            w = settings["w_stds"].index(cell["w_std"])
             errors[name] = np.array(
-                [record[topology][i][j] for record in selected if record["scaling"] == cell["scaling"]]
+                [record[topology][w][i][j] for record in selected if record["scaling"] == cell["scaling"]]
             )
-            descriptions[name] = f"{cell['scaling']} features, K = {cell['K']}, diag_reg {cell['diag_reg']:g}"
+            descriptions[name] = (
+                f"{cell['scaling']} features, W_std {cell['w_std']:g}, K = {cell['K']}, diag_reg {cell['diag_reg']:g}"
+            )
         for name, error in errors.items():
             row = {
                 "dataset": dataset,
@@ -305,7 +378,8 @@ def _kernel_settings(cells: list[dict[str, Any]]) -> Iterator[tuple[str, str, di
         best = min(cells, key=lambda cell, topology=topology: cell[f"{topology}_mse"])
         yield f"{topology} NTK, best in hindsight", topology, best
         for cell in cells:
-            if (cell["scaling"], cell["K"], cell["diag_reg"]) == ("raw", cells[-1]["K"], DIAG_REG):
+            place = (cell["scaling"], cell["w_std"], cell["K"], cell["diag_reg"])
+            if place == ("raw", W_STD, cells[-1]["K"], DIAG_REG):
                 yield f"{topology} NTK, as in Figure 3", topology, cell
 
 
@@ -316,12 +390,15 @@ def format_report(results: dict[str, Any]) -> str:
     """Return the results as lines of text."""
     lines = []
     for verdict in results["verdicts"]:
-        low, high = verdict["percent_range"]
-        lines.append(
-            f"{verdict['dataset']}, {verdict['scaling']}: proposed surely better in "
-            f"{verdict['proposed_surely_better']} of {verdict['settings']} settings, residual in "
-            f"{verdict['residual_surely_better']}; proposed's error is {low:.2f}% to {high:.2f}% smaller"
-        )
+        place = f"{verdict['dataset']}, {verdict['scaling']}, W_std {verdict['w_std']:g}"
+        for rival, counts in (("residual", verdict), ("chain", verdict["chain"])):
+            low, high = counts["percent_range"]
+            lines.append(
+                f"{place}: of {counts['settings']} settings proposed surely better in "
+                f"{counts['proposed_surely_better']} ({counts['proposed_better_after_holm']} after Holm's correction), "
+                f"{rival} in {counts[f'{rival}_surely_better']} ({counts[f'{rival}_better_after_holm']}); proposed's "
+                f"error is {low:.2f}% to {high:.2f}% smaller"
+            )
     lines += [
         f"{row['dataset']}: {row['predictor']} ({row['setting']}): MSE {row['mse']:.2f}" for row in results["baselines"]
     ]
@@ -331,22 +408,23 @@ def format_report(results: dict[str, Any]) -> str:
 def main(args: Args) -> None:
     """Run or continue the study, print the report and write the results."""
     tables, settings = check_args(args)
-    out = claim_folder(args.out, "sensitivity.json", "sensitivity.png", "baselines.png", overwrite=args.overwrite)
+    out = claim_folder(args.out, "sensitivity.json", *PICTURES, overwrite=args.overwrite)
     partial = out / "sensitivity.partial.jsonl"
     records = list(evaluate_splits(tables, settings, partial, args.overwrite))
     cells = compare_topologies(records, settings)
     results = {
         "settings": settings,
         "verdicts": summarise(cells),
+        "counts_by_grid": count_by_grid(cells),
         "baselines": compare_predictors(records, cells, settings),
         "cells": cells,
     }
     write_json(out / "sensitivity.json", run_record() | results)
-    save_figure(out / "sensitivity.png", sensitivity_figures.draw_cells(results))
-    save_figure(out / "baselines.png", sensitivity_figures.draw_baselines(results))
+    for picture, figure in zip(PICTURES, sensitivity_figures.draw_all(results), strict=True):
+        save_figure(out / picture, figure)
     partial.unlink()
     print(format_report(results))
-    print(f"Wrote {out / 'sensitivity.json'}, {out / 'sensitivity.png'} and {out / 'baselines.png'}")
+    print(f"Wrote {', '.join(str(out / name) for name in ('sensitivity.json', *PICTURES))}")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@
     python expressibility/one_neuron_approximation.py --function "exp(-x**2)*cos(4*x)" --interval -2 2 --depth 64
 
 The network is a chain of layers with one ReLU neuron each. A shortcut leads from every neuron to the end, where the
-outputs are summed. The weights are constructed, not trained. The same chain without shortcuts is monotone at any
+outputs are summed. The weights are constructed, not trained: the network is the linear interpolation of the function
+between equally spaced knots. How fast its error falls depends on the function and, if the function has a kink, on
+whether the kink lies on a knot. So the order is measured at even and at odd depths, and for three functions whose
+orders are known. The same chain without shortcuts is monotone at any
 depth; its best approximation is computed for comparison. Writes one_neuron.json, with the weights, and
 one_neuron.png.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +32,13 @@ from scaling_fit import fitted_order
 jax.config.update("jax_enable_x64", True)  # in float32, rounding exceeds the error beyond a hundred layers
 
 MAX_DEPTH = 4096
-CURVE_DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-ASYMPTOTIC_DEPTH = 16  # the order is fitted to this and larger depths
+EVEN_DEPTHS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+ODD_DEPTHS = (1, 3, 7, 15, 31, 63, 127, 255, 511, 1023)
+ASYMPTOTIC_DEPTH = 100  # the order is fitted to larger depths
+# Orders of linear interpolation on an interval that is symmetric about 0, with n pieces of length h. A smooth function
+# has the error h^2 / 8 max |f''|. If n is odd, the kink of |x| lies in the middle of a piece, with the error h / 2.
+# sqrt|x| has the error sqrt(h) / 4 next to a knot at 0, and sqrt(h / 2) in the middle of a piece.
+KNOWN_ORDERS = {"sin(2*x)": (2.0, 2.0), "sin(2*x)+abs(x)": (2.0, 1.0), "sqrt(abs(x))": (0.5, 0.5)}  # even, odd depths
 POINTS = 4096
 ROUNDING = 1e-12
 
@@ -171,10 +179,36 @@ def monotone_bound(y: np.ndarray) -> float:
 
 
 def max_error(chain: Chain, function: Function, low: float, high: float) -> float:
-    """Return the maximum of |network - function| on a grid with at least 8 points per piece."""
+    """Return the maximum of |network - function| on a grid that divides each piece into a multiple of 8 parts."""
     depth = len(chain.weight)
-    x = np.linspace(low, high, depth * max(8, POINTS // depth) + 1)
+    x = np.linspace(low, high, depth * max(8, POINTS // depth // 8 * 8) + 1)
     return float(np.max(np.abs(np.asarray(apply(chain, x)) - function(x))))
+
+
+def error_curve(function: Function, low: float, high: float, depths: Sequence[int]) -> dict[str, Any]:
+    """Measure the maximum error by depth.
+
+    Returns:
+        `depths`, `errors`, and the `order`: the power of 1 / depth fitted to the depths above `ASYMPTOTIC_DEPTH`. It is
+        None if fewer than three of these errors exceed rounding.
+    """
+    errors = [max_error(sparse_chain(function, low, high, depth), function, low, high) for depth in depths]
+    floor = ROUNDING * max(1.0, float(np.abs(function(np.linspace(low, high, POINTS + 1))).max()))
+    fit = [(d, e) for d, e in zip(depths, errors, strict=True) if d > ASYMPTOTIC_DEPTH and e > floor]
+    order = -fitted_order(*np.transpose(fit)) if len(fit) > 2 else None
+    return {"depths": list(depths), "errors": errors, "order": order}
+
+
+def known_orders(low: float, high: float) -> list[dict[str, Any]]:
+    """Measure the orders of the functions of `KNOWN_ORDERS` at even and odd depths."""
+    rows = []
+    for text, expected in KNOWN_ORDERS.items():
+        row: dict[str, Any] = {"function": text}
+        for parity, depths, value in zip(("even", "odd"), (EVEN_DEPTHS, ODD_DEPTHS), expected, strict=True):
+            large = [depth for depth in depths if depth > ASYMPTOTIC_DEPTH]
+            row[parity] = {"order": error_curve(expressions.parse(text), low, high, large)["order"], "theory": value}
+        rows.append(row)
+    return rows
 
 
 def study(function: Function, low: float, high: float, depth: int) -> tuple[dict[str, Any], Chain, Chain]:
@@ -185,18 +219,15 @@ def study(function: Function, low: float, high: float, depth: int) -> tuple[dict
     """
     sparse = sparse_chain(function, low, high, depth)
     plain = plain_chain(function, low, high, depth)
-    depths = sorted({*CURVE_DEPTHS, depth})
-    errors = [max_error(sparse_chain(function, low, high, d), function, low, high) for d in depths]
     y = function(np.linspace(low, high, POINTS + 1))
-    floor = ROUNDING * max(1.0, float(np.abs(y).max()))
-    fit = [(d, e) for d, e in zip(depths, errors, strict=True) if d >= ASYMPTOTIC_DEPTH and e > floor]
+    half_width = (high - low) / 2
     results = {
         "interval": [low, high],
         "depth": depth,
-        "greatest_error": errors[depths.index(depth)],
-        "depths": depths,
-        "errors": errors,
-        "order": -fitted_order(*np.transpose(fit)) if len(fit) > 2 else None,
+        "greatest_error": max_error(sparse, function, low, high),
+        **error_curve(function, low, high, EVEN_DEPTHS),
+        "odd": error_curve(function, low, high, ODD_DEPTHS),
+        "known_orders": {"interval": [-half_width, half_width], "rows": known_orders(-half_width, half_width)},
         "without_shortcuts": {
             "greatest_error": max_error(plain, function, low, high),
             "bound_at_any_depth": monotone_bound(y),
@@ -229,9 +260,11 @@ def draw(results: dict[str, Any], function: Function, sparse: Chain, plain: Chai
     graphs.set(title="Networks with one neuron per layer", xlabel="x")
     graphs.legend(frameon=False, fontsize=9, loc="best")
 
-    order, plain_errors = results["order"], results["without_shortcuts"]
-    label = "with shortcuts" + (f": depth^(-{order:.2f})" if order is not None else "")
-    decay.plot(results["depths"], np.maximum(results["errors"], 1e-17), "o-", color="#1f5fa8", label=label)
+    plain_errors = results["without_shortcuts"]
+    for parity, curve, style in (("even", results, "o-"), ("odd", results["odd"], "s--")):
+        order = "" if curve["order"] is None else f": depth^(-{curve['order']:.2f})"
+        errors = np.maximum(curve["errors"], 1e-17)
+        decay.plot(curve["depths"], errors, style, color="#1f5fa8", label=f"with shortcuts, {parity} depths{order}")
     decay.axhline(plain_errors["greatest_error"], color="#c0392b", label="without shortcuts, best approximation")
     if plain_errors["bound_at_any_depth"] > 0:
         decay.axhline(
@@ -267,9 +300,11 @@ def main(args: Args) -> None:
     results = {"function": args.function, **results}
     write_json(out / "one_neuron.json", run_record() | results)
     save_figure(out / "one_neuron.png", draw(results, function, sparse, plain))
-    order, plain_errors = results["order"], results["without_shortcuts"]
+    plain_errors = results["without_shortcuts"]
     print(f"With shortcuts, {args.depth} layers: maximum error {results['greatest_error']:.3g}")
-    print("Order in the depth: " + ("none, the network is exact" if order is None else f"{order:.2f}"))
+    for parity, curve in (("even", results), ("odd", results["odd"])):
+        order = "none, the network is exact" if curve["order"] is None else f"{curve['order']:.2f}"
+        print(f"Order in the depth, {parity} depths: {order}")
     print(
         f"Without shortcuts: maximum error {plain_errors['greatest_error']:.3g}, "
         f"and at least {plain_errors['bound_at_any_depth']:.3g} at any depth"

@@ -6,55 +6,62 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from kernels import W_STD
 from ntk_comparison import COLOURS, DIAG_REG
 
 
-def draw_cells(results: dict[str, Any]) -> plt.Figure:
-    """Draw a map of depth and regulariser for every data set and scaling.
+def draw_all(results: dict[str, Any]) -> tuple[plt.Figure, plt.Figure, plt.Figure]:
+    """Return the maps against the residual topology and against the chain, and the errors of all predictors."""
+    return draw_cells(results, "residual"), draw_cells(results, "chain"), draw_baselines(results)
 
-    A cell is blue if the proposed topology has the smaller error, red if the residual one has. Its number is the share
-    of the splits on which the proposed topology has the smaller error, in brackets if the 95% interval of the
-    difference includes 0.
+
+def draw_cells(results: dict[str, Any], rival: str) -> plt.Figure:
+    """Draw a map of depth and regulariser for every data set, scaling and W_std.
+
+    A cell is blue if the proposed topology has the smaller error, red if the rival ("residual" or "chain") has. Its
+    number is the share of the splits on which the proposed topology has the smaller error, in brackets if the
+    difference is not significant after Holm's correction over all cells.
     """
-    settings, cells = results["settings"], results["cells"]
-    datasets, scalings = list(settings["datasets"]), list(dict.fromkeys(cell["scaling"] for cell in cells))
+    settings = results["settings"]
+    cells = [cell if rival == "residual" else cell | cell["chain"] for cell in results["cells"]]
+    data = list(dict.fromkeys((cell["dataset"], cell["scaling"]) for cell in cells))
+    w_stds = settings["w_stds"]
     figure, panels = plt.subplots(
-        len(scalings), len(datasets), figsize=(1.6 + 5.2 * len(datasets), 1.9 + 2.9 * len(scalings)),
+        len(data), len(w_stds), figsize=(1.8 + 4.6 * len(w_stds), 1.3 + 2.6 * len(data)),
         squeeze=False, layout="constrained",
     )  # fmt: skip
     limit = max(max(abs(cell["percent"]) for cell in cells), 1e-9)
-    for row, scaling in enumerate(scalings):
-        for column, dataset in enumerate(datasets):
-            axes = panels[row][column]
-            selected = [cell for cell in cells if (cell["dataset"], cell["scaling"]) == (dataset, scaling)]
+    for row, (dataset, scaling) in enumerate(data):
+        for column, w_std in enumerate(w_stds):
+            axes, place = panels[row][column], (dataset, scaling, w_std)
+            selected = [cell for cell in cells if (cell["dataset"], cell["scaling"], cell["w_std"]) == place]
             image = _draw_map(axes, selected, settings["diag_regs"], limit)
-            axes.set_title(f"{dataset}, {scaling} features", fontsize=11, parse_math=False)
+            axes.set_title(f"{dataset}, {scaling} features, W_std {w_std:g}", fontsize=11, parse_math=False)
+            if place == ("boston", "raw", W_STD) and DIAG_REG in settings["diag_regs"]:
+                start = (-0.5, settings["diag_regs"].index(DIAG_REG) - 0.5)
+                box = {"fill": False, "ec": "#e67e22", "lw": 3, "clip_on": False}
+                axes.add_patch(plt.Rectangle(start, len(settings["depths"]), 1, **box))
+    name = "residual topology" if rival == "residual" else "chain without shortcuts"
     explanation = (
-        "Blue: the proposed topology has the smaller error. Red: the residual topology has. Number: % of "
-        f"{settings['splits']} random splits on which the proposed topology has the smaller error, in brackets if the "
-        "95% interval of the difference includes 0."
+        f"Blue: the proposed topology has the smaller error. Red: the {name} has. Number: % of {settings['splits']} "
+        "random splits on which the proposed topology has the smaller error, in brackets if the difference is not "
+        "significant (5%, Holm's correction over all cells). Orange box: the settings of Figure 3."
     )
-    if "boston" in datasets and DIAG_REG in settings["diag_regs"]:
-        regulariser, depths = settings["diag_regs"].index(DIAG_REG), len(settings["depths"])
-        panels[scalings.index("raw")][datasets.index("boston")].add_patch(
-            plt.Rectangle((-0.5, regulariser - 0.5), depths, 1, fill=False, ec="#e67e22", lw=3, clip_on=False)
-        )
-        explanation += " Orange box: the settings of Figure 3."
-    bar = figure.colorbar(image, ax=panels, shrink=0.8)
-    bar.set_label("residual error minus proposed error,\n% of the residual error")
-    figure.suptitle(textwrap.fill(explanation, 62 * len(datasets)), fontsize=10.5)
+    bar = figure.colorbar(image, ax=panels, shrink=0.6)
+    bar.set_label(f"{rival} error minus proposed error, % of the {rival} error")
+    figure.suptitle(textwrap.fill(explanation, 50 * len(w_stds)), fontsize=10.5)
     return figure
 
 
 def _draw_map(axes: plt.Axes, cells: list[dict[str, Any]], diag_regs: list[float], limit: float) -> Any:
-    """Draw the cells of one data set and scaling, with the colour scale from -limit to limit percent."""
+    """Draw the cells of one data set, scaling and W_std, with the colour scale from -limit to limit percent."""
     layers = sorted({cell["K"] for cell in cells})
     percents = np.zeros((len(diag_regs), len(layers)))
     for cell in cells:
         y, x = diag_regs.index(cell["diag_reg"]), layers.index(cell["K"])
         percents[y, x] = cell["percent"]
         text = f"{100 * cell['win_rate']:.0f}"
-        if cell["ci95"][0] <= 0 <= cell["ci95"][1]:
+        if cell["holm_p_value"] >= 0.05:
             text = f"({text})"
         colour = "white" if abs(cell["percent"]) > 0.6 * limit else "black"
         axes.text(x, y, text, ha="center", va="center", fontsize=9, color=colour)

@@ -18,9 +18,9 @@ from typing import Annotated
 
 import tyro
 
-from comparison.comparison_table import CITED_PAPER, MEASURED, PAPER, Row, csv_text, markdown_section, title
+from comparison.comparison_table import ADDED, CITED_PAPER, MEASURED, PAPER, Row, csv_text, markdown_section, title
 from comparison.error_scatter import Point, draw_scatter
-from comparison.paper_tables import PAPER_ROWS, PaperRow
+from comparison.paper_tables import AUGMENTED_ROWS, PAPER_ROWS, PaperRow
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import (
@@ -189,6 +189,7 @@ def run_row(group: list[Run], differing: list[str]) -> Row:
         epochs=config["epochs"],
         seeds=[run.config["seed"] for run in group],
         finished=first.finished,
+        augmented=config.get("augment", True),
         runs=[str(relative(run.path)) for run in group],
     )
     if first.history:
@@ -270,12 +271,14 @@ def paper_row(quoted: PaperRow) -> Row:
         dataset=quoted.dataset,
         network=quoted.network,
         setting=quoted.setting,
-        source=PAPER if quoted.measured else CITED_PAPER,
+        source=PAPER if quoted.measured else CITED_PAPER if quoted.printed else ADDED,
         parameters=quoted.parameters or quoted.code_parameters,
         code_parameters=quoted.code_parameters,
         multiply_adds=quoted.multiply_adds,
         last_error=quoted.error,
         prints_fewer=quoted.prints_fewer,
+        augmented=quoted.augmented,
+        looked_up=quoted.source,
     )
 
 
@@ -285,7 +288,7 @@ def by_dataset(rows: list[Row]) -> dict[str | None, list[Row]]:
     for row in rows:
         tables.setdefault(row.dataset, []).append(row)
     for dataset, table in tables.items():
-        table += [paper_row(quoted) for quoted in PAPER_ROWS if quoted.dataset == dataset]
+        table += [paper_row(quoted) for quoted in PAPER_ROWS + AUGMENTED_ROWS if quoted.dataset == dataset]
         table.sort(key=lambda row: (not row.finished, 100.0 if row.last_error is None else row.last_error))
     return tables
 
@@ -302,11 +305,18 @@ def scatter_points(rows: list[Row]) -> list[Point]:
             error=row.last_error,
             parameters=row.code_parameters or row.parameters,
             multiply_adds=row.multiply_adds,
-            measured_here=row.source == MEASURED,
+            kind=kind_of(row),
         )
         for row in rows
         if row.last_error is not None
     ]
+
+
+def kind_of(row: Row) -> str:
+    """Return the row's key in `STYLES`."""
+    if row.source == MEASURED:
+        return "measured here" if row.augmented else "measured here, without augmentation"
+    return {True: "quoted", False: "quoted, without augmentation", None: "quoted, augmentation unknown"}[row.augmented]
 
 
 if __name__ == "__main__":

@@ -176,3 +176,4 @@ class RunConfig:
     init: str | None = None
     sync_bn: bool = False
     decode: str = "cpu"
+    augment: bool = True

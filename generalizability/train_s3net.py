@@ -108,6 +108,8 @@ class Args:
     """Learning-rate schedule: step (divide by 10 at each milestone), onecycle or cosine."""
     image_size: flag(int, "INT", RECIPE) = None
     """Height and width in pixels of the images that the network reads."""
+    augment: bool = True
+    """Crop the training images at random, and flip them if the data set's recipe does so."""
     seed: flag(int, "INT", "0") = None
     """Seed of the initial weights, the order of the images and their augmentation."""
     hold_out: flag(int | float, "N|FRACTION", "the data set's own validation images") = None

@@ -11,6 +11,7 @@ def figure_3_rows(results: dict) -> list[Row]:
         "K": results["K"],
         "residual": results["residual"],
         "proposed": results["proposed"],
+        "chain": results["chain"],
         "residual, paper": results["paper"]["residual"],
         "proposed, paper": results["paper"]["proposed"],
     }
@@ -32,12 +33,40 @@ def sensitivity_rows(results: dict) -> list[Row]:
 
 
 def one_neuron_rows(results: dict) -> list[Row]:
-    """Return the largest error by depth, and its lower bound without shortcuts."""
-    with_shortcuts = zip(results["depths"], results["errors"], strict=True)
+    """Return the largest error at even and odd depths, and its lower bound without shortcuts."""
+    odd = results["odd"]
+    curves = zip(results["depths"], results["errors"], odd["depths"], odd["errors"], strict=True)
+    bound = results["without_shortcuts"]["bound_at_any_depth"]
     return [
-        *({"layers": depth, "largest error": error} for depth, error in with_shortcuts),
-        {"layers": "any, without shortcuts", "largest error": results["without_shortcuts"]["bound_at_any_depth"]},
+        *(
+            {"layers": even, "largest error": error, "layers, odd": depth, "largest error, odd": odd_error}
+            for even, error, depth, odd_error in curves
+        ),
+        {"layers": "any, no shortcuts", "largest error": bound, "layers, odd": "", "largest error, odd": ""},
     ]
+
+
+def universal_approximation_rows(results: dict) -> list[Row]:
+    """Return the mean largest error by depth, and the difference from the shallow network."""
+    return [
+        {
+            "layers": row["depth"],
+            "parameters": row["parameters"],
+            "largest error": row["mean_error"],
+            "difference from the shallow network": f"{row['largest_difference_from_shallow']:.1e}",
+        }
+        for row in results["rows"]
+    ]
+
+
+def gradient_rows(results: dict) -> list[Row]:
+    """Return the decades of each kind of connection with and without BatchNorm, by depth."""
+    decades = {}
+    for row in results["initial"]:
+        low, high = row["outputs"]["ci95"]
+        text = f"{row['outputs']['mean']:.2f} ({low:.2f} to {high:.2f})"
+        decades.setdefault((row["depth"], row["normalisation"]), {})[row["kind"]] = text
+    return [{"layers": depth, "BatchNorm": name, **by_kind} for (depth, name), by_kind in decades.items()]
 
 
 def run_rows(summary: dict) -> list[Row]:

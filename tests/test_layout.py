@@ -1,6 +1,7 @@
 """Imports run downwards only, and what must work without torch imports no torch."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,10 @@ def test_models_is_short_and_begins_with_the_topology():
     begin = next(i for i, line in enumerate(lines) if line.startswith("# ---- The topology"))
     end = next(i for i, line in enumerate(lines) if line.startswith("# ---- The paper's networks"))
     assert end - begin <= 170 and begin < 50
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository, not only its files")
+def test_data_and_runs_are_not_in_the_repository():
+    """Not even as links: a checkout would replace a folder of that name, with everything in it."""
+    done = subprocess.run(["git", "ls-files", "data", "runs"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == ""

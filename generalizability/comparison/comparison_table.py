@@ -14,8 +14,9 @@ TITLES = {
     "digits": "scikit-learn's digits",
     "folder": "images in folders",
 }
-# Sources of a row: this repository, the paper's authors, or a paper that the authors cite.
+# Sources of a row: this repository, the paper's authors, a paper that the authors cite, or its other results.
 MEASURED, PAPER, CITED_PAPER = "measured here", "quoted (paper)", "quoted (cited in the paper)"
+ADDED = "quoted (not in the paper)"
 COLUMNS = (
     "network",
     "setting",
@@ -38,7 +39,7 @@ class Row:
     Attributes:
         dataset: name as in train_s3net.py; None if the results do not contain it.
         network, setting: what was trained, and what distinguishes it from other rows of the network.
-        source: MEASURED, PAPER or CITED_PAPER.
+        source: MEASURED, PAPER, CITED_PAPER or ADDED.
         parameters: as printed in the paper for its rows, else equal to `code_parameters`.
         code_parameters: parameters of the network that the code builds.
         multiply_adds: for one image.
@@ -50,6 +51,8 @@ class Row:
         seeds: seeds of the runs in this row.
         finished: whether the run reached its last epoch.
         prints_fewer: whether the paper prints fewer parameters than its code builds.
+        augmented: whether the training images were cropped and flipped at random; None if unknown.
+        looked_up: where a quoted error was looked up, as `PaperRow.source`.
         runs: paths of the runs or results.
     """
 
@@ -73,6 +76,8 @@ class Row:
     seeds: list[int] = field(default_factory=list)
     finished: bool = True
     prints_fewer: bool = False
+    augmented: bool | None = True
+    looked_up: str | None = None
     runs: list[str] = field(default_factory=list)
 
 
@@ -109,6 +114,26 @@ FOOTNOTES = [
         "multiply-adds",
         lambda row: row.source != MEASURED and row.multiply_adds is not None,
         lambda rows: "Not printed in the paper: counted in this repository's network of the same setting.",
+    ),
+    Footnote(
+        "error %",
+        lambda row: row.augmented is False,
+        lambda rows: "Trained without augmentation: not comparable with networks trained with random crops and flips.",
+    ),
+    Footnote(
+        "error %",
+        lambda row: row.augmented is None,
+        lambda rows: "Whether the training images were augmented was not found.",
+    ),
+    Footnote(
+        "error %",
+        lambda row: row.looked_up == "",
+        lambda rows: "Not checked: the table of the cited paper could not be looked up.",
+    ),
+    Footnote(
+        "error %",
+        lambda row: ": " in (row.looked_up or ""),
+        lambda rows: "Looked up: " + "; ".join(f"{row.network}, {row.looked_up}" for row in rows) + ".",
     ),
     Footnote(
         "error %",

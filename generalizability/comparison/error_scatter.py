@@ -12,9 +12,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-STYLES = {  # by `Point.measured_here`
-    True: {"marker": "o", "color": "tab:red", "markersize": 8, "label": "measured here"},
-    False: {"marker": "D", "color": "tab:blue", "markersize": 6, "markerfacecolor": "white", "label": "quoted"},
+STYLES = {  # by `Point.kind`, which the legend shows
+    "measured here": {"marker": "o", "color": "tab:red", "markersize": 8},
+    "measured here, without augmentation": {"marker": "s", "color": "tab:red", "markersize": 7, "fillstyle": "none"},
+    "quoted": {"marker": "D", "color": "tab:blue", "markersize": 6, "fillstyle": "none"},
+    "quoted, without augmentation": {"marker": "x", "color": "gray", "markersize": 7},
+    "quoted, augmentation unknown": {"marker": "^", "color": "gray", "markersize": 6, "fillstyle": "none"},
 }
 PANELS = {"parameters": "parameters", "multiply_adds": "multiply-adds for one image"}
 LABEL_SIZE = 8.5  # points
@@ -22,13 +25,13 @@ LABEL_SIZE = 8.5  # points
 
 @dataclass(frozen=True)
 class Point:
-    """A network: label, top-1 error in percent, sizes (None if unknown), and whether this repository measured it."""
+    """A network: label, top-1 error in percent, sizes (None if unknown), and its key in `STYLES`."""
 
     label: str
     error: float
     parameters: float | None
     multiply_adds: float | None
-    measured_here: bool
+    kind: str
 
 
 def draw_scatter(data_sets: dict[str, Sequence[Point]]) -> Figure:
@@ -46,8 +49,9 @@ def draw_scatter(data_sets: dict[str, Sequence[Point]]) -> Figure:
             axes.set_xlabel(f"{name}\n{remark}", fontsize="small")
             _draw_panel(axes, known, quantity)
             panels.append((axes, [(getattr(p, quantity), p.error, p.label) for p in known]))
-    handles = [Line2D([], [], linestyle="", **style) for style in STYLES.values()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
+    kinds = {point.kind for points in data_sets.values() for point in points}
+    handles = [Line2D([], [], linestyle="", label=kind, **STYLES[kind]) for kind in STYLES if kind in kinds]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     figure.draw_without_rendering()  # places the axes, which stay where they are from here on
     figure.set_layout_engine("none")
     for axes, labelled in panels:
@@ -59,8 +63,8 @@ def _draw_panel(axes: Axes, points: Sequence[Point], quantity: str) -> None:
     if not points:
         axes.set(xticks=[], yticks=[])
         return
-    for measured_here, style in STYLES.items():
-        chosen = [p for p in points if p.measured_here == measured_here]
+    for kind, style in STYLES.items():
+        chosen = [p for p in points if p.kind == kind]
         if chosen:
             axes.plot([getattr(p, quantity) for p in chosen], [p.error for p in chosen], linestyle="", **style)
     errors = [p.error for p in points]

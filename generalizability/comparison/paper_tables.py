@@ -1,6 +1,8 @@
 """Tables of the paper (arXiv 1811.09003) that runs are compared with: the numbers as printed.
 
-The paper's authors trained the networks of some rows. The other rows cite the errors given in other papers.
+The paper's authors trained the networks of some rows. The other rows cite the errors given in other papers. In the
+CIFAR-100 table (Table III) the cited errors are of unlike things: some networks were trained without augmentation,
+S3-Net was trained with it. `AUGMENTED_ROWS` are errors of such networks with augmentation, which the paper lacks.
 """
 
 from dataclasses import dataclass
@@ -18,6 +20,10 @@ class PaperRow:
         parameters: as printed; None if the table prints none.
         code_parameters: parameters of the network that the published code builds; None if it builds none.
         multiply_adds: for one image, counted in this repository's network of the same setting; None if it has none.
+        augmented: whether the training images were cropped and flipped at random; None if unknown.
+        source: where the error was looked up, and what stands there if it differs; "" if it could not be looked
+            up; None if that was not tried.
+        printed: whether the paper prints the row. The others are added here, for comparison.
     """
 
     dataset: str
@@ -28,6 +34,9 @@ class PaperRow:
     parameters: float | None = None
     code_parameters: int | None = None
     multiply_adds: int | None = None
+    augmented: bool | None = True
+    source: str | None = None
+    printed: bool = True
 
     @property
     def prints_fewer(self) -> bool:
@@ -36,6 +45,9 @@ class PaperRow:
         return known and self.code_parameters - self.parameters > 0.05e6
 
 
+DENSENET = "README of github.com/liuzhuang13/DenseNet"
+LP_BNN = "paperswithcode.com: accuracy 76.85 with cutout, an error of 23.15"
+
 PAPER_ROWS = [
     # CIFAR-100. The networks of the published code have 100 outputs.
     PaperRow("cifar100", "S3-Net", "k=12, depth=40", 29.80, True, 0.2e6, 272_836, 42_780_192),
@@ -43,16 +55,17 @@ PAPER_ROWS = [
     PaperRow("cifar100", "S3-Net", "k=40, depth=40", 24.16, True, 2.2e6, 2_400_556, 418_663_392),
     PaperRow("cifar100", "S3-Net", "k=64, depth=40", 23.30, True, 5.9e6, 5_897_884, 1_050_672_480),
     PaperRow("cifar100", "S3-Net", "k=64, depth=70", 22.76, True, 15.4e6, 15_372_444, 2_412_702_560),
-    PaperRow("cifar100", "NIN", "dropout", 35.68, False),
-    PaperRow("cifar100", "FractalNet", "dropout", 35.34, False, 38.6e6),
-    PaperRow("cifar100", "ResNet", "stochastic depth", 37.80, False, 1.7e6),
-    PaperRow("cifar100", "DIANet", "", 23.02, False),
-    PaperRow("cifar100", "SpinalNet", "", 35.01, False),
-    PaperRow("cifar100", "LP-BNN", "", 23.02, False),
-    PaperRow("cifar100", "ResNet-1001", "", 22.71, False, 17.8e6),
-    PaperRow("cifar100", "DenseNet", "k=12, depth=40", 27.55, False, 1.0e6, None, 227_448_576),
-    PaperRow("cifar100", "DenseNet", "k=12, depth=100", 23.79, False, 7.0e6),
-    PaperRow("cifar100", "DenseNet", "k=24, depth=100", 23.42, False, 27.2e6),
+    # Rows that the paper quotes. DenseNet's results, and others, are those without augmentation.
+    PaperRow("cifar100", "NIN", "dropout", 35.68, False, augmented=None, source=""),
+    PaperRow("cifar100", "FractalNet", "dropout", 35.34, False, 38.6e6, augmented=None, source=""),
+    PaperRow("cifar100", "ResNet", "stochastic depth", 37.80, False, 1.7e6, augmented=False, source=""),
+    PaperRow("cifar100", "DIANet", "", 23.02, False, augmented=None, source="paperswithcode.com: accuracy 76.98"),
+    PaperRow("cifar100", "SpinalNet", "", 35.01, False, augmented=None, source=""),
+    PaperRow("cifar100", "LP-BNN", "", 23.02, False, augmented=None, source=LP_BNN),
+    PaperRow("cifar100", "ResNet-1001", "", 22.71, False, 17.8e6, augmented=None, source=""),
+    PaperRow("cifar100", "DenseNet", "k=12, depth=40", 27.55, False, 1.0e6, None, 227_448_576, False, DENSENET),
+    PaperRow("cifar100", "DenseNet", "k=12, depth=100", 23.79, False, 7.0e6, augmented=False, source=DENSENET),
+    PaperRow("cifar100", "DenseNet", "k=24, depth=100", 23.42, False, 27.2e6, augmented=False, source=DENSENET),
     # Tiny ImageNet: one script trained all networks. The networks of the published code have 1000 outputs.
     PaperRow("tinyimagenet", "MobileNetV2", "lr 0.1", 43.76, True, None, 3_504_872, 300_774_272),
     PaperRow("tinyimagenet", "EfficientNet-B0", "lr 0.1", 42.91, True, None, 5_288_548, 385_814_752),
@@ -68,7 +81,7 @@ PAPER_ROWS = [
     PaperRow("tinyimagenet", "S3-Net B", "k=108, lr 0.1", 41.98, True, 10.6e6, 10_600_800, 11_996_583_632),
     # ImageNet: networks with few parameters.
     PaperRow("imagenet", "S3-Net", "k=96, depth=45", 25.2, True, 9.2e6, 9_405_560, 8_026_999_808),
-    PaperRow("imagenet", "DenseNet-121", "", 25.4, False, 7.98e6),
+    PaperRow("imagenet", "DenseNet-121", "", 25.4, False, 7.98e6, source=f"{DENSENET}: 25.0"),
     PaperRow("imagenet", "MobileNetV2", "", 25.3, False, 6.9e6),
     PaperRow("imagenet", "ShuffleNet", "", 26.3, False, 5.4e6),
     PaperRow("imagenet", "NASNet-B", "", 27.2, False),
@@ -82,4 +95,16 @@ PAPER_ROWS = [
     PaperRow("imagenet", "Proxyless-R", "", 25.4, False),
     PaperRow("imagenet", "RegNetX-600MF", "", 25.9, False),
     PaperRow("imagenet", "DeiT-Ti", "", 25.4, False),
+]
+
+# Results with crops and flips, as S3-Net is trained, of networks that the paper quotes without them.
+AUGMENTED_ROWS = [
+    PaperRow("cifar100", "ResNet", "stochastic depth", 24.58, False, 1.7e6, source="", printed=False),
+    PaperRow("cifar100", "FractalNet", "", 23.30, False, 38.6e6, source="wizwand.com: 23.3", printed=False),
+    PaperRow(
+        "cifar100", "DenseNet", "k=12, depth=40", 24.42, False, 1.0e6, None, 227_448_576, True, DENSENET, printed=False
+    ),
+    PaperRow("cifar100", "DenseNet", "k=12, depth=100", 20.20, False, 7.0e6, source=DENSENET, printed=False),
+    PaperRow("cifar100", "DenseNet", "k=24, depth=100", 19.25, False, 27.2e6, source=DENSENET, printed=False),
+    PaperRow("cifar100", "DenseNet-BC", "k=12, depth=100", 22.27, False, 0.8e6, source=DENSENET, printed=False),
 ]

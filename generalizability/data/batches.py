@@ -329,6 +329,7 @@ class DiskTrainingBatches(_DiskBatches):
         *args, **kwargs: as of `_DiskBatches`.
         flip, seed, rank, world_size: as of `TrainingBatches`.
         decode: one of `DECODERS`.
+        augment: whether the crops are random; else they are those of an evaluation.
     """
 
     def __init__(
@@ -342,11 +343,12 @@ class DiskTrainingBatches(_DiskBatches):
         rank: int = 0,
         world_size: int = 1,
         decode: str = "cpu",
+        augment: bool = True,
         **kwargs,
     ) -> None:
         crop = {"size": image_size, "flip": flip}
         kinds = {
-            "cpu": {"transform": partial(random_crop, **crop)},
+            "cpu": {"transform": partial(random_crop, **crop) if augment else partial(center_crop, size=image_size)},
             "draft": {"decoder": DraftDecoder(data.source, **crop)},
             "gpu": {"decoder": CropDrawer(data.source, **crop), "collate_fn": collate_encoded},
         }
@@ -426,7 +428,7 @@ def make_batches(config: RunConfig, data: Halves, ranks: Ranks, loader_workers: 
     options = {"mean": config.mean, "std": config.std, "image_size": config.image_size, "flip": config.flip}
     options |= {"seed": config.seed, "rank": ranks.rank, "world_size": ranks.world_size}
     if isinstance(train, DiskImages):
-        options |= {"workers": loader_workers, "decode": config.decode}
+        options |= {"workers": loader_workers, "decode": config.decode, "augment": config.augment}
         training = DiskTrainingBatches(train, config.batch_size, ranks.device, **options)
     else:
         training = TrainingBatches(train, config.batch_size, ranks.device, crop_padding=config.crop_padding, **options)

@@ -93,6 +93,8 @@ def resolve_config(flags: Flags, data: Halves, device: torch.device, start: dict
     recipe = asdict(recipe_for(dataset, flags.get("model")))
     recipe |= {name: start[name] for name in ("mean", "std") if name in start}
     recipe |= {name: flags[name] for name in recipe if name in flags}
+    if not flags.get("augment", True):
+        recipe |= {"flip": False, "crop_padding": 0.0}
     options = start.get("model_options", {}) if start.get("model") == recipe["model"] else {}
     options |= {name: flags[name] for name in NETWORK_FLAGS if name in flags}
     config = RunConfig(
@@ -112,6 +114,7 @@ def resolve_config(flags: Flags, data: Halves, device: torch.device, start: dict
         init=flags.get("init"),
         sync_bn=flags.get("sync_bn", False),
         decode=flags.get("decode", "cpu"),
+        augment=flags.get("augment", True),
     )
     check_sizes(config)
     return RunConfig(**json.loads(json.dumps(asdict(config))))  # tuples become lists, as in config.json
@@ -146,6 +149,8 @@ def check_device(config: RunConfig, flags: Flags, ranks: Ranks) -> None:
             f"--decode {config.decode} is for images on disk, --dataset imagenet: other data sets are decoded once, "
             "before the training"
         )
+    if config.decode != "cpu" and not config.augment:
+        raise InputError(f"--decode {config.decode} decodes random crops: leave out --no-augment, or --decode")
     if config.decode == "gpu" and (ranks.device.type != "cuda" or not hasattr(torchvision.io, "decode_jpeg")):
         raise InputError(
             "--decode gpu needs a CUDA GPU, and a torchvision with decode_jpeg: pass --decode draft, or leave it out"

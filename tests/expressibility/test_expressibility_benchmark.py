@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from kernels import TOPOLOGIES, closed_form_kernels
+from kernels import PAPER_TOPOLOGIES, closed_form_kernels
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT
 
@@ -54,7 +54,7 @@ def test_invalid_flags_are_an_input_error(benchmark, tmp_path, flags, text):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", PAPER_TOPOLOGIES)
 def test_the_notebooks_branches_have_the_same_kernel_as_the_chain(benchmark, topology):
     x = np.random.default_rng(0).normal(size=(6, 3))
     _, _, kernel_fn = benchmark.notebook_network(topology, 3)

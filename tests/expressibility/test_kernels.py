@@ -16,7 +16,7 @@ from scaling_fit import fitted_order
 
 RNG = np.random.default_rng(0)
 X1, X2 = RNG.normal(size=(9, 4)), RNG.normal(size=(5, 4)) * 3
-NETWORKS = [("residual", False), ("proposed", False), ("proposed", True)]
+NETWORKS = [("residual", False), ("proposed", False), ("proposed", True), ("chain", False)]
 
 
 def relative_difference(a, b):
@@ -46,6 +46,10 @@ def variances(x, topology, depth, h0_shortcut=False):
     if topology == "residual":
         for _ in range(depth):
             v = v + after_relu(v)
+        return after_relu(v)
+    if topology == "chain":
+        for _ in range(depth):
+            v = after_relu(v)
         return after_relu(v)
     total = v if h0_shortcut else 0 * v
     for _ in range(depth):
@@ -160,7 +164,7 @@ def test_finite_networks_approach_the_kernel_as_one_over_sqrt_width(topology):
     ("arguments", "text"),
     [
         ((X1, X2, "residual", 0), "depth is 0: it must be at least 1"),
-        ((X1, X2, "dense", 1), "topology is 'dense': choose one of residual, proposed"),
+        ((X1, X2, "dense", 1), "topology is 'dense': choose one of residual, proposed, chain"),
         ((X1, X2[:, :3], "residual", 1), "x1 has 4 features and x2 has 3"),
         ((X1[0], X2, "residual", 1), r"x1 has shape \(4,\)"),
         ((X1[:0], X2, "residual", 1), r"x1 has shape \(0, 4\)"),
@@ -171,7 +175,27 @@ def test_the_error_names_the_invalid_argument(arguments, text):
         closed_form_kernels(*arguments)
 
 
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_w_std_is_that_of_the_network(topology):
+    kernel = closed_form_kernels(X1, X2, topology, 3, w_std=1.1)[3]
+    _, _, kernel_fn = stax_network(topology, 3, w_std=1.1)
+    expected = kernel_fn(X1, X2, ("nngp", "ntk"))
+    assert relative_difference(kernel.nngp, expected.nngp) < 1e-10
+    assert relative_difference(kernel.ntk, expected.ntk) < 1e-6
+    with_jax = closed_form_kernels(X1, X2, topology, 3, w_std=1.1, backend="jax")[3]
+    np.testing.assert_allclose(with_jax.ntk, kernel.ntk, rtol=1e-12)
+    assert relative_difference(kernel.ntk, closed_form_kernels(X1, X2, topology, 3)[3].ntk) > 0.1
+
+
+def test_the_chain_and_the_proposed_topology_of_depth_1_are_the_same_network():
+    chain, proposed = (closed_form_kernels(X1, X2, topology, 2) for topology in ("chain", "proposed"))
+    np.testing.assert_array_equal(chain[1].ntk, proposed[1].ntk)
+    assert relative_difference(chain[2].ntk, proposed[2].ntk) > 0.05
+
+
 def test_invalid_depth_width_and_triangle_are_errors():
+    with pytest.raises(ValueError, match="w_std is 0: it must be above 0"):
+        closed_form_kernels(X1, X2, "chain", 1, w_std=0.0)
     with pytest.raises(ValueError, match="depth is 0"):
         stax_network("proposed", 0)
     with pytest.raises(ValueError, match="width is 0"):

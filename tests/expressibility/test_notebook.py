@@ -35,6 +35,7 @@ def check_outputs(notebook):
     assert float(re.search(r"disagreement of the two ways: (\S+)", text)[1]) < 1e-6
     assert "K = 4, residual: 0.78061 here, 0.78054 there" in text
     assert "K = 5, proposed: 0.74947 here, 0.74940 there" in text
+    assert "The chain's error is smaller than both by" in text
     assert re.search(r"is ahead on \d+ of 30 splits", text)
     assert number_of_pictures(notebook) == 5
 

@@ -16,7 +16,7 @@ from baseline_regressors import BASELINES
 from kernel_regression import mean_squared_error
 from s3net_common.errors import InputError
 
-SMALL = ["--splits", "2", "--depths", "1", "2", "--diag-regs", "0.1", "0.01"]
+SMALL = ["--splits", "2", "--depths", "1", "2", "--diag-regs", "0.1", "0.01", "--w-stds", "1.5"]
 
 
 @pytest.fixture
@@ -41,33 +41,34 @@ def test_the_script_studies_a_csv_file(run_script, houses, tmp_path):
     predictors = [row["predictor"] for row in results["baselines"]]
     assert predictors[:3] == ["mean", "ridge", "gaussian process"]
     assert "proposed NTK, as in Figure 3" in predictors
-    assert "houses, raw: proposed surely better in" in process.stdout
+    assert "houses, raw, W_std 1.5: of 4 settings proposed surely better in" in process.stdout
     names = sorted(path.name for path in (tmp_path / "o").iterdir())
-    assert names == ["baselines.png", "sensitivity.json", "sensitivity.png"]
+    assert names == ["baselines.png", "sensitivity.json", "sensitivity.png", "sensitivity_chain.png"]
 
 
 def test_a_cell_contains_the_mean_errors_of_the_splits(tmp_path):
-    args = ntk_sensitivity.Args(out=tmp_path, splits=2, depths=(2,), diag_regs=(0.1,))
+    args = ntk_sensitivity.Args(out=tmp_path, splits=2, depths=(2,), diag_regs=(0.1,), w_stds=(2.0, 1.0))
     tables, settings = ntk_sensitivity.check_args(args)
     records = list(ntk_sensitivity.evaluate_splits(tables, settings, tmp_path / "partial"))
     assert [(record["dataset"], record["scaling"], record["seed"]) for record in records[:3]] == [
         ("boston", "raw", 0), ("boston", "raw", 1), ("boston", "standardised", 0),
     ]  # fmt: skip
     assert len(records) == 8
-    cell = ntk_sensitivity.compare_topologies(records, settings)[1]
+    cell = ntk_sensitivity.compare_topologies(records, settings)[3]
     splits = [tabular.split(tabular.boston(), seed).standardised() for seed in (0, 1)]
-    errors = [ntk_sensitivity.evaluate(split, [2], [0.1]) for split in splits]
-    assert (cell["dataset"], cell["scaling"], cell["K"]) == ("boston", "standardised", 4)
-    assert cell["proposed_mse"] == pytest.approx(np.mean([error["proposed"][0][0] for error in errors]))
-    difference = np.mean([error["residual"][0][0] - error["proposed"][0][0] for error in errors])
-    assert cell["difference"] == pytest.approx(difference)
+    errors = [ntk_sensitivity.evaluate(split, [2], [0.1], [2.0]) for split in splits]
+    assert (cell["dataset"], cell["scaling"], cell["w_std"], cell["K"]) == ("boston", "standardised", 2.0, 4)
+    means = {topology: np.mean([error[topology][0][0][0] for error in errors]) for topology in errors[0]}
+    assert cell["proposed_mse"] == pytest.approx(means["proposed"])
+    assert cell["difference"] == pytest.approx(means["residual"] - means["proposed"])
+    assert cell["chain"]["difference"] == pytest.approx(means["chain"] - means["proposed"])
 
 
 def test_the_papers_split_gives_the_errors_of_figure_3():
     data = tabular.split(tabular.boston(), tabular.PAPER_SEED)
     errors = ntk_sensitivity.evaluate(data, [2], [0.1])
-    assert errors["residual"][0][0] / 51 == pytest.approx(0.78061, abs=6e-6)
-    assert errors["proposed"][0][0] / 51 == pytest.approx(0.76731, abs=6e-6)
+    for topology, score in (("residual", 0.78061), ("proposed", 0.76731), ("chain", 0.75534)):
+        assert errors[topology][0][0][0] / 51 == pytest.approx(score, abs=6e-6)
 
 
 def test_for_independent_splits_the_interval_is_that_of_the_paired_t_test():
@@ -77,6 +78,7 @@ def test_for_independent_splits_the_interval_is_that_of_the_paired_t_test():
     comparison = ntk_sensitivity.paired_difference(first, second, test_share=0.0)
     interval = stats.ttest_rel(first, second).confidence_interval(0.95)
     assert comparison["ci95"] == pytest.approx([interval.low, interval.high])
+    assert comparison["p_value"] == pytest.approx(stats.ttest_rel(first, second).pvalue)
     assert comparison["difference"] == pytest.approx(np.mean(first - second))
     assert comparison["win_rate"] == np.mean(second < first)
     assert comparison["percent"] == pytest.approx(100 * comparison["difference"] / first.mean())
@@ -90,22 +92,42 @@ def test_overlapping_splits_widen_the_interval():
     assert overlapping / independent == pytest.approx(np.sqrt((1 / 100 + 1 / 9) / (1 / 100)))
 
 
-def test_a_topology_is_surely_better_if_the_interval_excludes_0():
-    def cell(low, high, win_rate):
-        mean = (low + high) / 2
-        settings = {"dataset": "d", "scaling": "raw"}
-        return {**settings, "difference": mean, "percent": mean, "ci95": [low, high], "win_rate": win_rate}
+def make_cell(low, high, win_rate, holm_p_value, **settings):
+    mean = (low + high) / 2
+    comparison = {"difference": mean, "percent": mean, "ci95": [low, high], "win_rate": win_rate}
+    comparison |= {"p_value": holm_p_value / 3, "holm_p_value": holm_p_value}
+    return {"dataset": "d", "scaling": "raw", "w_std": 1.5, "K": 4, "diag_reg": 0.1, **settings, **comparison}
 
-    [verdict] = ntk_sensitivity.summarise([cell(1, 3, 0.9), cell(-1, 3, 0.6), cell(-5, -1, 0.1)])
+
+def test_a_topology_is_surely_better_if_the_interval_excludes_0():
+    cells = [make_cell(1, 3, 0.9, 0.04), make_cell(-1, 3, 0.6, 0.3), make_cell(-5, -1, 0.1, 0.06)]
+    for cell in cells:
+        cell["chain"] = make_cell(-4, -2, 0.0, 0.01)
+    [verdict] = ntk_sensitivity.summarise(cells)
     assert verdict["settings"] == 3
     assert verdict["proposed_better"] == 2
     assert verdict["proposed_surely_better"] == verdict["residual_surely_better"] == 1
+    assert (verdict["proposed_better_after_holm"], verdict["residual_better_after_holm"]) == (1, 0)
+    assert (verdict["chain"]["chain_better_after_holm"], verdict["chain"]["proposed_better_after_holm"]) == (3, 0)
     assert verdict["percent_range"] == [-3, 2]
     assert verdict["win_rate_range"] == [0.1, 0.9]
 
 
+def test_holm_multiplies_the_smallest_p_value_by_their_number_and_is_monotone():
+    adjusted = ntk_sensitivity.holm([0.04, 0.01, 0.5, 0.012])
+    assert adjusted.tolist() == pytest.approx([0.08, 0.04, 0.5, 0.04])  # 0.012 * 3 is below its predecessor's 0.04
+    assert ntk_sensitivity.holm([0.6, 0.7]).tolist() == [1.0, 1.0]
+
+
+def test_a_smaller_grid_corrects_for_fewer_comparisons():
+    cells = [make_cell(1, 3, 0.9, 0.06), make_cell(1, 3, 0.9, 0.06, w_std=1.0), make_cell(1, 3, 0.9, 3, w_std=1.0)]
+    counts = {row["grid"]: row for row in ntk_sensitivity.count_by_grid(cells)}
+    assert counts["all settings"]["proposed_better_after_holm"] == 0
+    assert counts["W_std 1.5"]["proposed_better_after_holm"] == counts["W_std 1.5"]["settings"] == 1
+
+
 def test_a_killed_run_continues_with_its_records(houses, tmp_path):
-    flags = ["--csv", str(houses), "--target", "price", "--depths", "1", "--diag-regs", "0.1"]
+    flags = ["--csv", str(houses), "--target", "price", "--depths", "1", "--diag-regs", "0.1", "--w-stds", "1"]
 
     def command(out):
         return [ntk_sensitivity.__file__, *flags, "--splits", 40, "--out", tmp_path / out]
@@ -118,7 +140,7 @@ def test_a_killed_run_continues_with_its_records(houses, tmp_path):
         os.kill(process.pid, signal.SIGKILL)
     settings, first, *others = partial.read_text().splitlines()
     marked = json.loads(first)
-    marked["residual"][0][0] += 1e6  # visible in the result only if the record is used
+    marked["residual"][0][0][0] += 1e6  # visible in the result only if the record is used
     incomplete = '{"dataset": "houses", "sca'  # the last line of a process that was killed while writing
     partial.write_text("\n".join([settings, json.dumps(marked), *others, incomplete]))
     run_python(*command("killed"), check=True)
@@ -128,6 +150,8 @@ def test_a_killed_run_continues_with_its_records(houses, tmp_path):
     )
     assert resumed[0]["residual_mse"] == pytest.approx(complete[0]["residual_mse"] + 1e6 / 40)
     assert resumed[0]["proposed_mse"] == pytest.approx(complete[0]["proposed_mse"])
+    for cell in (resumed[1], complete[1]):
+        cell.pop("holm_p_value")  # it also depends on the first cell
     assert resumed[1] == complete[1]
     assert not partial.exists()
 
@@ -136,7 +160,9 @@ def test_records_of_other_settings_are_not_used_and_not_replaced_unasked(houses,
     partial = tmp_path / "partial.jsonl"
     partial.write_text("another file")
     for splits in (2, 3):
-        args = ntk_sensitivity.Args(csv=houses, target="price", splits=splits, depths=(1,), diag_regs=(0.1,))
+        args = ntk_sensitivity.Args(
+            csv=houses, target="price", splits=splits, depths=(1,), diag_regs=(0.1,), w_stds=(1,)
+        )
         study, before = ntk_sensitivity.check_args(args), partial.read_text()
         with pytest.raises(InputError, match="belongs to an interrupted study with other flags"):
             list(ntk_sensitivity.evaluate_splits(*study, partial))
@@ -165,6 +191,8 @@ def test_the_baselines_predict_a_linear_target():
         ({"depths": ()}, "--depths is empty"),
         ({"diag_regs": (0.0,)}, "--diag-regs must be"),
         ({"diag_regs": (float("nan"),)}, "--diag-regs must be"),
+        ({"w_stds": (1.0, 0.0)}, "--w-stds must be one or more numbers above 0"),
+        ({"w_stds": ()}, "--w-stds must be"),
         ({"target": "price"}, "--csv and --target must be given together"),
         ({"csv": Path("absent.csv"), "target": "price"}, "cannot read absent.csv"),
     ],

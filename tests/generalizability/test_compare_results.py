@@ -12,7 +12,7 @@ from processes import run_python
 import compare_results
 from compare_results import Args
 from comparison import error_scatter
-from comparison.paper_tables import PAPER_ROWS
+from comparison.paper_tables import AUGMENTED_ROWS, PAPER_ROWS
 from s3net_common.errors import InputError
 from s3net_networks.size import network_size
 
@@ -83,7 +83,7 @@ def test_seeds_are_aggregated_with_mean_and_deviation(tmp_path, capsys):
 
 def test_the_papers_rows_of_the_data_set_are_added_in_order_of_error(tmp_path):
     _, rows, markdown = compare(tmp_path, write_run(tmp_path / "run", (25.0,)))
-    assert len(rows) == 16 and {row["dataset"] for row in rows} == {"cifar100"}
+    assert len(rows) == 16 + len(AUGMENTED_ROWS) and {row["dataset"] for row in rows} == {"cifar100"}
     errors = [float(row["last_error"]) for row in rows]
     assert errors == sorted(errors) and 25.0 in errors
     sources = [row["source"] for row in rows]
@@ -153,8 +153,9 @@ def test_results_of_validate_10crop_are_compared_with_the_papers(tmp_path):
         ("k=96, centre crop", "26.0"),
     ]
     assert (rows[0]["interval_low"], rows[0]["interval_high"], rows[0]["last_top5_error"]) == ("24.5", "25.5", "8.0")
-    assert "| 25.00 (24.50 to 25.50) [3] |" in markdown
-    assert "[3] With the 95% interval over the images (Wilson score)." in markdown
+    assert "| 25.00 (24.50 to 25.50) [4] |" in markdown
+    assert "[3] Looked up: DenseNet-121, README of github.com/liuzhuang13/DenseNet: 25.0." in markdown
+    assert "[4] With the 95% interval over the images (Wilson score)." in markdown
     assert len(all_rows) == 2 + sum(row.dataset == "imagenet" for row in PAPER_ROWS)
 
 
@@ -179,7 +180,7 @@ def crop_results():
 def test_the_json_file_contains_all_rows(tmp_path):
     compare(tmp_path, write_run(tmp_path / "run"))
     rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
-    assert len(rows) == 16
+    assert len(rows) == 1 + 15 + len(AUGMENTED_ROWS)
     (ours,) = [row for row in rows if row["source"] == "measured here"]
     assert (ours["seeds"], ours["last_error"], ours["best_error"]) == ([0], 31.0, 30.0)
 
@@ -198,6 +199,7 @@ def test_the_papers_tables_are_complete():
     }
     sums = {name: round(sum(row.error for row in rows), 2) for name, rows in by_dataset.items()}
     assert sums == {"cifar100": 413.82, "tinyimagenet": 466.52, "imagenet": 390.1}
+    assert all(row.printed for row in PAPER_ROWS) and not any(row.printed for row in AUGMENTED_ROWS)
     assert [row.setting for row in PAPER_ROWS if row.prints_fewer] == [
         "k=12, depth=40",
         "k=24, depth=40",
@@ -229,6 +231,23 @@ def test_parameters_and_multiply_adds_equal_those_of_the_networks(model, options
     assert size_of_network == {"parameters": row.code_parameters, "multiply_adds": row.multiply_adds}
 
 
+def test_rows_without_augmentation_are_marked(tmp_path):
+    """DenseNet's errors, in the README of its code: (depth, growth rate, without and with crops and flips)."""
+    source = {"k=12, depth=40": (27.55, 24.42), "k=12, depth=100": (23.79, 20.20), "k=24, depth=100": (23.42, 19.25)}
+    for setting, errors in source.items():
+        rows = [row for row in PAPER_ROWS + AUGMENTED_ROWS if (row.network, row.setting) == ("DenseNet", setting)]
+        assert [(row.error, row.augmented) for row in rows] == list(zip(errors, (False, True), strict=True))
+    write_run(tmp_path / "plain", augment=False)
+    _, rows, markdown = compare(tmp_path, tmp_path / "plain")
+    (notes,) = [line for line in markdown.splitlines() if "Trained without augmentation" in line]
+    mark = notes.split(" ")[0]
+    marked = [line for line in markdown.splitlines() if line.startswith("|") and mark in line]
+    networks = [line.split("|")[1].strip() for line in marked]
+    assert sorted(networks) == ["DenseNet"] * 3 + ["ResNet", "s3net_cifar"]
+    assert "quoted (not in the paper)" in markdown and "accuracy 76.85 with cutout" in markdown
+    assert sum(row["source"] == "quoted (not in the paper)" for row in rows) == 6
+
+
 # -- The figure --
 
 
@@ -242,7 +261,7 @@ def test_labels_overlap_neither_each_other_nor_the_frame(tmp_path, monkeypatch):
         error_scatter, "_place_labels", lambda axes, points: (place_labels(axes, points), panels.append(axes))
     )
     compare_results.main(Args(tuple(runs), tmp_path / "out"))
-    assert len(panels) == 2 and len(panels[0].texts) == 15  # 11 of the paper's rows have parameters
+    assert len(panels) == 2 and len(panels[0].texts) == 21  # 11 of the paper's rows have parameters
     for axes in panels:
         assert isinstance(axes, matplotlib.axes.Axes) and axes.get_xscale() == "log"
         boxes = [text.get_window_extent() for text in axes.texts]
@@ -250,7 +269,7 @@ def test_labels_overlap_neither_each_other_nor_the_frame(tmp_path, monkeypatch):
         frame = axes.get_window_extent()
         assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1 for b in boxes)
     filled = {line.get_marker(): len(line.get_xdata()) for line in panels[0].lines if line.get_marker() != "None"}
-    assert filled == {"o": 4, "D": 11}  # measured here, quoted
+    assert filled == {"o": 4, "D": 11, "x": 4, "^": 2}  # measured, quoted, without augmentation, unknown
 
 
 # -- Bad input: one line, exit code 2 --

@@ -10,7 +10,7 @@ import sklearn.datasets
 import torch
 from PIL import Image
 
-from data.batches import DiskTrainingBatches
+from data.batches import DiskEvaluationBatches, DiskTrainingBatches
 from data.datasets import load_dataset
 from data.decoding import (
     Crop,
@@ -22,9 +22,10 @@ from data.decoding import (
     random_crop,
     reduced_random_crop,
 )
+from data.image_sets import ImageSet
 from distributed import Ranks
 from s3net_common.errors import InputError, LocalError
-from training.config import check_device, check_flags
+from training.config import check_device, check_flags, resolve_config
 
 CPU = torch.device("cpu")
 PHOTOGRAPH = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"  # 640 x 427
@@ -188,6 +189,28 @@ def test_a_jpeg_that_only_the_device_finds_damaged(tree, tmp_path, skip):
 )
 def test_where_a_decoder_cannot_be_used(settings, message):
     with pytest.raises(InputError, match=f"^{message}"):
-        check_device(SimpleNamespace(sync_bn=False, **settings), {}, Ranks(0, 1, CPU))
+        check_device(SimpleNamespace(sync_bn=False, augment=True, **settings), {}, Ranks(0, 1, CPU))
     with pytest.raises(InputError, match="there is no decoder 'drafts': did you mean draft"):
         check_flags({"decode": "drafts"})
+
+
+def test_without_augmentation_the_crops_are_those_of_an_evaluation(tree):
+    train, _ = load_dataset("imagenet", tree)
+    options = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3, "image_size": 32}
+    plain = DiskTrainingBatches(train, 12, CPU, workers=0, flip=False, seed=4, augment=False, **options)
+    (images, labels, _, _) = next(plain.epoch(0))
+    (expected, in_order) = next(DiskEvaluationBatches(train, 12, CPU, workers=0, **options).part())
+    order = [int((images[i] - expected).abs().sum(dim=(1, 2, 3)).argmin()) for i in range(12)]
+    assert sorted(order) == list(range(12)) and torch.equal(images, expected[order])
+    assert torch.equal(labels, in_order[order])
+
+
+def test_the_recipe_without_augmentation():
+    halves = [ImageSet(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0]), ["a", "b"])] * 2
+    flags = {"dataset": "cifar100", "seed": 1}
+    configs = [resolve_config(flags | more, halves, CPU, {}) for more in ({}, {"augment": False})]
+    assert [(c.augment, c.flip, c.crop_padding) for c in configs] == [(True, True, 0.125), (False, False, 0.0)]
+    with pytest.raises(InputError, match=r"^--decode draft decodes random crops: leave out --no-augment, or --decode"):
+        check_device(
+            SimpleNamespace(sync_bn=False, augment=False, dataset="imagenet", decode="draft"), {}, Ranks(0, 1, CPU)
+        )

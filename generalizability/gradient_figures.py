@@ -1,0 +1,89 @@
+"""Draw the figures of `gradient_flow.py`."""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+STYLES = {  # colour and marker by kind of connection
+    "chain": ("#7f8c8d", "s"),
+    "sparse": ("#1f5fa8", "o"),
+    "dense": ("#27864a", "^"),
+    "residual": ("#c0392b", "D"),
+    "sparse, sum": ("#8e44ad", "v"),
+}
+TITLES = {
+    "BatchNorm": "with BatchNorm",
+    "none": "without BatchNorm",
+    "none, He initialisation": "without BatchNorm, He initialisation",
+}
+
+
+def draw_initial(results: dict[str, Any]) -> plt.Figure:
+    """Draw the gradient norm of each layer of the deepest block, and below it the decades against the depth."""
+    rows = results["initial"]
+    deepest = max(row["depth"] for row in rows)
+    figure, panels = plt.subplots(2, 3, figsize=(14.5, 8.2), layout="constrained")
+    for column, (normalisation, title) in enumerate(TITLES.items()):
+        profile, growth = panels[:, column]
+        for kind, (colour, marker) in STYLES.items():
+            selected = [row for row in rows if (row["kind"], row["normalisation"]) == (kind, normalisation)]
+            depths = [row["depth"] for row in selected]
+            decades = np.array([[row["outputs"]["mean"], *row["outputs"]["ci95"]] for row in selected])
+            layers = np.arange(1, deepest + 1)
+            profile.plot(layers, selected[-1]["outputs_by_layer"], color=colour, lw=2.2, label=kind)
+            growth.plot(depths, decades[:, 0], color=colour, marker=marker, label=kind)
+            growth.fill_between(depths, decades[:, 1], decades[:, 2], color=colour, alpha=0.25, lw=0)
+        profile.set(title=f"{deepest} layers, {title}", xlabel="layer", xlim=(1, deepest))
+        growth.set(xscale="log", xlabel="depth, number of layers", xticks=depths)
+        growth.set_xticklabels(depths)
+        growth.minorticks_off()
+        for axes in (profile, growth):
+            axes.axhline(0, color="0.4", lw=0.8, ls=":")
+            axes.grid(alpha=0.25)
+    panels[0, 0].set_ylabel(
+        "gradient of the loss by the layer's output:\nlog10 of its norm, relative to the last layer"
+    )
+    panels[1, 0].set_ylabel("decades between the first and the last layer\n(above 0: exploding, below 0: vanishing)")
+    panels[0, 0].legend(frameon=False)
+    figure.suptitle(
+        f"Gradients along a block with random weights. Means of {results['seeds']} networks; "
+        "bands: 95% intervals of the mean.",
+        fontsize=11,
+    )
+    return figure
+
+
+def draw_training(results: dict[str, Any]) -> plt.Figure:
+    """Draw the test error and the decades after training against the depth, and the losses of one depth."""
+    rows = results["training"]
+    shown = min({row["depth"] for row in rows}, key=lambda depth: abs(depth - 100))
+    figure, (errors, losses, decades) = plt.subplots(1, 3, figsize=(14.5, 4.3), layout="constrained")
+    ends = sorted({row["depth"] for row in rows})
+    for kind, (colour, marker) in STYLES.items():
+        selected = [row for row in rows if row["kind"] == kind]
+        depths = [row["depth"] for row in selected]
+        errors.plot(depths, [row["test_error"]["mean"] for row in selected], color=colour, marker=marker, label=kind)
+        for row in selected:
+            runs = row["test_errors"][f"{row['best_peak']:g}"]
+            errors.plot([row["depth"]] * len(runs), runs, ls="", marker="_", color=colour, alpha=0.8)
+            if row["depth"] == shown and row["losses"]:
+                losses.plot(row["losses"], color=colour, label=kind)
+        for row in selected:
+            if row["depth"] == shown:
+                steps = [int(step) for step in row["decades"]["outputs"]]
+                means = [point["mean"] for point in row["decades"]["outputs"].values()]
+                decades.plot(steps, means, color=colour, marker=marker, label=kind)
+    errors.axhline(90, color="0.4", ls=":", lw=1)
+    errors.text(ends[0], 90.5, "chance", fontsize=9, color="0.35")
+    errors.set(xscale="log", xticks=ends, xlabel="depth, number of layers", ylabel="test error, %", ylim=(0, 100))
+    errors.set_xticklabels(ends)
+    errors.minorticks_off()
+    errors.set_title(f"After {results['steps']} steps, best of {len(results['peaks'])} peaks (dashes: single runs)")
+    losses.set(xlabel="step", ylabel="training loss, mean of the runs", title=f"{shown} layers: training loss")
+    decades.axhline(0, color="0.4", lw=0.8, ls=":")
+    decades.set(xlabel="step", ylabel="decades between first and last layer", title=f"{shown} layers: gradients")
+    errors.legend(frameon=False)
+    for axes in (errors, losses, decades):
+        axes.grid(alpha=0.25)
+    return figure
