@@ -177,6 +177,20 @@ def lock_exclusively(descriptor: int, wait_seconds: float = 0.0) -> bool:
             return True
 
 
+def supports_locks(descriptor: int) -> bool:
+    """Whether the file system can lock this open file or folder. NFS locks only what is open for writing.
+
+    If no other process holds the lock, this process holds it afterwards.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 # ---- Where results come from --------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from recipes import RunConfig
 from s3net_common.checkpoints import RUN_CONFIG, RUN_WEIGHTS, save_weights
 from s3net_common.errors import InputError, LocalError
-from s3net_common.output_files import json_line, lock_exclusively, make_folder, relative, write_atomically, write_json
+from s3net_common.output_files import (
+    json_line,
+    lock_exclusively,
+    make_folder,
+    relative,
+    supports_locks,
+    write_atomically,
+    write_json,
+)
 from s3net_common.process_group import place
 from s3net_common.weight_files import read_pickle
 from training.config import config_from_json
@@ -31,6 +39,7 @@ CHECKPOINT_FORMAT = 1
 RUN_FILES = ("last.pt", "best.safetensors", "metrics.jsonl", "curves.png", "summary.json", "config.json")
 STOPPED, FAILED = "stopped", "failed.json"  # how the last process ended, for batch scripts and restarts by torchrun
 ENVIRONMENT = "environment"  # in config.json: flags that are no part of the recipe
+LOCK_FILE = ".lock"
 LOCK_SECONDS = 10.0  # DataLoader workers of a killed run hold its lock until they notice, up to 5 s later
 
 
@@ -98,12 +107,19 @@ class Run:
     def hold(self) -> None:
         """Lock the folder for exclusive writing until `release` or the end of this process.
 
+        On NFS, which locks files but no folders, the file `.lock` in it is locked. A line says if there are no locks.
+
         Raises:
             RunInUseError: another process trains into it.
         """
         if os.name != "posix":  # Windows cannot open a folder
             return
         self._lock = os.open(self.folder, os.O_RDONLY)
+        if not supports_locks(self._lock):
+            os.close(self._lock)
+            self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            if not supports_locks(self._lock):
+                print(f"the file system of {relative(self.folder)} has no locks: start no second run in this folder")
         if not lock_exclusively(self._lock, LOCK_SECONDS):
             self.release()
             raise RunInUseError(
