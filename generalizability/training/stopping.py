@@ -1,5 +1,6 @@
 """When a run looks for a request to stop: about every two seconds, at the same step on all ranks."""
 
+import errno
 import os
 import signal
 import time
@@ -7,6 +8,11 @@ import time
 import torch.distributed as dist
 
 from distributed import Ranks
+
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None
 
 SECONDS = 2.0  # between two looks
 
@@ -31,12 +37,25 @@ class StopSignal:
             raise KeyboardInterrupt
         if self.number is None:
             self.number, self.received = number, time.monotonic()
+        _silence_closed_terminal()
 
     def __call__(self) -> bool:
         """Whether a signal arrived, or the parent process has ended."""
         if self.number is None and os.getppid() != self.parent:
             self.number = signal.SIGTERM
         return self.number is not None
+
+
+def _silence_closed_terminal() -> None:
+    """Send the output nowhere if it is a terminal that was closed: printing would be an error."""
+    if termios is None:
+        return
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:  # and ENOTTY for a file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 class Stopped(Exception):

@@ -144,4 +144,9 @@ def disturb(place, what, marker):
     elif place == "evaluation":
         EvaluationBatches.part = before_items(EvaluationBatches.part, 1)
     else:
-        run_folder.torch.save = before(run_folder.torch.save, 1)
+        write_file = run_folder.Run._write
+
+        def write_checkpoint(self, name, write):
+            write_file(self, name, before(write, 1) if name == "last.pt" else write)
+
+        run_folder.Run._write = write_checkpoint

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pty
 import signal
 
 import pytest
@@ -73,6 +74,21 @@ def test_nohup_keeps_ignoring_sighup():
     stop = StopSignal()
     os.kill(os.getpid(), signal.SIGHUP)
     assert not stop() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_closed_terminal_is_no_error(tmp_path):
+    process, terminal = pty.fork()
+    if not process:  # the terminal is its standard output; closing it sends SIGHUP
+        stop = StopSignal()
+        (tmp_path / "ready").touch()
+        while not stop():
+            signal.pause()
+        os.write(1, b"stopped")
+        os._exit(128 + stop.number)
+    while not (tmp_path / "ready").exists():
+        pass
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGHUP
 
 
 def test_an_orphan_stops(monkeypatch):
