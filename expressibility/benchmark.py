@@ -30,6 +30,7 @@ from kernels import B_STD, PAPER_TOPOLOGIES, W_STD, Topology, kernel_row_blocks
 from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths, compare
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
+from s3net_common.log_ticks import plain_ticks
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 from scaling_fit import fitted_order
 
@@ -204,6 +205,7 @@ def draw(results: dict[str, Any]) -> plt.Figure:
         )
         axes.set_xticks(scaling["points"], [str(n) for n in scaling["points"]], minor=False)
         axes.minorticks_off()
+        plain_ticks(axes.yaxis)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
     return figure

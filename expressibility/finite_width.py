@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kernels import TOPOLOGIES, Topology, closed_form_kernels, empirical_ntk, stax_network
+from s3net_common.log_ticks import plain_ticks
 from s3net_common.output_files import run_record, save_figure, write_json
 from scaling_fit import fitted_order
 
@@ -79,6 +80,7 @@ def draw(results: dict[str, Any]) -> plt.Figure:
     axes.plot(widths, start * np.sqrt(widths[0] / widths), ":", color="0.4", label="1 / sqrt(width)")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    plain_ticks(axes.yaxis)
     axes.set_xticks(widths, [f"{int(width)}" for width in widths])
     axes.set(
         xlabel="width of every hidden layer",

@@ -306,9 +306,12 @@ def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     verdicts = []
     for values in dict.fromkeys(tuple(cell[key] for key in keys) for cell in cells):
         selected = [cell for cell in cells if tuple(cell[key] for key in keys) == values]
-        verdicts.append(
-            dict(zip(keys, values, strict=True)) | count(selected, "residual") | {"chain": count(selected, "chain")}
-        )
+        dataset, scaling, w_std = values
+        verdict = {
+            "name": f"{dataset.capitalize()}, {scaling}, W_std {w_std:g}",
+            **dict(zip(keys, values, strict=True)),
+        }
+        verdicts.append(verdict | count(selected, "residual") | {"chain": count(selected, "chain")})
     return verdicts
 
 
@@ -327,9 +330,12 @@ def count_by_grid(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     counts = []
     for name, selected in grids.items():
         if selected:
-            adjusted = holm([cell["p_value"] for cell in selected])
-            selected = [cell | {"holm_p_value": p} for cell, p in zip(selected, adjusted, strict=True)]
-            counts.append({"grid": name, **count(selected, "residual")})
+            corrected = []
+            adjusted = (holm([cell["p_value"] for cell in part]) for part in (selected, [c["chain"] for c in selected]))
+            for cell, p_value, p_value_chain in zip(selected, *adjusted, strict=True):
+                chain = cell["chain"] | {"holm_p_value": p_value_chain}
+                corrected.append(cell | {"holm_p_value": p_value, "chain": chain})
+            counts.append({"grid": name, **count(corrected, "residual"), "chain": count(corrected, "chain")})
     return counts
 
 

@@ -82,7 +82,7 @@ def load_csv(path: Path, target: str) -> Table:
 
     The columns are separated by commas, semicolons or tabs. If they are not separated by commas, numbers may have
     decimal commas. Empty lines, and empty columns without a name, are ignored. Columns without a name at the left, with
-    row numbers or row names, are left out, and a line on stderr says so.
+    row numbers or row names, are left out, and a line on stderr says so; R leaves out even their place in the header.
 
     Args:
         path: the file, in UTF-8, or in UTF-16 with a byte-order mark.
@@ -101,6 +101,8 @@ def load_csv(path: Path, target: str) -> Table:
     if not lines:
         raise InputError(f"{path} is empty: it needs a line of column names and at least {MIN_ROWS} rows")
     (_, names), rows = lines[0], lines[1:]
+    if all(len(cells) == len(names) + 1 for _, cells in rows) and any(cells[-1] for _, cells in rows):
+        names = ["", *names]  # R writes row names without a column name
     _check_target(path, [name for name in names if name], target)
     rows = [(line, _fit(path, line, cells, names)) for line, cells in rows]
     used = _used_columns(path, names, rows, target)

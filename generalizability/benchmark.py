@@ -243,8 +243,8 @@ def benchmark_training(args: Args) -> dict:
                 if key != "first_step_seconds"
             }
             ratios[contender]["images_per_second_by_round"] = [
-                ours["images_per_second"] / theirs["images_per_second"]
-                for ours, theirs in zip(runs[contender], runs[published], strict=True)
+                run["images_per_second"] / published_run["images_per_second"]
+                for run, published_run in zip(runs[contender], runs[published], strict=True)
             ]
     return {"medians": medians, "ratios_to_published": ratios, "runs": runs}
 

@@ -300,8 +300,9 @@ def scatter_points(rows: list[Row]) -> list[Point]:
     """Return the points of the rows that have an error. Parameters are those of the code, if known."""
     return [
         Point(
-            label=" ".join([row.network, row.setting.replace(", ", " ").replace("depth=", "d=")]).strip()
-            + ("" if row.finished else f" (epoch {row.epochs_done} of {row.epochs})"),
+            label=" ".join(
+                filter(None, [row.network, row.setting.replace(", ", " ").replace("depth=", "d="), _epochs(row)])
+            ),
             error=row.last_error,
             parameters=row.code_parameters or row.parameters,
             multiply_adds=row.multiply_adds,
@@ -310,6 +311,17 @@ def scatter_points(rows: list[Row]) -> list[Point]:
         for row in rows
         if row.last_error is not None
     ]
+
+
+def _epochs(row: Row) -> str:
+    """Return how long a network measured here was trained, which may be shorter than the quoted ones were."""
+    if row.source != MEASURED or row.epochs is None:
+        return ""
+    return (
+        f"({row.epochs} epoch{'s' if row.epochs > 1 else ''})"
+        if row.finished
+        else f"(epoch {row.epochs_done} of {row.epochs})"
+    )
 
 
 def kind_of(row: Row) -> str:

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import folder2lmdb
 from data.image_lmdb import ImageFolderLMDB
-from recipes import IMAGENET_MEAN, IMAGENET_STD
 from s3net_common.errors import InputError
+from s3net_common.framing import IMAGENET_MEAN, IMAGENET_STD
 from s3net_common.images import decode
 
 IMAGES, CLASSES, SIZE = 512, 8, (500, 375)  # the size of a typical ImageNet photograph

@@ -117,9 +117,9 @@ def device_name(device: torch.device) -> str:
 def _cuda_device(device: torch.device) -> torch.device:
     if not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA GPU here; pass --device cpu, or leave it out")
-    count, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if wanted > count:
-        raise InputError(f"{wanted} processes on this node and {count} GPUs: give torchrun --nproc_per_node={count}")
+    count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > count:
+        raise InputError(f"{processes} processes on this node and {count} GPUs: give torchrun --nproc_per_node={count}")
     index = device.index
     if index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         raise InputError(

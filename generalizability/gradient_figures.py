@@ -19,9 +19,10 @@ TITLES = {
 }
 
 
-def draw_initial(results: dict[str, Any]) -> plt.Figure:
+def draw_initial(results: dict[str, Any], curves: dict[str, Any]) -> plt.Figure:
     """Draw the gradient norm of each layer of the deepest block, and below it the decades against the depth."""
     rows = results["initial"]
+    by_layer = {(curve["kind"], curve["normalisation"]): curve["outputs"] for curve in curves["initial"]}
     deepest = max(row["depth"] for row in rows)
     figure, panels = plt.subplots(2, 3, figsize=(14.5, 8.2), layout="constrained")
     for column, (normalisation, title) in enumerate(TITLES.items()):
@@ -31,7 +32,7 @@ def draw_initial(results: dict[str, Any]) -> plt.Figure:
             depths = [row["depth"] for row in selected]
             decades = np.array([[row["outputs"]["mean"], *row["outputs"]["ci95"]] for row in selected])
             layers = np.arange(1, deepest + 1)
-            profile.plot(layers, selected[-1]["outputs_by_layer"], color=colour, lw=2.2, label=kind)
+            profile.plot(layers, by_layer[kind, normalisation], color=colour, lw=2.2, label=kind)
             growth.plot(depths, decades[:, 0], color=colour, marker=marker, label=kind)
             growth.fill_between(depths, decades[:, 1], decades[:, 2], color=colour, alpha=0.25, lw=0)
         profile.set(title=f"{deepest} layers, {title}", xlabel="layer", xlim=(1, deepest))
@@ -54,21 +55,24 @@ def draw_initial(results: dict[str, Any]) -> plt.Figure:
     return figure
 
 
-def draw_training(results: dict[str, Any]) -> plt.Figure:
+def draw_training(results: dict[str, Any], curves: dict[str, Any]) -> plt.Figure:
     """Draw the test error and the decades after training against the depth, and the losses of one depth."""
     rows = results["training"]
     shown = min({row["depth"] for row in rows}, key=lambda depth: abs(depth - 100))
     figure, (errors, losses, decades) = plt.subplots(1, 3, figsize=(14.5, 4.3), layout="constrained")
     ends = sorted({row["depth"] for row in rows})
-    for kind, (colour, marker) in STYLES.items():
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        colour, marker = STYLES[kind]
         selected = [row for row in rows if row["kind"] == kind]
         depths = [row["depth"] for row in selected]
         errors.plot(depths, [row["test_error"]["mean"] for row in selected], color=colour, marker=marker, label=kind)
         for row in selected:
             runs = row["test_errors"][f"{row['best_peak']:g}"]
             errors.plot([row["depth"]] * len(runs), runs, ls="", marker="_", color=colour, alpha=0.8)
-            if row["depth"] == shown and row["losses"]:
-                losses.plot(row["losses"], color=colour, label=kind)
+            best = {"kind": kind, "depth": shown, "peak": row["best_peak"]}
+            runs = [curve["losses"] for curve in curves["training"] if best.items() <= curve.items()]
+            if row["depth"] == shown and len({len(run) for run in runs}) == 1:
+                losses.plot(np.mean(runs, axis=0), color=colour, label=kind)
         for row in selected:
             if row["depth"] == shown:
                 steps = [int(step) for step in row["decades"]["outputs"]]

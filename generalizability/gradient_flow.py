@@ -14,7 +14,7 @@ their own size of 8x8.
               depth, the peak learning rate is the one with the smallest training loss over the last 10 steps.
 
 The results of each job are kept in --out/jobs. After an interruption, the same command runs only the missing jobs.
-Writes gradient_flow.json, gradient_flow.png and deep_training.png.
+Writes gradient_flow.json, curves.json (gradients by layer, losses by step), gradient_flow.png and deep_training.png.
 """
 
 import json
@@ -50,7 +50,7 @@ PARTS = ("initial", "training")
 SMALLEST_NORM = 1e-300  # smaller norms count as this, also that of a gradient of zeros
 LAST_STEPS = 10  # the training loss is averaged over these
 MAX_DEPTH = 1000
-PICTURES = ("gradient_flow.png", "deep_training.png")
+OTHER_FILES = ("curves.json", "gradient_flow.png", "deep_training.png")
 
 Job = dict[str, Any]
 
@@ -312,18 +312,32 @@ def mean_and_interval(values: list[float]) -> dict[str, Any]:
 
 
 def summarise_initial(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each kind, normalisation and depth: decades; at the largest depth the mean norms by layer."""
+    """Return the decades of each kind, normalisation and depth."""
     rows = []
-    largest = max(record["job"]["depth"] for record in records)
     for key, selected in grouped(records, "kind", "normalisation", "depth"):
-        row = dict(key)
+        row = {"name": f"{key['depth']} layers, {key['normalisation']}", **key}
         for name in ("outputs", "weights"):
-            norms = np.array([record[name] for record in selected])
-            row[name] = mean_and_interval((norms[:, 0] - norms[:, -1]).tolist())
-            if key["depth"] == largest:
-                row[f"{name}_by_layer"] = (norms - norms[:, -1:]).mean(axis=0).round(4).tolist()
+            row[name] = mean_and_interval([record[name][0] - record[name][-1] for record in selected])
         rows.append(row)
     return rows
+
+
+def mean_curves(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the mean log10 norms by layer at the largest depth, relative to the last layer."""
+    largest = max(record["job"]["depth"] for record in records)
+    curves = []
+    for key, selected in grouped(records, "kind", "normalisation", "depth"):
+        if key["depth"] == largest:
+            for name in ("outputs", "weights"):
+                norms = np.array([record[name] for record in selected])
+                key[name] = (norms - norms[:, -1:]).mean(axis=0).round(4).tolist()
+            curves.append(key)
+    return curves
+
+
+def loss_curves(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the losses of each run by step."""
+    return [{**record["job"], "losses": record["losses"], "failed_step": record["failed_step"]} for record in records]
 
 
 def summarise_training(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -341,6 +355,7 @@ def summarise_training(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         rows.append(
             {
+                "name": f"{key['depth']} layers",
                 **key,
                 "best_peak": best,
                 "seeds": len(runs[best]),
@@ -348,9 +363,6 @@ def summarise_training(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "test_errors": {f"{peak:g}": [run["test_error"] for run in runs[peak]] for peak in runs},
                 "last_losses": {f"{peak:g}": [_or_none(last_loss(run)) for run in runs[peak]] for peak in runs},
                 "decades": decades,
-                "losses": np.mean([run["losses"] for run in runs[best]], axis=0).round(4).tolist()
-                if all(run["failed_step"] is None for run in runs[best])
-                else None,
                 "cpu_seconds": round(sum(run["cpu_seconds"] for run in selected), 1),
             }
         )
@@ -400,24 +412,28 @@ def check_args(args: Args) -> None:
 def main(args: Args) -> None:
     """Run the missing jobs, and write the results and the pictures."""
     check_args(args)
-    out = claim_folder(args.out, "gradient_flow.json", *PICTURES, overwrite=args.overwrite)
+    out = claim_folder(args.out, "gradient_flow.json", *OTHER_FILES, overwrite=args.overwrite)
     keep_freed_memory()
     jobs = initial_jobs(args) * ("initial" in args.only) + training_jobs(args) * ("training" in args.only)
     records = run_jobs(out / "jobs", jobs, args.jobs)
+    curves: dict[str, Any] = {}
     results: dict[str, Any] = {"growth_rate": args.growth_rate, "batch_size": args.batch_size}
     results["cpu_seconds"] = round(sum(record["cpu_seconds"] for record in records), 1)
     initial = [record for record in records if record["job"]["part"] == "initial"]
     training = [record for record in records if record["job"]["part"] == "training"]
     if initial:
         results |= {"seeds": args.seeds, "initial": summarise_initial(initial)}
+        curves["initial"] = mean_curves(initial)
     if training:
         results |= {"training_seeds": args.training_seeds, "steps": args.steps, "peaks": sorted(set(args.peaks))}
         results["training"] = summarise_training(training)
+        curves["training"] = loss_curves(training)
     write_json(out / "gradient_flow.json", run_record() | results)
+    write_json(out / "curves.json", run_record() | curves)
     if initial:
-        save_figure(out / PICTURES[0], gradient_figures.draw_initial(results))
+        save_figure(out / "gradient_flow.png", gradient_figures.draw_initial(results, curves))
     if training:
-        save_figure(out / PICTURES[1], gradient_figures.draw_training(results))
+        save_figure(out / "deep_training.png", gradient_figures.draw_training(results, curves))
     print(format_report(results))
     print(f"Wrote {out / 'gradient_flow.json'}")
 

@@ -23,8 +23,8 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.batches import Normalization
 from distributed import join_ranks
+from s3net_common.checkpoints import read_options
 from s3net_common.command_line import flag, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError, nearest_names, printable
@@ -33,7 +33,7 @@ from s3net_common.output_files import csv_cell, default_out, make_folder, relati
 from s3net_common.unused_files import UnreadableImage, report_once, unreadable_images
 from s3net_networks import list_networks
 from s3net_networks.size import count_multiply_adds
-from training.trained_network import TrainedNetwork, read_options, read_trained_network
+from training.trained_network import TrainedNetwork, read_trained_network
 
 CHECKPOINTS = "the checkpoint's"  # what --help says about a default
 SHOWN_ROWS = 50  # images in the table on the screen
@@ -226,10 +226,8 @@ def predict_batch(
     model: nn.Module, names: Sequence[str], trained: TrainedNetwork, top: int, paths: Sequence[Path], pixels: Tensor
 ) -> list[Prediction]:
     """Return the `top` most probable classes of each image; pixels are uint8 `(b, 3, crop, crop)` on the device."""
-    preparation = trained.preparation
-    normalize = Normalization(pixels.device, preparation.mean, preparation.std, preparation.image_size)
     try:
-        logits = model(normalize(pixels))
+        logits = model(trained.preparation.normalization(pixels.device)(pixels))
     except RuntimeError as error:
         if "out of memory" in str(error):
             raise InputError(f"{len(paths)} images do not fit into memory: pass a smaller --batch-size") from error

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from s3net_common.framing import CIFAR100_MEAN, CIFAR100_STD, IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ RECIPES = {
         momentum=0.9,
         weight_decay=1e-4,
         schedule="step",
-        mean=(129.3 / 255, 124.1 / 255, 112.4 / 255),
-        std=(68.2 / 255, 65.4 / 255, 70.4 / 255),
+        mean=CIFAR100_MEAN,
+        std=CIFAR100_STD,
         flip=True,
         crop_padding=0.125,
     ),

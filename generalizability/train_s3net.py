@@ -33,6 +33,7 @@ from data.loader_workers import default_workers
 from data.splits import SPLITS
 from distributed import Ranks, join_ranks
 from recipes import RECIPES, RunConfig
+from s3net_common.checkpoints import file_label
 from s3net_common.command_line import flag, given_flags, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError
@@ -58,7 +59,7 @@ from training.engine import SCHEDULES, Precision
 from training.evaluation import check_out, evaluate_trained_network, report_evaluation
 from training.initial_weights import build_network, complete_flags, open_start, recorded_init
 from training.run_folder import Run
-from training.trained_network import file_label, read_trained_network
+from training.trained_network import read_trained_network
 from training.training_loop import train
 
 RECIPE, NETWORK = "the data set's recipe", "the network's own"  # what --help says about a default

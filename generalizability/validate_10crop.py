@@ -33,10 +33,12 @@ from data.image_sets import DiskImages, open_source
 from data.splits import find_half
 from data.ten_crops import CENTER_CROP, ten_crops
 from distributed import Ranks, device_name, join_ranks
+from s3net_common.checkpoints import file_label, read_options
 from s3net_common.class_names import match_classes
 from s3net_common.command_line import flag, given_flags, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
 from s3net_common.errors import InputError, nearest_names
+from s3net_common.framing import Preparation
 from s3net_common.images import MAX_PIXELS, limit_pixels
 from s3net_common.output_files import default_out, make_folder, relative, run_record, write_json
 from s3net_networks import list_networks
@@ -44,7 +46,7 @@ from s3net_networks.size import model_size
 from training.confusion import ConfusionMatrix
 from training.engine import Precision, progress_bar
 from training.out_of_memory import out_of_memory_as_error
-from training.trained_network import Preparation, TrainedNetwork, file_label, read_options, read_trained_network
+from training.trained_network import TrainedNetwork, read_trained_network
 
 RESULT_KIND = "validate_10crop"
 CROPS = ("centre_crop", "ten_crops")

@@ -6,7 +6,7 @@
 
 Speed: the methods take turns in one process, and each time is the median over the rounds. The published method explains
 one image at a time, with new hooks for each, and upsamples every channel of every layer. The plain gradient (one
-forward pass, and one backward pass to the images only) is a lower limit for any gradient method. Weights are random,
+forward pass, and one backward pass to the images only) is what every gradient method has to do. Weights are random,
 because the time does not depend on them. Completeness: the larger error of two random images, with random weights and
 random BatchNorm statistics. Prints tables, and writes `speed.json` and `completeness.json` into --out.
 """

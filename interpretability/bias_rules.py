@@ -24,8 +24,8 @@ NAMESPACES = (torch, Tensor, F, torch._C._nn, torch.special, torch.linalg)
 
 def named(*names: str) -> set[Callable]:
     """Return the functions of these names in torch, torch.Tensor and torch.nn.functional."""
-    found = {getattr(space, name, None) for space in NAMESPACES for name in names}
-    return found - {None}
+    functions = {getattr(space, name, None) for space in NAMESPACES for name in names}
+    return functions - {None}
 
 
 # ---- Functions without a bias ---------------------------------------------------------------------------------------

@@ -5,26 +5,29 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from torch import Tensor
+from tqdm import tqdm
 
 from explained_networks import PAPER_NETWORKS, Network, load_network, local_networks
 from faithfulness import area, deletion_curve, insertion_curve
 from full_grad import FullGrad, IncompleteWarning
-from map_scores import centred_gaussian, edge_map
+from map_scores import bootstrap, centred_gaussian, edge_map, interval, mask_map, random_map
 from pictures import Picture, read_pictures, sample_crops, sample_pictures
-from s3net_common.checkpoints import read_metadata
+from s3net_common.checkpoints import file_label, read_metadata, read_options
 from s3net_common.command_line import flag
 from s3net_common.errors import InputError
+from s3net_common.framing import Preparation, usual_preparation
 from s3net_common.images import IMAGE_SUFFIXES, MAX_PIXELS, find_images, limit_pixels
 
 DEFAULT_NETWORK = "s3net_cifar"  # its trained weights are in the repository
-USUAL_SIZE = 224  # image size of most networks
 MOST_PROBABLE = 3  # classes listed for each image
+Maps = dict[str, list[np.ndarray]]  # of each method by name: a map `(H, W)` of each picture
 DEVICES = "{cpu,cuda,cuda:N,mps}"
 
 
@@ -42,7 +45,9 @@ class NetworkArgs:
     """Networks to explain: names of s3net_networks, torchvision or timm (timm/NAME if two have the name)."""
     checkpoint: flag(tuple[str, ...], "[NAME=]FILE ...", "published weights") = ()
     """Weights: the trainer's files (.safetensors, .pt), the authors' published files, or a state dict. NAME= says
-    which network a file is for, if there are several networks."""
+    which network a file is for, if it does not say so itself. Several files of one network are several columns."""
+    model_options: flag(str, "JSON", "the checkpoint's") = None
+    """Options of the networks, for checkpoints without metadata: '{"growth_rate": 24, "depth": 40}'."""
     num_classes: flag(int, "INT", "the checkpoint's, else the network's usual number") = None
     """Outputs of the networks, for checkpoints without metadata."""
     random_weights: bool = False
@@ -50,7 +55,9 @@ class NetworkArgs:
     target: flag(str, "CLASS", "the predicted class") = None
     """Class to explain in every image: its name or, if no class has this name, its index."""
     image_size: flag(int, "INT", "the network's own") = None
-    """Height and width in pixels that images are resized to."""
+    """Height and width in pixels of the network's input."""
+    squash: bool = False
+    """Resize the whole image to a square, as for the paper's figures, instead of cropping its centre."""
     batch_size: int = 8
     """Images in one pass."""
     device: flag(str, DEVICES, "a GPU if there is one") = None
@@ -69,6 +76,7 @@ class PictureExplanation:
         probability: the network's probability of `target`.
         prediction: index of the most probable class.
         completeness_error: `FullGrad.completeness_error` of the picture.
+        drawn: share of the sum of the absolute terms that the map shows, 0 to 1; the rest has no place in the image.
         seconds: computing time of the picture's batch divided by the number of its pictures.
         most_probable: the first `MOST_PROBABLE` classes by probability, with their probabilities.
     """
@@ -78,6 +86,7 @@ class PictureExplanation:
     probability: float
     prediction: int
     completeness_error: float
+    drawn: float
     seconds: float
     most_probable: list[tuple[int, float]]
 
@@ -112,21 +121,29 @@ def load_networks(args: NetworkArgs, device: torch.device) -> list[Network]:
     Raises:
         InputError: as `load_network`; also if a checkpoint's network is unclear, or --image-size does not fit.
     """
-    networks = []
-    for name, checkpoint in chosen_networks(args).items():
-        network = load_network(name, checkpoint, args.num_classes, args.random_weights)
+    networks, options = [], read_options(args.model_options)
+    for label, name, checkpoint in chosen_networks(args):
+        network = load_network(name, checkpoint, args.num_classes, args.random_weights, options)
+        network.name = label or network.name
+        if args.image_size is not None or checkpoint:  # a file may give any size, too
+            check_image_size(network, network.preparation.image_size if args.image_size is None else args.image_size)
         if args.image_size is not None:
-            check_image_size(network, args.image_size)
-            network.image_size = args.image_size
+            network.preparation = network.preparation.with_image_size(args.image_size)
+        if args.squash:
+            network.preparation = network.preparation.squashed()
         network.target_index(args.target)  # an unknown name is reported before anything is computed
         network.model.to(device)
         networks.append(network)
     return networks
 
 
-def chosen_networks(args: NetworkArgs) -> dict[str, Path | None]:
-    """Return the checkpoint of each network of the command line, by the network's name. None: published weights."""
-    checkpoints: dict[str, Path | None] = dict.fromkeys(args.networks)
+def chosen_networks(args: NetworkArgs) -> list[tuple[str | None, str, Path | None]]:
+    """Return the networks of the command line: label, name and checkpoint (None: published weights) of each.
+
+    The label is None for the only network of its name; several files of one network are labelled by their folders and
+    names.
+    """
+    files: dict[str, list[Path]] = {name: [] for name in args.networks}
     for text in args.checkpoint:
         name, equals, file = text.partition("=")
         if not equals or Path(text).is_file():  # no NAME=, or the equals sign is part of the path
@@ -134,11 +151,19 @@ def chosen_networks(args: NetworkArgs) -> dict[str, Path | None]:
             name = args.networks[0] if len(args.networks) == 1 else read_metadata(file).get("model")
             if name is None:
                 raise InputError(f"{file} does not name its network: pass --checkpoint NAME={file}")
-        if checkpoints.get(name) or (args.networks and name not in args.networks):
-            names = ", ".join(checkpoints)
-            raise InputError(f"--checkpoint {text}: give each of these networks at most one checkpoint: {names}")
-        checkpoints[name] = Path(file)
-    return checkpoints or dict.fromkeys(PAPER_NETWORKS if args.images else [DEFAULT_NETWORK])
+        if args.networks and name not in args.networks:
+            names = ", ".join(args.networks)
+            raise InputError(f"--checkpoint {text}: {name} is none of --networks {names}: add it, or leave them out")
+        files.setdefault(name, []).append(Path(file))
+    if not files:
+        files = {name: [] for name in (PAPER_NETWORKS if args.images else [DEFAULT_NETWORK])}
+    chosen: list[tuple[str | None, str, Path | None]] = []
+    for name, checkpoints in files.items():
+        labels = [file_label(file) for file in checkpoints] if len(checkpoints) > 1 else [None]
+        if len({*labels}) < len(labels):
+            raise InputError(f"--checkpoint: two files are called {max(labels, key=labels.count)}: rename a folder")
+        chosen += [(label, name, file) for label, file in zip(labels, checkpoints or [None], strict=True)]
+    return chosen
 
 
 def check_image_size(network: Network, size: int) -> None:
@@ -154,15 +179,16 @@ def check_image_size(network: Network, size: int) -> None:
             network.model(torch.zeros(1, 3, size, size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(
-            f"--image-size {size} does not fit {network.name}: leave it out to use {network.image_size}"
+            f"{network.name} cannot take images of {size}x{size}: pass another --image-size, or leave it out"
         ) from error
 
 
-def picture_reader(args: NetworkArgs, masks: Path | None = None) -> Callable[[int], list[Picture]]:
-    """Return a function that reads the pictures of the command line in a given size.
+def picture_reader(args: NetworkArgs, masks: Path | None = None) -> Callable[[Preparation], list[Picture]]:
+    """Return a function that reads the pictures of the command line as a network with a given preparation sees them.
 
     Without images on the command line it returns scikit-learn's photographs, or crops of them for the default network.
-    Each size is read once. The usual size is read at once: if a picture cannot be used, no network need be downloaded.
+    Each way of framing is read once. The usual one is read at once: if a picture cannot be used, no network need be
+    downloaded.
 
     Raises (the returned function, too):
         InputError: as `find_images` and `read_pictures`.
@@ -172,13 +198,17 @@ def picture_reader(args: NetworkArgs, masks: Path | None = None) -> Callable[[in
     default_network = not args.networks and not args.checkpoint
 
     @functools.cache
-    def read(size: int) -> list[Picture]:
+    def read_framed(preparation: Preparation) -> list[Picture]:
         if files:
-            return read_pictures(files, size, masks, args.skip_unreadable)
-        return sample_crops(size) if default_network else sample_pictures(size)
+            return read_pictures(files, preparation, masks, args.skip_unreadable)
+        return sample_crops(preparation) if default_network else sample_pictures(preparation)
+
+    def read(preparation: Preparation) -> list[Picture]:
+        return read_framed(replace(preparation, mean=(), std=()))  # they do not matter for the framing
 
     if files:
-        read(max(1, args.image_size or USUAL_SIZE))
+        usual = usual_preparation("imagenet").with_image_size(max(1, args.image_size or 224))
+        read(usual.squashed() if args.squash else usual)
     return read
 
 
@@ -205,8 +235,7 @@ def explain_pictures(
     """
     explainer, explanations = FullGrad(network.model, batch_size), []
     for start in range(0, len(pictures), batch_size):
-        pixels = np.stack([picture.pixels for picture in pictures[start : start + batch_size]])
-        images = network.normalise(pixels).to(device)
+        images = network_input(network, pictures[start : start + batch_size], device)
         started = time.perf_counter()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", IncompleteWarning)
@@ -217,43 +246,80 @@ def explain_pictures(
             if issubclass(warning.category, IncompleteWarning):
                 print(f"warning: {network.name}: {warning.message}", file=sys.stderr)
         probabilities, errors = result.logits.softmax(1).cpu(), result.completeness_error[:, 0].tolist()
+        drawn = result.drawn[:, 0].tolist()
         ranked = probabilities.topk(min(MOST_PROBABLE, probabilities.shape[1]))
         for i, target_class in enumerate(classes.tolist()):
             most_probable = list(zip(ranked.indices[i].tolist(), ranked.values[i].tolist(), strict=True))
             probability, prediction = probabilities[i, target_class].item(), most_probable[0][0]
-            explanations.append(
-                PictureExplanation(maps[i], target_class, probability, prediction, errors[i], seconds, most_probable)
-            )
+            numbers = (target_class, probability, prediction, errors[i], drawn[i], seconds)
+            explanations.append(PictureExplanation(maps[i], *numbers, most_probable))
         progress(len(images))
     return explanations
 
 
+def network_input(network: Network, pictures: Sequence[Picture], device: torch.device) -> Tensor:
+    """Return the normalised images `(N, 3, H, W)` of pictures that were read with the network's preparation."""
+    pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2)
+    return network.preparation.normalization(device)(pixels.to(device))
+
+
 def measure_faithfulness(
-    network: Network, pictures: Sequence[Picture], explanations: Sequence[PictureExplanation], device: torch.device
+    network: Network, pictures: Sequence[Picture], targets: Sequence[int], methods: Maps, device: torch.device
 ) -> dict[str, dict]:
-    """Measure insertion and deletion of FullGrad's maps and of the two baseline maps.
+    """Measure insertion and deletion of each method's maps.
+
+    Args:
+        network: the network, on the device.
+        pictures: the images.
+        targets: the class of each, whose probability is measured.
+        methods: the maps of each method, by name.
+        device: the device to compute on.
 
     Returns:
         For each method, by name: `insertion` and `deletion`, the mean curves over the pictures; `insertion_area` and
-        `deletion_area`, a list with the area of each picture's curve.
+        `deletion_area`, the mean area under the curves; `insertion_interval` and `deletion_interval`, the 95% interval
+        of this mean from a bootstrap over the pictures.
     """
-    images = network.normalise(np.stack([picture.pixels for picture in pictures])).to(device)
-    target = torch.tensor([explanation.target for explanation in explanations], device=device)
-    methods = {"FullGrad": [explanation.saliency for explanation in explanations]} | baseline_maps(pictures)
+    images = network_input(network, pictures, device)
+    target = torch.tensor(targets, device=device)
     results = {}
-    for method, maps in methods.items():
+    for method, maps in tqdm(methods.items(), desc="insertion and deletion", unit="method", disable=None, leave=False):
         stacked = torch.from_numpy(np.stack(maps)).to(device, images.dtype)[:, None]
         results[method] = {}
         for kind, measure in (("insertion", insertion_curve), ("deletion", deletion_curve)):
             curves = measure(network.model, images, stacked, target)
             results[method][kind] = curves.mean(0).tolist()
-            results[method][f"{kind}_area"] = area(curves).tolist()
+            areas = area(curves)
+            results[method][f"{kind}_area"] = float(areas.mean())
+            results[method][f"{kind}_interval"] = interval(bootstrap(areas[None]))
     return results
 
 
-def baseline_maps(pictures: Sequence[Picture]) -> dict[str, list[np.ndarray]]:
+def baseline_maps(pictures: Sequence[Picture]) -> Maps:
     """Return the maps that any method must beat, by name: a centred Gaussian, and the edges of each image."""
     return {
         "centred Gaussian": [centred_gaussian(len(picture.pixels)) for picture in pictures],
         "edge map": [edge_map(picture.pixels) for picture in pictures],
     }
+
+
+def rival_maps(
+    network: Network, pictures: Sequence[Picture], targets: Sequence[int], batch_size: int, device: torch.device
+) -> Maps:
+    """Return the maps of the other gradient methods (`rival_maps.RIVALS`), of chance, and of the true masks, by name.
+
+    Arguments are as in `measure_faithfulness`; `batch_size` is the number of images in one pass.
+    """
+    from rival_maps import RIVALS, rival_map  # captum takes seconds to import
+
+    images, target = network_input(network, pictures, device), torch.tensor(targets, device=device)
+    maps: Maps = {method: [] for method in RIVALS}
+    batches = list(zip(images.split(batch_size), target.split(batch_size), strict=True))
+    with tqdm(total=len(RIVALS) * len(batches), desc="other methods", unit="batch", disable=None, leave=False) as bar:
+        for method in RIVALS:
+            for batch, classes in batches:
+                maps[method] += [*rival_map(method, network.model, batch, classes).cpu().numpy()]
+                bar.update()
+    maps["random map"] = [random_map(len(picture.pixels), seed) for seed, picture in enumerate(pictures)]
+    maps["true mask"] = [mask_map(picture.mask, seed) for seed, picture in enumerate(pictures)]
+    return maps

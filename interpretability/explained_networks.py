@@ -1,21 +1,26 @@
 """Classifiers by name, with their weights and their preprocessing: S3-Net, its baselines, torchvision and timm."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from s3net_common.checkpoints import fitting_weights, load_weights, pretrained_file, read_metadata, tensor_names
 from s3net_common.class_names import find_class
 from s3net_common.errors import InputError, first_line, nearest_names
+from s3net_common.framing import (
+    Preparation,
+    stored_preparation,
+    timm_preparation,
+    torchvision_preparation,
+    usual_preparation,
+)
 from s3net_networks import create_network, list_networks
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAPER_NETWORKS = ("vgg19", "squeezenet1_0", "resnet50", "densenet169")  # beside S3-Net in the paper's figures
 
 
@@ -26,23 +31,14 @@ class Network:
     Attributes:
         name: for figures, file names and JSON.
         model: in evaluation mode; maps normalised images `(N, 3, H, W)` to logits.
-        image_size: height and width of its images in pixels.
-        mean: of each colour channel, for values in [0, 1].
-        std: of each colour channel.
+        preparation: how images become its input; by default as for ImageNet.
         classes: names by index; None if unknown.
     """
 
     name: str
     model: nn.Module
-    image_size: int = 224
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    preparation: Preparation = field(default_factory=partial(usual_preparation, "imagenet"))
     classes: list[str] | None = None
-
-    def normalise(self, pixels: np.ndarray) -> Tensor:
-        """Convert `(N, H, W, 3)` uint8 pixels to the `(N, 3, H, W)` float images that the model expects."""
-        x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
-        return (x - torch.tensor(self.mean).view(-1, 1, 1)) / torch.tensor(self.std).view(-1, 1, 1)
 
     def target_index(self, target: str | None) -> int | None:
         """Return the index of the class that --target names (see `find_class`); None for None.
@@ -58,7 +54,11 @@ class Network:
 
 
 def load_network(
-    name: str, checkpoint: Path | None = None, num_classes: int | None = None, random_weights: bool = False
+    name: str,
+    checkpoint: Path | None = None,
+    num_classes: int | None = None,
+    random_weights: bool = False,
+    options: dict[str, Any] | None = None,
 ) -> Network:
     """Return a network in evaluation mode with the weights of a checkpoint, published weights or random ones.
 
@@ -69,15 +69,18 @@ def load_network(
         name: a network of torchvision, of `s3net_networks.list_networks()` or of timm. Names are looked up in this
             order; `timm/NAME` asks for timm's network.
         checkpoint: file of weights. If the trainer wrote it, its metadata gives the network's options, class names,
-            normalisation and image size.
+            preparation of images.
         num_classes: outputs of the classifier; by default the checkpoint's number, else the network's usual one.
         random_weights: keep the initial weights (seed 0).
+        options: of a network of `s3net_networks`, which replace the checkpoint's.
 
     Raises:
         InputError: the name is unknown, the checkpoint does not fit, or there are no weights.
     """
     in_torchvision = name in _torchvision_names()
     in_repository = name in list_networks() and not in_torchvision
+    if options and not in_repository:
+        raise InputError(f"--model-options is for networks of this repository, and {name} is not one: leave it out")
     if checkpoint is None and not random_weights and in_repository:
         checkpoint = pretrained_file(name)
     metadata = read_metadata(checkpoint) if checkpoint else {}
@@ -87,7 +90,7 @@ def load_network(
     if in_torchvision:
         build = partial(_from_torchvision, name, num_classes, published, checkpoint)
     elif in_repository:
-        build = partial(_from_repository, name, num_classes, metadata)
+        build = partial(_from_repository, name, num_classes, metadata, options or {})
     else:
         build = partial(_from_timm, name, num_classes, published)
     if metadata and (in_torchvision or in_repository):  # the file gives the sizes: compare them before allocating
@@ -96,8 +99,7 @@ def load_network(
     network = build()
     if checkpoint:
         load_weights(network.model, checkpoint, report=print)
-    network.mean, network.std = tuple(metadata.get("mean", network.mean)), tuple(metadata.get("std", network.std))
-    network.image_size = metadata.get("image_size", network.image_size)
+    network.preparation = stored_preparation(metadata) or network.preparation
     network.classes = metadata.get("classes", network.classes)
     network.model.eval()
     return network
@@ -112,17 +114,18 @@ def _torchvision_names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def _from_repository(name: str, num_classes: int | None, metadata: dict[str, Any]) -> Network:
-    options = metadata.get("model_options", {}) if metadata.get("model", name) == name else {}
-    usual_classes, image_size = (100, 32) if name.endswith("_cifar") else (1000, 224)
-    num_classes = num_classes or usual_classes
-    model = create_network(name, num_classes, **options)
-    return Network(name, model, image_size, classes=imagenet_classes() if num_classes == 1000 else None)
+def _from_repository(name: str, num_classes: int | None, metadata: dict[str, Any], options: dict[str, Any]) -> Network:
+    stored = metadata.get("model_options", {}) if metadata.get("model", name) == name else {}
+    num_classes = num_classes or (100 if name.endswith("_cifar") else 1000)
+    model = create_network(name, num_classes, **stored | options)
+    return Network(name, model, usual_preparation(name), imagenet_classes() if num_classes == 1000 else None)
 
 
 def _from_torchvision(name: str, num_classes: int | None, published: bool, checkpoint: Path | None) -> Network:
     options = {} if num_classes is None or published else {"num_classes": num_classes}
-    size = 299 if name == "inception_v3" else 224
+    available = torchvision.models.get_model_weights(name)
+    weights = next((w for w in available if w.name == "IMAGENET1K_V1"), available.DEFAULT)  # the paper's
+    preparation = torchvision_preparation(weights.transforms())
     if not published:
         if name in ("googlenet", "inception_v3"):
             # The published weights, and those fine-tuned from them, were trained with pixels in [-1, 1]; torchvision
@@ -130,9 +133,7 @@ def _from_torchvision(name: str, num_classes: int | None, published: bool, check
             auxiliary = checkpoint is None or any("aux" in key.lower() for key in tensor_names(checkpoint))
             options |= {"transform_input": True, "init_weights": False, "aux_logits": auxiliary}
         model = torchvision.models.get_model(name, weights=None, **options)
-        return Network(name, model, size, classes=imagenet_classes() if num_classes in (None, 1000) else None)
-    available = torchvision.models.get_model_weights(name)
-    weights = next((w for w in available if w.name == "IMAGENET1K_V1"), available.DEFAULT)  # the paper's
+        return Network(name, model, preparation, imagenet_classes() if num_classes in (None, 1000) else None)
     try:
         model = torchvision.models.get_model(name, weights=weights)
     except (OSError, RuntimeError) as error:  # no internet access, or a damaged download
@@ -141,7 +142,7 @@ def _from_torchvision(name: str, num_classes: int | None, published: bool, check
             f"the weights of {name} cannot be downloaded ({_reason(error)}): download {weights.url} on a "
             f"machine with internet access and put it in {file}, or pass --checkpoint {name}=FILE"
         ) from error
-    return Network(name, model, size, classes=weights.meta["categories"])
+    return Network(name, model, preparation, weights.meta["categories"])
 
 
 def _from_timm(name: str, num_classes: int | None, published: bool) -> Network:
@@ -163,10 +164,8 @@ def _from_timm(name: str, num_classes: int | None, published: bool) -> Network:
             f"the weights of {name} cannot be downloaded ({_reason(error)}): on a machine with internet access, save "
             f"the state dict of timm.create_model({plain!r}, pretrained=True), and pass --checkpoint {name}=FILE"
         ) from error
-    config = model.default_cfg
     classes = imagenet_classes() if model.num_classes == 1000 else None
-    size = config["input_size"][-1]
-    return Network(name.replace("/", "-"), model, size, tuple(config["mean"]), tuple(config["std"]), classes)
+    return Network(name.replace("/", "-"), model, timm_preparation(model.pretrained_cfg), classes)
 
 
 def imagenet_classes() -> list[str]:

@@ -1,4 +1,4 @@
-"""FullGrad saliency (Srinivas and Fleuret 2019), exact on any network that is made of functions of torch.
+"""FullGrad saliency (Srinivas and Fleuret 2019), complete on any network that is made of functions of torch.
 
 A network of affine and piecewise-linear functions gives, at every image x, exactly
 
@@ -255,9 +255,9 @@ class FullGrad:
             )
         self._checked = True
 
-    def _warn_if_images_interact(self, together: Tensor, alone: Tensor) -> None:
-        scale = alone.abs().amax(dim=1, keepdim=True)
-        if not ((together - alone).abs() <= self._tolerance * scale).all():
+    def _warn_if_images_interact(self, together: Tensor, separate: Tensor) -> None:
+        scale = separate.abs().amax(dim=1, keepdim=True)
+        if not ((together - separate).abs() <= self._tolerance * scale).all():
             warnings.warn(
                 "the images of a batch interact in this network, as in BatchNorm without running statistics: FullGrad "
                 "explains each image by itself",

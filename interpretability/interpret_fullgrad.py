@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from explain_images import (
     NetworkArgs,
     PictureExplanation,
+    baseline_maps,
     choose_device,
     explain_pictures,
     is_image,
@@ -58,14 +60,14 @@ def main(args: Args) -> None:
     device = choose_device(args.device)
     keep_freed_memory()
     claim_files(args)
-    read_at_size = picture_reader(args)
+    read = picture_reader(args)
     networks = load_networks(args, device)
     columns: list[Column] = []
-    total = sum(len(read_at_size(network.image_size)) for network in networks)
+    total = sum(len(read(network.preparation)) for network in networks)
     with tqdm(total=total, unit="map", disable=None) as bar:
         for network in networks:
             bar.set_description(network.name)
-            pictures = read_at_size(network.image_size)
+            pictures = read(network.preparation)
             target = network.target_index(args.target)
             explanations = explain_pictures(network, pictures, target, args.batch_size, device, bar.update)
             columns.append((network, pictures, explanations))
@@ -73,11 +75,20 @@ def main(args: Args) -> None:
     draw_figure(args.out / "figure.png", columns)
     write_json(args.out / "saliency.json", run_record() | {"device": device.type, "maps": map_rows(columns)})
     if args.faithfulness:
-        faithfulness = {network.name: measure_faithfulness(network, *rest, device) for network, *rest in columns}
+        faithfulness = {column[0].name: faithfulness_of(*column, device) for column in columns}
         write_json(args.out / "faithfulness.json", run_record() | {"networks": faithfulness})
         draw_faithfulness(args.out / "faithfulness.png", faithfulness)
     print_summary(columns)
     print(f"written to {args.out}")
+
+
+def faithfulness_of(
+    network: Network, pictures: list[Picture], explanations: list[PictureExplanation], device: torch.device
+) -> dict[str, dict]:
+    """Measure insertion and deletion of the network's maps and of the baseline maps."""
+    targets = [explanation.target for explanation in explanations]
+    maps = {"FullGrad": [explanation.saliency for explanation in explanations]} | baseline_maps(pictures)
+    return measure_faithfulness(network, pictures, targets, maps, device)
 
 
 def claim_files(args: Args) -> None:
@@ -124,6 +135,7 @@ def map_rows(columns: list[Column]) -> list[dict[str, Any]]:
             "prediction_name": network.class_name(explanation.prediction),
             "most_probable": [[network.class_name(i), probability] for i, probability in explanation.most_probable],
             "completeness_error": explanation.completeness_error,
+            "drawn": explanation.drawn,
             "seconds": explanation.seconds,
         }
         for network, pictures, explanations in columns
@@ -132,12 +144,15 @@ def map_rows(columns: list[Column]) -> list[dict[str, Any]]:
 
 
 def print_summary(columns: list[Column]) -> None:
-    """Print for each network the number of maps, the seconds for one map, and the largest completeness error."""
+    """Print for each network: number of maps, seconds for one, largest completeness error, and least share drawn."""
     for network, _, explanations in columns:
         error = max(explanation.completeness_error for explanation in explanations)
         seconds = np.mean([explanation.seconds for explanation in explanations])
+        drawn = min(explanation.drawn for explanation in explanations)
         print(
-            f"{network.name:28} {len(explanations)} maps, {seconds:.3f} s each, completeness error at most {error:.1e}"
+            f"{network.name:28} {len(explanations)} maps, {seconds:.3f} s each, "
+            f"completeness error at most {error:.1e}, "
+            f"{drawn:.0%} of the terms drawn or more"
         )
 
 

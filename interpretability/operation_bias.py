@@ -247,10 +247,10 @@ def watched(operations: Operations) -> Iterator[None]:
     thread = threading.get_ident()
 
     with _patch_lock:  # passes of several threads take turns
-        own = function.__dict__.get("apply")
+        original = function.__dict__.get("apply")
 
         def apply(cls: type, *args: Any) -> Any:
-            bound = own.__get__(None, cls)
+            bound = original.__get__(None, cls)
             if threading.get_ident() != thread or not torch.is_grad_enabled() or not operations.is_active():
                 return bound(*args)
             with torch._C.DisableTorchFunction():
@@ -261,4 +261,4 @@ def watched(operations: Operations) -> Iterator[None]:
             with operations:
                 yield
         finally:
-            function.apply = own
+            function.apply = original

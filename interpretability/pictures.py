@@ -1,15 +1,18 @@
-"""Images to explain and their masks, read from files and resized to squares."""
+"""Images to explain and their masks, read from files and prepared as a network's input."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch.nn import functional as F
 
 from s3net_common.errors import InputError, printable
+from s3net_common.framing import SQUASH, Preparation
 from s3net_common.images import IMAGE_SUFFIXES, load_image, read_rgb
 from s3net_common.pixel_modes import to_rgb
 from s3net_common.unused_files import UnreadableImage, report_once, unreadable_images
@@ -33,28 +36,32 @@ class Picture:
 
     Attributes:
         name: unique among the pictures of a run; names its output files.
-        pixels: `(size, size, 3)`, uint8.
+        pixels: `(size, size, 3)`, uint8: what the network sees, before the normalisation.
         mask: `(size, size)`, True on the object; None if the image has no mask.
         original: `(side, side, 3)`, uint8: the image before resizing; None if it is not kept.
+        label: index of the object's class; None if it is unknown.
+        aspect: width / height of what `pixels` show, other than 1 if the image was squashed to a square.
     """
 
     name: str
     pixels: np.ndarray
     mask: np.ndarray | None = None
     original: np.ndarray | None = None
+    label: int | None = None
+    aspect: float = 1.0
 
 
 # ---- Pictures -------------------------------------------------------------------------------------------------------
 
 
 def read_pictures(
-    files: Sequence[Path], size: int, masks: Path | None = None, skip_unreadable: bool = False
+    files: Sequence[Path], preparation: Preparation, masks: Path | None = None, skip_unreadable: bool = False
 ) -> list[Picture]:
-    """Read image files, turn them upright, and resize them to `size` x `size` without cropping, as in the paper.
+    """Read image files, turn them upright, and resize and crop them as a network's input.
 
     Args:
         files: image files.
-        size: height and width in pixels.
+        preparation: of the network.
         masks: a folder with a mask for each image, or the mask of the only image; None to read no masks.
         skip_unreadable: leave out files that cannot be read, and print their names once, instead of stopping.
 
@@ -67,42 +74,53 @@ def read_pictures(
     for file in files:
         try:
             image = read_rgb(file)
-            mask = None if masks is None else read_mask(find_mask(file, masks), size, image.size, file)
+            mask = None if masks is None else read_mask(find_mask(file, masks), preparation, image.size, file)
         except UnreadableImage as error:
             errors.append(error)
             continue
         stem = printable(file.stem)
         candidates = chain([stem], (f"{stem}-{number}" for number in count(2)))
         name = next(name for name in candidates if name not in pictures)
-        pictures[name] = Picture(name, _resize(image, size), mask)
+        pictures[name] = make_picture(name, image, preparation, mask)
     if errors and not (skip_unreadable and pictures):
         raise unreadable_images(errors)
     report_once(errors, _reported)
     return list(pictures.values())
 
 
-def sample_pictures(size: int) -> list[Picture]:
+def make_picture(name: str, image: Image.Image, preparation: Preparation, mask: np.ndarray | None = None) -> Picture:
+    """Return an RGB image as a network sees it. Small crops are enlarged to the network's input, and rounded."""
+    framed = preparation.pixels(image)
+    if framed.shape[-1] != preparation.image_size:
+        size = [preparation.image_size] * 2
+        framed = F.interpolate(framed[None].float(), size, mode="bilinear", antialias=True)[0]
+        framed = framed.round().clamp(0, 255).to(torch.uint8)
+    aspect = image.width / image.height if preparation.method == SQUASH else 1.0
+    return Picture(name, framed.permute(1, 2, 0).numpy(), mask, aspect=aspect)
+
+
+def sample_pictures(preparation: Preparation) -> list[Picture]:
     """Return scikit-learn's two freely licensed photographs: a temple and a flower."""
-    return [Picture(Path(name).stem, _resize(Image.fromarray(pixels), size)) for name, pixels in _photographs().items()]
+    return [
+        make_picture(Path(name).stem, Image.fromarray(pixels), preparation) for name, pixels in _photographs().items()
+    ]
 
 
-def sample_crops(size: int) -> list[Picture]:
+def sample_crops(preparation: Preparation) -> list[Picture]:
     """Return square crops of the two photographs, each with one object, for networks that take small images."""
     photographs = _photographs()
     crops = {
         name: photographs[file][top : top + side, left : left + side]
         for name, (file, left, top, side) in SAMPLE_CROPS.items()
     }
-    return [Picture(name, _resize(Image.fromarray(crop), size), original=crop) for name, crop in crops.items()]
+    return [
+        replace(make_picture(name, Image.fromarray(crop), preparation), original=crop) for name, crop in crops.items()
+    ]
 
 
 def _photographs() -> dict[str, np.ndarray]:
     samples = load_sample_images()
     return {Path(name).name: pixels for name, pixels in zip(samples.filenames, samples.images, strict=True)}
-
-
-def _resize(image: Image.Image, size: int) -> np.ndarray:
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 # ---- Masks ----------------------------------------------------------------------------------------------------------
@@ -123,20 +141,21 @@ def find_mask(image: Path, masks: Path) -> Path:
     return min(files)
 
 
-def read_mask(path: Path, size: int, image_size: tuple[int, int], image: Path) -> np.ndarray:
-    """Return a mask as `(size, size)` booleans, True on the object.
+def read_mask(path: Path, preparation: Preparation, image_size: tuple[int, int], image: Path) -> np.ndarray:
+    """Return a mask as `(size, size)` booleans, True on the object, framed as its image.
 
     The object is where alpha is above 127, or the grey value if the mask has no alpha channel.
 
     Args:
         path: the mask.
-        size: height and width to resize it to, by nearest neighbour.
+        preparation: of the network; the mask is resized by nearest neighbour.
         image_size: width and height of the image.
         image: path of the image, for error messages.
 
     Raises:
         UnreadableImage: the mask cannot be read.
-        InputError: the mask marks no pixel, or differs from the image in its aspect ratio.
+        InputError: the mask marks no pixel, or none that the network sees, or has
+            another aspect ratio than the image.
     """
     try:
         mask = load_image(path, orient=True)
@@ -149,7 +168,12 @@ def read_mask(path: Path, size: int, image_size: tuple[int, int], image: Path) -
             f"the mask {printable(path)} is {width}x{height}, but its image {printable(image)} is "
             f"{image_size[0]}x{image_size[1]}: they must have the same aspect ratio"
         )
-    marked = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 127
+    marked = np.asarray(preparation.frame_mask(mask)) > 127
+    if not marked.any() and (np.asarray(mask) > 127).any():
+        raise InputError(
+            f"the mask {printable(path)} marks no pixel of the part of {printable(image)} that the network sees: pass "
+            "--squash to show it the whole image"
+        )
     if not marked.any():
         raise InputError(
             f"the mask {printable(path)} marks no pixel: alpha (or the grey value) must be above 127 on the object"

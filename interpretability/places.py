@@ -194,7 +194,12 @@ class Places:
             return tensor._places
         value = {"value": NOWHERE} if mode == "constant" else {}
         full = tensor._places.expand(tensor.shape)
-        return Coordinates(*(F.pad(axis, widths, mode=mode, **value) for axis in full)).compact()
+        padded = Coordinates(*(F.pad(axis, widths, mode=mode, **value) for axis in full)).compact()
+        axes = [tensor.dim() - 1 - i // 2 for i, width in enumerate(widths) if width]
+        image = tensor._places.image
+        if all(image.shape[axis] == 1 for axis in axes):  # the border of an image belongs to it
+            return padded._replace(image=image)
+        return padded
 
     def _selected(self, func: Callable, args: tuple, kwargs: dict) -> list[Coordinates]:
         """Move the coordinates as the function moves the elements."""
@@ -334,9 +339,9 @@ def _without_repetition(coordinate: Tensor) -> Tensor:
     """Reduce the axes that a coordinate does not depend on to size 1."""
     for axis in range(coordinate.dim()):
         if coordinate.shape[axis] > 1:
-            one = coordinate.narrow(axis, 0, 1)
-            if ((coordinate == one) | (coordinate.isnan() & one.isnan())).all():
-                coordinate = one
+            first = coordinate.narrow(axis, 0, 1)
+            if ((coordinate == first) | (coordinate.isnan() & first.isnan())).all():
+                coordinate = first
     return coordinate
 
 

@@ -39,8 +39,11 @@ def brightness(saliency: np.ndarray) -> np.ndarray:
 
 
 def save_overlay(path: Path, picture: Picture, saliency: np.ndarray) -> None:
-    """Write the overlay of a map as a PNG of the picture's size."""
-    write_atomically(path, lambda temporary: Image.fromarray(overlay(picture.pixels, saliency)).save(temporary))
+    """Write the overlay of a map as a PNG. A squashed image gets its aspect ratio back."""
+    image, size = Image.fromarray(overlay(picture.pixels, saliency)), len(picture.pixels)
+    if picture.aspect != 1:
+        image = image.resize((round(size * max(1, picture.aspect)), round(size * max(1, 1 / picture.aspect))))
+    write_atomically(path, image.save)
 
 
 def caption(network: Network, explanation: PictureExplanation) -> str:
@@ -51,6 +54,12 @@ def caption(network: Network, explanation: PictureExplanation) -> str:
     return text
 
 
+def drawn_share(explanations: Sequence[PictureExplanation]) -> str:
+    """Return what share of the terms a network's maps show, for a title: "96% of terms drawn", "91-96% ..."."""
+    low, high = (round(100 * bound(e.drawn for e in explanations)) for bound in (min, max))
+    return f"{low}% of terms drawn" if low == high else f"{low}-{high}% of terms drawn"
+
+
 def draw_maps(
     path: Path,
     pictures: Sequence[Picture],
@@ -58,20 +67,21 @@ def draw_maps(
 ) -> None:
     """Draw a row for each image and a column for each network, as in the paper's figure.
 
-    Under each map are the explained class and its probability.
+    Under each map are the explained class and its probability; under a network's name is the share of the terms that
+    have a place in the image.
 
     Args:
         path: PNG to write; for the further pages see `pages`.
         pictures: the images of the first column.
         columns: each network with its pictures (in its image size) and their explanations.
     """
-    titles = ["image", *(network.name for network, _, _ in columns)]
+    titles = ["image", *(f"{network.name}\n{drawn_share(explained)}" for network, _, explained in columns)]
     for page, rows in pages(path, len(pictures)):
         figure, axes = _grid(titles, [pictures[i] for i in rows])
         for axis, i in zip(axes, rows, strict=True):
             for column, (network, resized, explanations) in enumerate(columns, start=1):
                 drawn = overlay(resized[i].pixels, explanations[i].saliency)
-                _show(axis[column], drawn, caption(network, explanations[i]))
+                _show(axis[column], drawn, caption(network, explanations[i]), resized[i].aspect)
         save_figure(page, figure, DPI)
 
 
@@ -97,7 +107,9 @@ def draw_crops(
         lines = [f"{_short(network.class_name(i))} {probability:.2f}" for i, probability in explanation.most_probable]
         axes[0][column].set_title("\n".join(lines), fontsize=9, parse_math=False)
     size = len(pictures[0].pixels)
-    for row, label in zip(axes, ("photograph", f"network's input, {size}x{size}", "FullGrad"), strict=True):
+    for row, label in zip(
+        axes, ("photograph", f"network's input, {size}x{size}", f"FullGrad\n{drawn_share(explanations)}"), strict=True
+    ):
         row[0].set_ylabel(label, fontsize=9)
     save_figure(path, figure, DPI)
 
@@ -120,11 +132,11 @@ def draw_segmentations(
     for page, rows in pages(path, len(pictures)):
         figure, axes = _grid(titles, [pictures[i] for i in rows])
         for axis, i in zip(axes, rows, strict=True):
-            _show(axis[1], _cut_out(pictures[i].pixels, pictures[i].mask), "")
+            _show(axis[1], _cut_out(pictures[i].pixels, pictures[i].mask), "", pictures[i].aspect)
             for column, (_, resized, maps) in enumerate(columns, start=2):
                 marked = segment(maps[i], percentile)
                 score = dice(marked, resized[i].mask)
-                _show(axis[column], _cut_out(resized[i].pixels, marked), f"Dice {score:.2f}")
+                _show(axis[column], _cut_out(resized[i].pixels, marked), f"Dice {score:.2f}", resized[i].aspect)
         save_figure(page, figure, DPI)
 
 
@@ -144,6 +156,7 @@ def draw_dice(path: Path, curves: dict[str, np.ndarray]) -> None:
     axes.invert_xaxis()
     axes.set_xticks([99, 95, 90, 85, 80])
     axes.set(xlabel="percentile of the map from which pixels are marked", ylabel="Dice coefficient", ylim=(0, None))
+    axes.set_title("mean over the images, band: ± 1 standard deviation", fontsize="medium")
     axes.legend(title="method (mean over percentiles)", fontsize=8, title_fontsize=8)
     axes.grid(alpha=0.3)
     save_figure(path, figure, DPI)
@@ -162,7 +175,7 @@ def draw_faithfulness(path: Path, results: dict[str, dict[str, dict]]) -> None:
         for axis, kind, better in zip(axes, ("insertion", "deletion"), ("higher", "lower"), strict=True):
             for method, values in methods.items():
                 curve = values[kind]
-                label = f"{method} ({np.mean(values[f'{kind}_area']):.3f})"
+                label = f"{method} ({values[f'{kind}_area']:.3f})"
                 axis.plot(np.linspace(0, 100, len(curve)), curve, label=label)
             verb = "revealed" if kind == "insertion" else "removed"
             axis.set(title=f"{network}: {kind} ({better} is better)", xlabel=f"% of pixels {verb}")
@@ -170,6 +183,44 @@ def draw_faithfulness(path: Path, results: dict[str, dict[str, dict]]) -> None:
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("probability of the class")
     save_figure(path, figure, DPI)
+
+
+def draw_comparison(path: Path, report: dict) -> None:
+    """Draw a panel for each score: the mean and its 95% interval by network, for each kind of map.
+
+    Args:
+        path: PNG to write.
+        report: of saliency_comparison.py.
+    """
+    names = list(report["networks"])
+    rows = {name: report["networks"][name] for name in names}
+    scores = list(rows[names[0]]["scores"]["FullGrad"])
+    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    axes = figure.subplots(2, (len(scores) + 3) // 2, squeeze=False).ravel()
+    for axis, score in zip(axes, ("accuracy", *scores, "autocorrelation"), strict=False):
+        for i, name in enumerate(names):
+            if score == "accuracy":
+                axis.plot(rows[name]["accuracy"], [i] * len(rows[name]["accuracy"]), "|k")
+                axis.plot(rows[name]["mean_accuracy"], i, "ok", label="seeds and mean" if i == 0 else None)
+            elif score == "autocorrelation":
+                _interval(axis, rows[name][score], i, "C1", "gradient" if i == 0 else None)
+            else:
+                _interval(axis, rows[name]["scores"]["FullGrad"][score], i, "C0", "FullGrad" if i == 0 else None)
+                _interval(axis, rows[name]["scores"]["gradient"][score], i + 0.25, "C1", "gradient" * (i == 0))
+        axis.set_title(score.replace("_", " ").replace("iou", "IoU") + ("  (lower is better)" * (score == "deletion")))
+        axis.set_yticks(range(len(names)), names if axis in axes[:: len(axes) // 2] else [""] * len(names))
+        axis.invert_yaxis()
+        axis.grid(alpha=0.3)
+    for axis in axes[len(scores) + 2 :]:
+        axis.axis("off")
+    axes[1].legend(fontsize=8)
+    save_figure(path, figure, DPI)
+
+
+def _interval(axes: Axes, score: dict, y: float, colour: str, label: str | None) -> None:
+    low, high = score["interval"]
+    axes.plot([low, high], [y, y], color=colour, linewidth=1.5)
+    axes.plot(score["mean"], y, "o", color=colour, markersize=4, label=label or None)
 
 
 def pages(path: Path, pictures: int) -> Iterator[tuple[Path, range]]:
@@ -196,13 +247,13 @@ def _grid(titles: list[str], pictures: Sequence[Picture]) -> tuple[Figure, np.nd
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9, parse_math=False)
     for (axis, *_), picture in zip(axes, pictures, strict=True):
-        _show(axis, picture.pixels, "")
+        _show(axis, picture.pixels, "", picture.aspect)
         axis.set_ylabel(_short(picture.name), fontsize=8, parse_math=False)
     return figure, axes
 
 
-def _show(axes: Axes, pixels: np.ndarray, text: str) -> None:
-    axes.imshow(pixels)
+def _show(axes: Axes, pixels: np.ndarray, text: str, aspect: float = 1.0) -> None:
+    axes.imshow(pixels, aspect=1 / aspect)
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(text, fontsize=8, parse_math=False)
 

@@ -1,7 +1,5 @@
 """Rows of the page's tables, from the scripts' JSON files. A row is a dict by column title."""
 
-import statistics
-
 Row = dict[str, object]
 
 
@@ -19,17 +17,17 @@ def figure_3_rows(results: dict) -> list[Row]:
 
 
 def sensitivity_rows(results: dict) -> list[Row]:
-    """Return the number of settings in which each topology is better with a 95% interval that excludes zero."""
-    return [
-        {
-            "data": f"{verdict['dataset']}, {verdict['scaling']}",
-            "settings": verdict["settings"],
-            "proposed better": verdict["proposed_surely_better"],
-            "residual better": verdict["residual_surely_better"],
-            "undecided": verdict["settings"] - verdict["proposed_surely_better"] - verdict["residual_surely_better"],
-        }
-        for verdict in results["verdicts"]
-    ]
+    """Return the number of settings in which each topology is better, by data and W_std."""
+    rows = []
+    for verdict in results["verdicts"]:
+        row: Row = {"data": f"{verdict['dataset']}, {verdict['scaling']}", "W_std": verdict["w_std"]}
+        row["settings"] = verdict["settings"]
+        for rival, counts in (("residual", verdict), ("chain", verdict["chain"])):
+            for better in ("proposed", rival):
+                title = f"{better} better than {rival if better == 'proposed' else 'proposed'}"
+                row[title] = f"{counts[f'{better}_surely_better']} ({counts[f'{better}_better_after_holm']})"
+        rows.append(row)
+    return rows
 
 
 def one_neuron_rows(results: dict) -> list[Row]:
@@ -118,9 +116,22 @@ def faithfulness_rows(results: dict) -> list[Row]:
         {
             "map": method,
             **{
-                f"{kind} ({better} is better)": f"{statistics.mean(curves[f'{kind}_area']):.4f}"
+                f"{kind} ({better} is better)": f"{curves[f'{kind}_area']:.4f}"
                 for kind, better in (("insertion", "higher"), ("deletion", "lower"))
             },
         }
         for method, curves in methods.items()
+    ]
+
+
+def comparison_rows(results: dict) -> list[Row]:
+    """Return the accuracy and the mean scores of each network's FullGrad maps."""
+    return [
+        {
+            "network": name,
+            "parameters": row["parameters"],
+            "accuracy": f"{row['mean_accuracy']:.3f}",
+            **{score.replace("_", " "): f"{value['mean']:.3f}" for score, value in row["scores"]["FullGrad"].items()},
+        }
+        for name, row in results["networks"].items()
     ]

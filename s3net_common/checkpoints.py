@@ -47,6 +47,12 @@ def pretrained_file(name: str) -> Path:
     return file
 
 
+def file_label(checkpoint: Path) -> str:
+    """Return `<folder>-<file>` of a file of weights, for names of outputs. The folder names the run."""
+    name = checkpoint.name.removesuffix(".tar").rsplit(".", 1)[0]
+    return f"{checkpoint.resolve().parent.name}-{name}"
+
+
 # ---- Weights ------------------------------------------------------------------------------------------------------
 
 
@@ -105,8 +111,8 @@ def fitting_weights(
         raise InputError(f"weights are loaded into a torch.nn.Module, and {type(model).__name__} is none")
     path = existing_file(path)
     state = model.state_dict()
-    own_names = {without_wrappers(name): name for name in state}
-    expected = {name: state[own] for name, own in own_names.items()}
+    wrapped_names = {without_wrappers(name): name for name in state}
+    expected = {name: state[wrapped] for name, wrapped in wrapped_names.items()}
     optional = {without_wrappers(name) for name in optional}
     containers = _containers(path)
     matches: dict[str, Match] = {}
@@ -125,7 +131,7 @@ def fitting_weights(
     if report and (line := _describe(path, name, match, set(containers) - {name})):
         report(line)
     tensors = published_order(match.tensors) if match.reordered else match.tensors
-    return {own_names[name]: tensor for name, tensor in tensors.items()}
+    return {wrapped_names[name]: tensor for name, tensor in tensors.items()}
 
 
 def _containers(path: Path) -> dict[str, dict[str, Tensor]]:
@@ -207,27 +213,27 @@ def check_tensors(
         InputError: a tensor cannot be loaded; the message names it.
     """
     for name, tensor in tensors.items():
-        wanted = expected[name]
-        if kind := _unsupported_kind(tensor, wanted):
+        target = expected[name]
+        if kind := _unsupported_kind(tensor, target):
             raise InputError(f"{path} does not fit this network: {name} is {kind}; save plain float tensors")
-        if tensor.shape != wanted.shape and name not in optional:
-            shapes = f"{name} has shape {tuple(tensor.shape)} in the file and {tuple(wanted.shape)} in the network"
+        if tensor.shape != target.shape and name not in optional:
+            shapes = f"{name} has shape {tuple(tensor.shape)} in the file and {tuple(target.shape)} in the network"
             advice = "check the network's name, options and number of classes"
-            if name in head and tensor.shape[1:] == wanted.shape[1:]:
+            if name in head and tensor.shape[1:] == target.shape[1:]:
                 classes = len(tensor)
                 advice = (
                     f"pass {classes} as the number of classes (--num-classes {classes}), or train a new classifier on "
                     "top of these weights: train_s3net.py --init FILE"
                 )
             raise InputError(f"{path} does not fit this network: {shapes}; {advice}")
-        if finite and name.endswith(_FINITE) and not torch.isfinite(tensor.to(wanted.dtype)).all():
+        if finite and name.endswith(_FINITE) and not torch.isfinite(tensor.to(target.dtype)).all():
             raise InputError(f"{path}: {name} holds NaN or infinite values: take an earlier checkpoint")
         if finite and name.endswith("running_var") and tensor.min() < 0:
             raise InputError(f"{path} is damaged: {name}, a variance, has values below 0; get it again")
 
 
-def _unsupported_kind(tensor: Tensor, wanted: Tensor) -> str | None:
-    """Return what kind of tensor it is if it cannot be copied into `wanted`, else None."""
+def _unsupported_kind(tensor: Tensor, target: Tensor) -> str | None:
+    """Return what kind of tensor it is if it cannot be copied into `target`, else None."""
     if tensor.is_nested or tensor.layout != torch.strided:
         return "a sparse or nested tensor"
     if tensor.is_quantized:
@@ -236,7 +242,7 @@ def _unsupported_kind(tensor: Tensor, wanted: Tensor) -> str | None:
         return "a meta tensor without values"
     if type(tensor) not in (Tensor, nn.Parameter):
         return f"a {type(tensor).__name__}"
-    if wanted.is_floating_point() and not tensor.is_floating_point():
+    if target.is_floating_point() and not tensor.is_floating_point():
         return f"of type {tensor.dtype}"
     return f"of type {tensor.dtype}" if tensor.is_complex() else None
 
@@ -306,9 +312,9 @@ def check_metadata(values: dict[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         InputError: a value cannot be used; the message names it.
     """
-    for name, (is_valid, wanted) in _VALID.items():
+    for name, (is_valid, description) in _VALID.items():
         if name in values and not is_valid(values[name]):
-            raise InputError(f"{path} is damaged: {name} is {shown(values[name])}, and not {wanted}; get it again")
+            raise InputError(f"{path} is damaged: {name} is {shown(values[name])}, and not {description}; get it again")
     if len(values.get("classes", ())) > values.get("num_classes", MOST_CLASSES):
         raise InputError(f"{path} is damaged: it names {len(values['classes'])} classes of {values['num_classes']}")
     return values
@@ -333,6 +339,20 @@ def are_options(value: object) -> bool:
     """Whether a value is a dict of a network's options. The network's builder checks their values."""
     reserved = {"name", "num_classes", "pretrained", "block"}
     return isinstance(value, dict) and all(isinstance(name, str) and name not in reserved for name in value)
+
+
+def read_options(text: str | None) -> dict:
+    """Parse the value of --model-options.
+
+    Raises:
+        InputError: it is not a JSON object of options.
+    """
+    try:
+        if are_options(options := json.loads(text or "{}")):
+            return options
+    except (ValueError, RecursionError):
+        pass
+    raise InputError(f"--model-options {text} is no JSON object of options: write '{{\"growth_rate\": 24}}'")
 
 
 def _is_colour(value: object, least: float) -> bool:

@@ -196,8 +196,8 @@ def _affine(rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Compute `rows * scale + shift` with float32 coefficients `(C,)`, by one BatchNorm of mean 0, variance 1."""
     width = rows.shape[1]
     repeat = width // scale.numel()
-    zero, one = torch.zeros(width), torch.ones(width)
-    return F.batch_norm(rows, zero, one, scale.repeat(repeat), shift.repeat(repeat), eps=0.0)
+    mean, variance = torch.zeros(width), torch.ones(width)
+    return F.batch_norm(rows, mean, variance, scale.repeat(repeat), shift.repeat(repeat), eps=0.0)
 
 
 def _pool_relu_backward(grad: Tensor, y: Tensor, pool: int) -> Tensor:

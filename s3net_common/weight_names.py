@@ -139,8 +139,8 @@ def _strip_prefix(tensors: dict[str, Tensor], expected: Collection[str], require
     if len(fitting) > 1:
         several = " and ".join(match.changes[0].removeprefix("removed ") for match in fitting[:3])
         raise InputError(f"several networks in the file fit ({several}): save one of them as a file of its own")
-    own = _match(tensors, "", unchanged, expected, required)
-    return fitting[0] if fitting else min([own, *matches], key=lambda match: len(match.missing))
+    unprefixed = _match(tensors, "", unchanged, expected, required)
+    return fitting[0] if fitting else min([unprefixed, *matches], key=lambda match: len(match.missing))
 
 
 def _match(
@@ -194,10 +194,10 @@ def _cifar_name(name: str) -> str:
 
 def _rename(name: str, names: list[tuple[str, str, int]]) -> str:
     """Rename the end of a name by the first pattern that matches it. A prefix stays."""
-    for pattern, ours, first in names:
+    for pattern, replacement, first in names:
         if match := re.search(rf"(?<![^.]){pattern}$", name):
             numbers = [int(group) - first for group in match.groups() if group.isdigit()]
-            return name[: match.start()] + match.expand(ours).format(*numbers)
+            return name[: match.start()] + match.expand(replacement).format(*numbers)
     return name
 
 

@@ -1,4 +1,4 @@
-"""Imports run downwards only, and what must work without torch imports no torch."""
+"""Imports run downwards only, what must work without torch imports no torch, and names are words that say something."""
 
 import ast
 import subprocess
@@ -9,6 +9,7 @@ from processes import run_python
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ("expressibility", "generalizability", "interpretability")
+FOLDERS = (*EXPERIMENTS, "s3net_common", "s3net_networks", "reproduction", "tests")
 # A module may import modules of its own layer and of those below it (further left), never of those above.
 LAYERS = ("s3net_common", "models", "s3net_networks", "experiments")
 
@@ -41,8 +42,8 @@ def imports_of(module: str, files: dict[str, Path]) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    found = {name for name in names if name in files}
-    return found | {f"{experiment}:{name}" for name in names if f"{experiment}:{name}" in files}
+    modules = {name for name in names if name in files}
+    return modules | {f"{experiment}:{name}" for name in names if f"{experiment}:{name}" in files}
 
 
 def test_imports_run_downwards():
@@ -81,6 +82,25 @@ def test_no_modules_import_each_other_in_a_circle():
 def test_shared_modules_import_no_torch(module):
     program = f"import sys, s3net_common.{module}; print('torch' in sys.modules)"
     assert run_python("-c", program, env={"PYTHONPATH": str(ROOT)}, check=True).stdout == "False\n"
+
+
+NO_NAMES = {"ahead", "alone", "found", "it", "its", "mine", "mix", "of", "one", "ours", "own", "said", "theirs"}
+NO_NAMES |= {"there", "they", "thing", "to", "what", "which", "who"}
+
+
+def test_names_are_no_pronouns_or_particles():
+    paths = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
+    assert len(paths) > 120
+    names = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add((node.id, path.name))
+            elif isinstance(node, ast.arg):
+                names.add((node.arg, path.name))
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add((node.name, path.name))
+    assert sorted(name for name in names if name[0].strip("_").lower() in NO_NAMES) == []
 
 
 def test_models_is_short_and_begins_with_the_topology():

@@ -176,8 +176,8 @@ def test_distributed_data_parallel_gives_the_same_gradients(tmp_path):
         DistributedDataParallel(twin)(images).square().sum().backward()
     finally:
         dist.destroy_process_group()
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(theirs.grad, ours.grad)
+    for parameter, copy in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(copy.grad, parameter.grad)
 
 
 def test_initial_weights():
@@ -202,18 +202,18 @@ def test_impossible_depth_names_the_nearest(depth, nearest):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "value", "message"),
     [
-        ({"growth": 12}, "no option 'growth': did you mean growth_rate"),
-        ({"growth_rate": 0}, "growth_rate is 0: give 1 or more"),
-        ({"drop_rate": 1.0}, "drop_rate is 1.0"),
-        ({"compression": 0}, "compression is 0"),
-        ({"stem": "resnet"}, "stem is 'resnet'"),
+        ("growth", 12, "no option 'growth': did you mean growth_rate"),
+        ("growth_rate", 0, "growth_rate is 0: give 1 or more"),
+        ("drop_rate", 1.0, "drop_rate is 1.0"),
+        ("compression", 0, "compression is 0"),
+        ("stem", "resnet", "stem is 'resnet'"),
     ],
 )
-def test_options_out_of_range(options, message):
+def test_options_out_of_range(option, value, message):
     with pytest.raises(InputError, match=message):
-        create_model("s3net_cifar", **options)
+        create_model("s3net_cifar", **{option: value})
 
 
 VALUES = [None, -1, 0, True, "x", "12", 12.5, float("nan"), float("inf"), 10**9, 10**30, [], {}, (6, "6"), (10**9,) * 3]

@@ -287,11 +287,11 @@ def faults(command: str, folders: list[Path]) -> list[str]:
                 break
             if argument.startswith("--"):
                 flags.append(argument.split("=")[0].replace("_", "-"))
-        found = [folder / script for folder in folders if (folder / script).is_file()]
-        if not found:
+        scripts = [folder / script for folder in folders if (folder / script).is_file()]
+        if not scripts:
             report.append(f"there is no {script}")
             continue
-        unknown = [[flag for flag in flags if flag not in script_flags(path)] for path in found]
+        unknown = [[flag for flag in flags if flag not in script_flags(path)] for path in scripts]
         report += [f"{script} has no {flag}" for flag in min(unknown, key=len)]
     return report
 

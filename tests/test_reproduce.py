@@ -289,7 +289,8 @@ def test_several_gpus_run_under_torchrun(tmp_path):
 
 RESULTS = {
     "ntk_comparison": ("expressibility/results", "0.7806", "0.7708"),  # computed and printed error at K = 4
-    "ntk_sensitivity": ("expressibility/results", "boston, raw", ">16<"),
+    "ntk_sensitivity": ("expressibility/results", "boston, standardised", ">30 (0)<"),
+    "universal_approximation": ("expressibility/results", "15,358", "1.4e-14"),
     "one_neuron": ("expressibility/results", "0.01752", "1.532"),
     "digits": ("generalizability/results/digits", "231,706", "0.83 (epoch 14)"),
     "segmentation": (

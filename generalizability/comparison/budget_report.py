@@ -4,6 +4,7 @@ import json
 import shlex
 import statistics
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -29,6 +30,7 @@ RECORDED = [  # what results.json takes from a run's summary.json
     "device",
     "versions",
 ]
+MARKERS = "osD^vP"  # of the networks, so that figures need no colours
 REPORT_FILES = ("results.json", "tables.md", "search.png", "curves.png", "ablation.png")
 HEADINGS = {
     "search": "#### Search for the peak learning rate: error on held-out training images, %",
@@ -163,9 +165,9 @@ def draw_search(rows: list[dict]) -> Figure:
     """Draw the held-out error against the peak learning rate."""
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
-    for name, runs in by_network(rows):
+    for (name, runs), marker in zip(by_network(rows), cycle(MARKERS), strict=False):
         runs = sorted(runs, key=lambda run: run["peak_lr"])
-        axes.plot([run["peak_lr"] for run in runs], [run["last_val_error"] for run in runs], marker="o", label=name)
+        axes.plot([run["peak_lr"] for run in runs], [run["last_val_error"] for run in runs], marker=marker, label=name)
     ticks = sorted({row["peak_lr"] for row in rows})
     axes.set(xscale="log", xlabel="peak learning rate", ylabel="error on held-out training images (%)")
     axes.set_title("Search for the peak learning rate", fontsize="medium")
@@ -204,10 +206,10 @@ def draw_ablation(rows: list[dict]) -> Figure:
     curves.set(xlabel="epoch", ylabel="top-1 error on test images (%)")
     curves.set_title("by epoch", fontsize="medium")
     curves.legend(fontsize="small")
-    for row in rows:
-        sizes.plot(row["parameters"], row["last_val_error"], "o")
+    for row, marker in zip(rows, cycle(MARKERS), strict=False):
+        sizes.plot(row["parameters"], row["last_val_error"], marker, markersize=8)
     sizes.set(xscale="log", xlabel="parameters")
-    sizes.set_title("after the last epoch, in the same colours", fontsize="medium")
+    sizes.set_title("after the last epoch, markers as on the left", fontsize="medium")
     sizes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     sizes.xaxis.set_major_formatter(EngFormatter(sep=""))
     sizes.xaxis.set_minor_formatter(NullFormatter())
@@ -217,10 +219,11 @@ def draw_ablation(rows: list[dict]) -> Figure:
 
 
 def draw_curves(axes: Axes, groups: list[tuple[str, list[dict]]], quantity: str) -> None:
-    """Draw one line for each run, in the colour of its network."""
-    for i, (name, runs) in enumerate(groups):
+    """Draw one line for each run, with the colour and the marker of its network."""
+    for i, ((name, runs), marker) in enumerate(zip(groups, cycle(MARKERS), strict=False)):
+        style = {"color": f"C{i}", "alpha": 0.8, "marker": marker, "markersize": 4, "markevery": 3}
         for j, run in enumerate(runs):
-            label = name if j == 0 else None
-            axes.plot(range(1, len(run[quantity]) + 1), run[quantity], color=f"C{i}", label=label, alpha=0.8)
+            epochs = range(1, len(run[quantity]) + 1)
+            axes.plot(epochs, run[quantity], label=name if j == 0 else None, **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

@@ -9,8 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
+
+from s3net_common.log_ticks import plain_ticks
 
 STYLES = {  # by `Point.kind`, which the legend shows
     "measured here": {"marker": "o", "color": "tab:red", "markersize": 8},
@@ -45,7 +47,7 @@ def draw_scatter(data_sets: dict[str, Sequence[Point]]) -> Figure:
             known = [p for p in points if getattr(p, quantity)]
             unknown = ", ".join(p.label for p in points if p not in known)
             axes.set(title=title, ylabel="top-1 error (%)")
-            remark = textwrap.fill(f"(unknown for {unknown})", 105) if unknown else ""
+            remark = textwrap.fill(f"(unknown for {unknown})", 92) if unknown else ""
             axes.set_xlabel(f"{name}\n{remark}", fontsize="small")
             _draw_panel(axes, known, quantity)
             panels.append((axes, [(getattr(p, quantity), p.error, p.label) for p in known]))
@@ -75,8 +77,7 @@ def _draw_panel(axes: Axes, points: Sequence[Point], quantity: str) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if min(errors) > 0 and max(errors) > 2 * min(errors):  # one large error would squeeze the others together
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        plain_ticks(axes.yaxis)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
@@ -89,12 +90,12 @@ def _place_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> Non
     renderer, pixel = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
     places = axes.transData.transform([(x, y) for x, y, _ in points])
     inside = axes.get_window_extent(renderer)
-    taken = [Bbox.from_bounds(x - 6 * pixel, y - 6 * pixel, 12 * pixel, 12 * pixel) for x, y in places]
+    used = [Bbox.from_bounds(x - 6 * pixel, y - 6 * pixel, 12 * pixel, 12 * pixel) for x, y in places]
     for (x, y), (_, _, label) in zip(places, points, strict=True):
         text = axes.text(0, 0, label, transform=None, fontsize=LABEL_SIZE, ha="center", va="center")
         size = text.get_window_extent(renderer)
-        box = min(_boxes_around(x, y, size.width, size.height, pixel), key=lambda box: _overlap(box, taken, inside))
-        taken.append(box)
+        box = min(_boxes_around(x, y, size.width, size.height, pixel), key=lambda box: _overlap(box, used, inside))
+        used.append(box)
         middle = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
         text.set_transform(axes.transData)  # a file may have another resolution
         text.set_position(axes.transData.inverted().transform(middle))
@@ -116,9 +117,9 @@ def _boxes_around(x: float, y: float, width: float, height: float, pixel: float)
     return boxes
 
 
-def _overlap(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
+def _overlap(box: Bbox, used: Sequence[Bbox], inside: Bbox) -> float:
     """Return the area of a box that covers other boxes or lies outside the axes, in square pixels."""
-    shared = sum(_shared_area(box, other) for other in taken)
+    shared = sum(_shared_area(box, other) for other in used)
     return shared + box.width * box.height - _shared_area(box, inside)
 
 

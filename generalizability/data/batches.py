@@ -22,7 +22,6 @@ from data.decoding import (
     DraftDecoder,
     Item,
     Transform,
-    center_crop,
     collate,
     collate_encoded,
     decode_crops,
@@ -34,43 +33,10 @@ from data.loader_workers import fitting_workers, ignore_stop_signals, is_file_li
 from distributed import Ranks
 from recipes import RunConfig
 from s3net_common.errors import TOO_MANY_FILES, LocalError
+from s3net_common.framing import Normalization, dataset_preparation
 from s3net_common.unused_files import report_once, unreadable_images
 
 SEARCH_SECONDS = 60  # after an unreadable image, the time to look for others, so that one error names them
-
-
-class Normalization:
-    """Conversion of uint8 images to the network's input, on the training device.
-
-    Args:
-        device: device of the images.
-        mean, std: of each colour channel, for pixels in [0, 1].
-        image_size: height and width of the network's input; images of another size are resized (bilinear).
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        image_size: int,
-    ) -> None:
-        scale = 1 / (255 * torch.tensor(std, device=device))
-        self.scale = scale.view(1, 3, 1, 1)
-        self.shift = (-torch.tensor(mean, device=device) * 255 * scale).view(1, 3, 1, 1)
-        self.image_size = image_size
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return uint8 `(B, 3, H, W)` as float32 `(B, 3, image_size, image_size)` in channels-last memory format.
-
-        With several crops per image, `(B, crops, 3, H, W)`, the result has the same additional dimension.
-        """
-        leading = images.shape[:-3]
-        images = images.flatten(0, -4).float().mul_(self.scale).add_(self.shift)
-        if images.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-        return images.contiguous(memory_format=torch.channels_last).unflatten(0, leading)
 
 
 def step_part(step: int, batch_size: int, count: int, rank: int, world_size: int) -> tuple[slice, float, int]:
@@ -347,8 +313,9 @@ class DiskTrainingBatches(_DiskBatches):
         **kwargs,
     ) -> None:
         crop = {"size": image_size, "flip": flip}
+        centre = dataset_preparation("imagenet", image_size).pixels
         kinds = {
-            "cpu": {"transform": partial(random_crop, **crop) if augment else partial(center_crop, size=image_size)},
+            "cpu": {"transform": partial(random_crop, **crop) if augment else centre},
             "draft": {"decoder": DraftDecoder(data.source, **crop)},
             "gpu": {"decoder": CropDrawer(data.source, **crop), "collate_fn": collate_encoded},
         }
@@ -387,13 +354,12 @@ class DiskEvaluationBatches(_DiskBatches):
 
     Args:
         *args, **kwargs: as of `_DiskBatches`.
-        transform: applied to each image; by default `center_crop` to `image_size`.
+        transform: applied to each image; by default the preparation of ImageNet for `image_size`.
     """
 
     def __init__(self, *args, image_size: int, transform: Transform | None = None, **kwargs) -> None:
-        super().__init__(
-            *args, image_size=image_size, transform=transform or partial(center_crop, size=image_size), **kwargs
-        )
+        transform = transform or dataset_preparation("imagenet", image_size).pixels
+        super().__init__(*args, image_size=image_size, transform=transform, **kwargs)
 
     def part(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield as `EvaluationBatches.part`, without the images that are skipped. A batch may then have no images.

@@ -17,6 +17,7 @@ from data.image_sets import DiskImages, Halves, ImageSet, open_source
 from data.memory import check_memory
 from data.splits import SPLITS, find_half, find_halves
 from s3net_common.errors import InputError, first_line, nearest_names
+from s3net_common.framing import TINY_IMAGENET_SIZE
 from s3net_common.images import check_same_classes, class_images, class_names, read_square
 from s3net_common.unused_files import UnreadableImage, report_unreadable, unreadable_images
 
@@ -176,7 +177,7 @@ def _load_tiny_imagenet(options: ReadOptions) -> tuple[ImageSet, ...]:
     """Read Tiny ImageNet's 64x64 images from its unpacked zip. They are resized batch by batch."""
     files, classes = tiny_imagenet.find_images(options.data_dir, options.splits, options.download)
     return tuple(
-        _read_images(options.data_dir / split, split_files, classes, tiny_imagenet.IMAGE_SIZE, options)
+        _read_images(options.data_dir / split, split_files, classes, TINY_IMAGENET_SIZE, options)
         for split, split_files in zip(options.splits, files, strict=True)
     )
 

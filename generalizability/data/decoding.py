@@ -75,12 +75,6 @@ def random_crop(image: Image.Image, size: int, flip: bool) -> Tensor:
     return draw_crop(*image.size, size, flip).of_image(image)
 
 
-def center_crop(image: Image.Image, size: int) -> Tensor:
-    """Convert an RGB image to uint8 `(3, size, size)`: short side resized to 256/224 of the size, then centre crop."""
-    resized = transforms.resize(image, round(size * 256 / 224))
-    return transforms.pil_to_tensor(transforms.center_crop(resized, size))
-
-
 # ---- Decoding by Pillow -------------------------------------------------------------------------------------------
 
 

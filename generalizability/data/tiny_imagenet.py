@@ -7,8 +7,9 @@ tiny-imagenet-200/
     val/images/*.JPEG
     val/val_annotations.txt         file name, wnid and box of each image, separated by tabs
 
-Many scripts sort the validation images into folders by class: val/<wnid>/*.JPEG or val/<wnid>/images/*.JPEG. They are
-read, too. The test images have no labels, so networks are evaluated on the validation images.
+Many scripts sort the validation images into folders by class: val/<wnid>/*.JPEG, val/<wnid>/images/*.JPEG or
+val/images/<wnid>/*.JPEG. They are read, too. The test images have no labels, so networks are evaluated on the
+validation images.
 """
 
 import os
@@ -28,7 +29,6 @@ from s3net_common.text_files import read_text
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 FOLDER = "tiny-imagenet-200"
-IMAGE_SIZE = 64
 WNID = re.compile(r"n\d{8}")
 
 Files = list[tuple[Path, int]]  # paths and labels
@@ -82,10 +82,11 @@ def validation_files(root: Path, classes: list[str] | None) -> tuple[Files, list
         InputError: as `read_annotations`; or the classes of the validation images are not `classes`.
     """
     val, annotations = root / "val", root / "val" / "val_annotations.txt"
-    sorted_names = sorted(entry.name for entry in _entries(val) if entry.is_dir() and WNID.fullmatch(entry.name))
-    if sorted_names and not any(entry.is_file() for entry in _entries(val / "images")):
-        check_same_classes(classes or sorted_names, sorted_names, root / "train", val)
-        return list(class_images(val, sorted_names)), sorted_names
+    for folder in (val, val / "images"):
+        names = sorted(entry.name for entry in _entries(folder) if entry.is_dir() and WNID.fullmatch(entry.name))
+        if names and not any(entry.is_file() for entry in _entries(val / "images")):
+            check_same_classes(classes or names, names, root / "train", folder)
+            return list(class_images(folder, names)), names
     named_files, names = read_annotations(annotations)
     check_same_classes(classes or names, names, root / "train", annotations)
     labels = {name: label for label, name in enumerate(names)}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from distributed import Ranks
 from recipes import RunConfig
 from s3net_common.checkpoints import fitting_weights, head_names, pretrained_file, read_metadata
-from s3net_common.class_names import class_numbers, composed
+from s3net_common.class_names import class_numbers, composed, list_names
 from s3net_common.output_files import relative
 from s3net_networks import create_network, published_file
 from training.config import Flags
@@ -109,22 +109,18 @@ def copy_rows(new: Tensor, old: Tensor | None, rows: list[tuple[int, int]]) -> T
     """Return `new` with the rows of `old` that `rows` pairs: (row of new, row of old)."""
     result = new.detach().clone()
     if old is not None and rows:
-        to, source = torch.tensor(rows).unbind(1)
-        result[to] = old[source].to(result.dtype)
+        new_rows, old_rows = torch.tensor(rows).unbind(1)
+        result[new_rows] = old[old_rows].to(result.dtype)
     return result
 
 
 def describe_rows(rows: list[tuple[int, int]], config: RunConfig) -> str:
     """Return which classes keep their rows of the classifier and which start anew."""
-    kept = {row for row, _ in rows}
+    loaded_rows = {row for row, _ in rows}
     names = {"kept": [], "new": []}
     for row, name in enumerate(config.classes):
-        names["kept" if row in kept else "new"].append(name)
-    parts = [
-        f"{len(group)} {what} ({', '.join(group[:5])}{', ...' if len(group) > 5 else ''})"
-        for what, group in names.items()
-        if group
-    ]
+        names["kept" if row in loaded_rows else "new"].append(name)
+    parts = [f"{len(group)} {state} ({list_names(group)})" for state, group in names.items() if group]
     return f"rows of the classifier: {', '.join(parts)}"
 
 

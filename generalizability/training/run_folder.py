@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from recipes import RunConfig
 from s3net_common.checkpoints import RUN_CONFIG, RUN_WEIGHTS, save_weights
 from s3net_common.errors import InputError, LocalError
+from s3net_common.log_ticks import plain_ticks
 from s3net_common.output_files import (
     json_line,
     lock_exclusively,
@@ -206,7 +207,8 @@ class Run:
         """Update `best.safetensors`, `curves.png` and `metrics.jsonl` from a checkpoint."""
         progress = Progress(**state["progress"])
         lines = "".join(json_line(row) + "\n" for row in progress.history)
-        if not lines or self._read("metrics.jsonl") == lines:
+        written = self.folder / "metrics.jsonl"
+        if not lines or (written.is_file() and written.read_bytes() == lines.encode()):
             return
         if progress.step == 0 and progress.best()["epoch"] == progress.epoch:
             self._save_best(state[RUN_CONFIG], state[RUN_WEIGHTS], progress.history[-1])
@@ -251,10 +253,6 @@ class Run:
         metadata = {name: config[name] for name in names}
         metadata |= {name: metrics[name] for name in ("epoch", "val_error")}
         save_weights(self.folder / "best.safetensors", weights, metadata)
-
-    def _read(self, name: str) -> str | None:
-        path = self.folder / name
-        return path.read_text() if path.is_file() else None
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         write_atomically(self.folder / name, write)
@@ -362,11 +360,13 @@ def draw_curves(history: list[dict], path: Path, title: str) -> None:
         axes.plot(epochs, [row[f"val_{quantity}"] for row in history], label="validation", **style)
         axes.set(xlabel="epoch", ylabel=unit, yscale="log" if quantity == "loss" else "linear")
         axes.legend()
+    plain_ticks(loss.yaxis)
     best = min(history, key=lambda row: row["val_error"])
     error.axhline(best["val_error"], color="gray", linewidth=0.8, linestyle=":")
     error.set_title(f"best {best['val_error']:.2f}% at epoch {best['epoch']}", fontsize="medium")
     rate.plot(epochs, [row["lr"] for row in history], color="tab:green", **style)
     rate.set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    plain_ticks(rate.yaxis)
     for axes in (loss, error, rate):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)

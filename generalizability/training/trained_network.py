@@ -4,74 +4,21 @@ Evaluation, ten-crop evaluation and prediction build the network of `--checkpoin
 precedence over the file's metadata, except the normalisation, which the file knows best.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor, nn
-from torchvision.transforms import functional as transforms
+from torch import nn
 
-from data.tiny_imagenet import IMAGE_SIZE as TINY_IMAGENET_SIZE
 from recipes import RECIPES
-from s3net_common.checkpoints import are_options, create_with_weights, read_metadata
+from s3net_common.checkpoints import create_with_weights, read_metadata
 from s3net_common.class_names import composed
 from s3net_common.errors import InputError
+from s3net_common.framing import Preparation, dataset_preparation, stored_preparation, usual_dataset
 from s3net_common.images import read_class_names
 from s3net_networks import create_network
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How images become the input of a network, as in its training without the random augmentation.
-
-    Attributes:
-        resize: length of the short side in pixels, to which an image is resized first.
-        crop: height and width of the crop of its centre.
-        image_size: height and width of the network's input, to which the crop is resized.
-        mean, std: normalisation of each colour channel, for pixels in [0, 1].
-    """
-
-    resize: int
-    crop: int
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def with_image_size(self, size: int) -> "Preparation":
-        """Return this preparation for a network's input of another size, with a margin of the same proportion."""
-        if self.crop != self.image_size:
-            return replace(self, image_size=size)
-        return replace(self, resize=round(size * self.resize / self.crop), crop=size, image_size=size)
-
-    def pixels(self, image: Image.Image) -> Tensor:
-        """Convert an RGB image to uint8 `(3, crop, crop)`."""
-        if self.resize > self.crop:
-            resized = transforms.resize(image, self.resize)
-            return transforms.pil_to_tensor(transforms.center_crop(resized, self.crop))
-        square = ImageOps.fit(image, (self.crop, self.crop), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1)
-
-    def crop_centre(self, images: Tensor) -> Tensor:
-        """Crop the centre of uint8 images `(N, 3, resize, resize)`. Images of another size are returned unchanged."""
-        if images.shape[-1] != self.resize or self.resize == self.crop:
-            return images
-        return transforms.center_crop(images, self.crop)
-
-
-def dataset_preparation(dataset: str | None, image_size: int, mean: list[float], std: list[float]) -> Preparation:
-    """Return how the trainer prepares the validation images of a data set."""
-    resize = crop = image_size
-    if dataset == "imagenet":
-        resize = round(image_size * 256 / 224)
-    elif dataset == "tinyimagenet":  # they are read in their own size, and enlarged batch by batch
-        resize = crop = TINY_IMAGENET_SIZE
-    return Preparation(resize, crop, image_size, tuple(mean), tuple(std))
 
 
 @dataclass
@@ -151,11 +98,12 @@ def read_trained_network(
         raise InputError(
             f"there are {len(names)} class names for {outputs} outputs: correct --classes or --num-classes"
         )
-    notes, settings, prepared_as = [], metadata, metadata.get("dataset")
-    if not {"mean", "std", "image_size"} <= metadata.keys():
+    notes, preparation = [], stored_preparation(metadata)
+    if preparation is None:
         known = dataset in RECIPES and dataset != "folder"
-        prepared_as = dataset if known else "cifar100" if name.endswith("_cifar") else "imagenet"
+        prepared_as = dataset if known else usual_dataset(name)
         settings = vars(RECIPES[prepared_as]) | metadata
+        preparation = dataset_preparation(prepared_as, settings["image_size"], settings["mean"], settings["std"])
         notes.append(
             f"{file} does not say how its images are prepared: as for {prepared_as}, {settings['image_size']} pixels"
         )
@@ -163,32 +111,12 @@ def read_trained_network(
         file=file,
         name=name,
         options=own_options | (options or {}),
-        preparation=dataset_preparation(prepared_as, settings["image_size"], settings["mean"], settings["std"]),
+        preparation=preparation,
         outputs=outputs,
         classes=names,
         dataset=metadata.get("dataset") or dataset,
         notes=notes,
     )
-
-
-def read_options(text: str | None) -> dict:
-    """Parse the value of --model-options.
-
-    Raises:
-        InputError: it is not a JSON object of options.
-    """
-    try:
-        if are_options(options := json.loads(text or "{}")):
-            return options
-    except (ValueError, RecursionError):
-        pass
-    raise InputError(f"--model-options {text} is no JSON object of options: write '{{\"growth_rate\": 24}}'")
-
-
-def file_label(checkpoint: Path) -> str:
-    """Return `<folder>-<file>` of a file of weights, for names of outputs. The folder names the run."""
-    name = checkpoint.name.removesuffix(".tar").rsplit(".", 1)[0]
-    return f"{checkpoint.resolve().parent.name}-{name}"
 
 
 def _names_from_file(file: Path, trained: list[str] | None) -> list[str]:

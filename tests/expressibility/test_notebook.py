@@ -151,6 +151,7 @@ def test_without_network_the_set_up_cell_says_what_is_missing_in_one_line(set_up
     )
     (command,) = commands
     assert command[1:4] == ["-m", "pip", "install"] and command[-1] == "tyro"
+    assert "--no-color" in command  # else the last line is the code that resets the colour
 
 
 def test_neural_tangents_is_installed_without_its_dependencies(set_up, tmp_path, monkeypatch):

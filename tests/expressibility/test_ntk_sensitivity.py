@@ -104,7 +104,7 @@ def test_a_topology_is_surely_better_if_the_interval_excludes_0():
     for cell in cells:
         cell["chain"] = make_cell(-4, -2, 0.0, 0.01)
     [verdict] = ntk_sensitivity.summarise(cells)
-    assert verdict["settings"] == 3
+    assert (verdict["name"], verdict["settings"]) == ("D, raw, W_std 1.5", 3)
     assert verdict["proposed_better"] == 2
     assert verdict["proposed_surely_better"] == verdict["residual_surely_better"] == 1
     assert (verdict["proposed_better_after_holm"], verdict["residual_better_after_holm"]) == (1, 0)
@@ -121,7 +121,9 @@ def test_holm_multiplies_the_smallest_p_value_by_their_number_and_is_monotone():
 
 def test_a_smaller_grid_corrects_for_fewer_comparisons():
     cells = [make_cell(1, 3, 0.9, 0.06), make_cell(1, 3, 0.9, 0.06, w_std=1.0), make_cell(1, 3, 0.9, 3, w_std=1.0)]
+    cells = [cell | {"chain": make_cell(-3, -1, 0.1, 0.06)} for cell in cells]
     counts = {row["grid"]: row for row in ntk_sensitivity.count_by_grid(cells)}
+    assert counts["W_std 1.5"]["chain"]["chain_better_after_holm"] == 1
     assert counts["all settings"]["proposed_better_after_holm"] == 0
     assert counts["W_std 1.5"]["proposed_better_after_holm"] == counts["W_std 1.5"]["settings"] == 1
 

@@ -70,7 +70,7 @@ def test_tables_as_spreadsheets_write_them(tmp_path, capsys, content, encoding):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("names", [",a,y,c", "Unnamed: 0,a,y,c"])
+@pytest.mark.parametrize("names", [",a,y,c", "Unnamed: 0,a,y,c", "a,y,c"])  # the last as R writes it
 @pytest.mark.parametrize("label", [lambda i: i, lambda i: 24 - i, lambda i: f"row {i}", lambda i: f"{i}.0"])
 def test_row_numbers_and_row_names_are_left_out_with_a_line(tmp_path, capsys, names, label):
     path = write(tmp_path / "some.csv", [names, *[f"{label(i)},{row}" for i, row in enumerate(VALID)]])

@@ -177,9 +177,9 @@ class Graph:
 
 
 @contextmanager
-def without_reads(thing: object, **kwargs):
+def without_reads(context: object, **kwargs):
     """Check that the host reads nothing on another stream, or while a graph is captured: it would be an error there."""
-    assert isinstance(thing, Stream | Graph)
+    assert isinstance(context, Stream | Graph)
     before = reads.total()
     yield
     assert reads.total() == before, f"a read in a graph: {reads}"

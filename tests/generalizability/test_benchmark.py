@@ -26,16 +26,16 @@ def published_formulation(**options):
 def test_the_published_formulation_computes_the_same_function():
     torch.manual_seed(0)
     published = published_formulation(growth_rate=4, layers=3, num_classes=10)
-    ours = create_model("s3net_cifar", growth_rate=4, depth=13, num_classes=10)
+    model = create_model("s3net_cifar", growth_rate=4, depth=13, num_classes=10)
 
     def in_order(model):  # both networks register all transitions after all blocks
         return [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
 
-    for module, published_module in zip(in_order(ours), in_order(published), strict=True):
+    for module, published_module in zip(in_order(model), in_order(published), strict=True):
         module.load_state_dict(published_module.state_dict())
     images = torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(ours(images), published(images), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ours.eval()(images), published.eval()(images), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(images), published(images), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.eval()(images), published.eval()(images), atol=1e-4, rtol=1e-4)
 
 
 def test_the_data_benchmark_writes_its_rates(tmp_path):

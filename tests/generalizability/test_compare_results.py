@@ -181,8 +181,8 @@ def test_the_json_file_contains_all_rows(tmp_path):
     compare(tmp_path, write_run(tmp_path / "run"))
     rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
     assert len(rows) == 1 + 15 + len(AUGMENTED_ROWS)
-    (ours,) = [row for row in rows if row["source"] == "measured here"]
-    assert (ours["seeds"], ours["last_error"], ours["best_error"]) == ([0], 31.0, 30.0)
+    (measured,) = [row for row in rows if row["source"] == "measured here"]
+    assert (measured["seeds"], measured["last_error"], measured["best_error"]) == ([0], 31.0, 30.0)
 
 
 # -- The paper's numbers --
@@ -262,6 +262,8 @@ def test_labels_overlap_neither_each_other_nor_the_frame(tmp_path, monkeypatch):
     )
     compare_results.main(Args(tuple(runs), tmp_path / "out"))
     assert len(panels) == 2 and len(panels[0].texts) == 21  # 11 of the paper's rows have parameters
+    labels = [text.get_text() for text in panels[0].texts]
+    assert "s3net_cifar k=12 d=40 lr=0.4 (1 epoch)" in labels and "S3-Net k=12 d=40" in labels, labels
     for axes in panels:
         assert isinstance(axes, matplotlib.axes.Axes) and axes.get_xscale() == "log"
         boxes = [text.get_window_extent() for text in axes.texts]

@@ -15,11 +15,11 @@ import predict
 import train_s3net
 from data.image_sets import DiskImages, open_source
 from recipes import RECIPES
-from s3net_common.checkpoints import pretrained_file, save_weights
+from s3net_common.checkpoints import pretrained_file, read_options, save_weights
 from s3net_common.errors import InputError
 from s3net_networks import create_network
 from train_s3net import Args
-from training.trained_network import read_options, read_trained_network
+from training.trained_network import read_trained_network
 
 NAMES = sorted(["ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx"])
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -90,7 +90,8 @@ def test_the_networks_own_classes(network, photographs, tmp_path, capsys):
     results = evaluate(tmp_path, save_checkpoint(tmp_path / "best.safetensors", network), data)
     expected = plain_error(network, photographs)
     assert 0 < expected < 100 and results["val_error"] == pytest.approx(expected)
-    assert results["preparation"] == {"resize": 24, "crop": 24, "image_size": 24, "mean": MEAN, "std": STD}
+    colours = {"mean": MEAN, "std": STD, "interpolation": "bilinear"}
+    assert results["preparation"] == {"resize": 24, "crop": 24, "image_size": 24, "method": "fit"} | colours
     assert sum(row["errors"] for row in results["classes"]) == pytest.approx(expected * 36 / 100)
     assert Image.open(tmp_path / "evaluation" / "confusion.png").size[0] > 500
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["val_error"] == results["val_error"]

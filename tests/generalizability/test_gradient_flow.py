@@ -81,7 +81,11 @@ def test_the_script_keeps_finished_jobs_and_writes_the_summary(tmp_path, capsys)
     errors = [run["test_error"] for run in runs if run["job"]["peak"] == best]
     assert chain["test_error"]["mean"] == pytest.approx(np.mean(errors))
     assert f"chain, 3 layers: test error {chain['test_error']['mean']:.1f}% after 20 steps" in capsys.readouterr().out
-    for name in gradient_flow.PICTURES:
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    assert [len(curve["outputs"]) for curve in curves["initial"]] == [4] * 5 * 3
+    assert all(curve["outputs"][-1] == curve["weights"][-1] == 0 for curve in curves["initial"])
+    assert len(curves["training"]) == 4 * 2 * 2 and curves["training"][0]["losses"]
+    for name in gradient_flow.OTHER_FILES[1:]:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
     file = tmp_path / "jobs" / "training-chain-d3-lr0.1-s1.json"

@@ -15,13 +15,13 @@ from torchvision import transforms
 
 import folder2lmdb
 import validate_10crop
-from data.batches import Normalization
 from data.ten_crops import CENTER_CROP, ten_crops
 from distributed import Ranks
 from models import create_model
 from recipes import RECIPES
 from s3net_common.checkpoints import load_weights
 from s3net_common.errors import InputError
+from s3net_common.framing import Normalization
 from validate_10crop import Args, wilson_interval
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "validate_10crop.py"

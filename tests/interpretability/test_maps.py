@@ -5,7 +5,20 @@ from torch import nn
 
 from digit_scenes import SIZE, make_scenes, scene_pictures
 from faithfulness import area, deletion_curve, insertion_curve
-from map_scores import centred_gaussian, dice, edge_map, intersection_over_union, score_map, segment
+from map_scores import (
+    autocorrelation,
+    bootstrap,
+    centred_gaussian,
+    dice,
+    edge_map,
+    gini,
+    intersection_over_union,
+    interval,
+    mask_map,
+    score_map,
+    segment,
+    sharpness,
+)
 from saliency_figures import brightness, overlay
 
 
@@ -37,6 +50,48 @@ def test_scores_of_a_perfect_and_an_inverted_map():
     assert inverted["dice_at"] == 0
     assert inverted["pointing"] is False
     assert inverted["average_precision"] < 0.1
+
+
+def test_sharpness_of_known_maps():
+    assert gini(np.full((3, 4), 2.0)) == pytest.approx(0)
+    single = np.zeros((5, 8))
+    single[2, 3] = 7
+    assert gini(single) == pytest.approx(1 - 1 / 40)
+    assert gini(np.zeros((2, 2))) == 0
+    mask = np.zeros((5, 8), bool)
+    mask[2] = True
+    assert sharpness(single + 1, mask)["mass"] == pytest.approx((8 + 7) / (40 + 7))
+
+
+def test_autocorrelation_of_known_gradients():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(3, 200, 200))
+    assert autocorrelation(noise) == pytest.approx(0, abs=0.02)
+    rows, columns = np.indices((64, 64))
+    waves = np.sin(rows / 10) + np.sin(columns / 10)
+    assert autocorrelation(np.stack([waves, -waves])) > 0.95
+    assert autocorrelation(np.where((rows + columns) % 2, 1.0, -1.0)[None]) == pytest.approx(-1)
+
+
+def test_the_bootstrap_draws_seeds_and_scenes():
+    rng = np.random.default_rng(0)
+    scenes, seeds = rng.normal(0, 1, 400), np.array([-1.0, 0.0, 1.0])
+    only_scenes = bootstrap(scenes[None])
+    assert only_scenes.mean() == pytest.approx(scenes.mean(), abs=0.01)
+    assert only_scenes.std() == pytest.approx(scenes.std() / 20, rel=0.1)
+    both = bootstrap(scenes[None] + seeds[:, None])
+    expected = np.hypot(scenes.std() / 20, seeds.std() / np.sqrt(3))
+    assert both.std() == pytest.approx(expected, rel=0.1)
+    difference = bootstrap(scenes[None] + 2, 0) - bootstrap(scenes[None], 1)  # paired by scene
+    assert interval(difference) == pytest.approx([2, 2])
+
+
+def test_the_true_mask_is_the_ceiling():
+    mask = np.zeros((20, 20), bool)
+    mask[4:8, 3:9] = True  # 24 of 400 pixels; the top tenth has 40
+    scores = score_map(mask_map(mask, 0), mask)
+    assert scores["pointing"] and scores["average_precision"] == pytest.approx(1)
+    assert scores["dice_at"] == pytest.approx(2 * 24 / (24 + 40))
 
 
 def test_baseline_maps():
@@ -86,6 +141,8 @@ def test_the_masks_of_digit_scenes_mark_bright_strokes():
     assert 0.03 < masks.mean() < 0.2
     repeated, _, _ = make_scenes(np.arange(50), seed=3)
     assert np.array_equal(images, repeated)
+    small, small_masks, _ = make_scenes(np.arange(5), seed=3, size=18)
+    assert small.shape == (5, 18, 18, 3) and small_masks.any((1, 2)).all()
     names = [picture.name.split("-")[0] for picture in scene_pictures(6)]
     assert names == [f"digit{i}" for i in range(6)]
 

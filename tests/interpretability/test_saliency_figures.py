@@ -1,5 +1,7 @@
 """Pages of figures, and names of files in them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -13,7 +15,7 @@ from pictures import Picture
 
 def explained(names):
     pictures = [Picture(name, np.full((8, 8, 3), 90, np.uint8), mask=np.eye(8) > 0) for name in names]
-    explanation = PictureExplanation(np.eye(8, dtype=np.float32), 0, 0.5, 1, 0.0, 0.0, [(0, 0.5)])
+    explanation = PictureExplanation(np.eye(8, dtype=np.float32), 0, 0.5, 1, 0.0, 0.9, 0.0, [(0, 0.5)])
     return pictures, [explanation] * len(pictures)
 
 
@@ -60,3 +62,28 @@ def test_images_are_told_from_names_of_networks(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     (tmp_path / "resnet50").mkdir()
     assert [is_image(word) for word in ("a.JPG", "photos", "resnet50", "vgg19", "my.pt")] == [True, True] + [False] * 3
+
+
+def test_a_squashed_photograph_is_drawn_in_its_own_proportions(tmp_path, monkeypatch):
+    (picture,), explanations = explained(["a"])
+    boxes = []
+
+    def measure(path, figure: Figure, dpi):
+        figure.savefig(path, dpi=50)
+        boxes.extend(axes.get_window_extent() for axes in figure.axes)
+
+    monkeypatch.setattr(saliency_figures, "save_figure", measure)
+    for aspect, size in ((1.5, (12, 8)), (0.5, (8, 16)), (1.0, (8, 8))):
+        shown = replace(picture, aspect=aspect)
+        saliency_figures.save_overlay(tmp_path / "overlay.png", shown, explanations[0].saliency)
+        assert Image.open(tmp_path / "overlay.png").size == size
+        saliency_figures.draw_maps(tmp_path / "maps.png", [shown], [(Network("net", None), [shown], explanations)])
+        saliency_figures.draw_segmentations(tmp_path / "s.png", [shown], [("net", [shown], [np.eye(8)])], 90.0)
+        assert [box.width / box.height for box in boxes] == pytest.approx([aspect] * 5, rel=1e-3)
+        boxes.clear()
+
+
+def test_titles_say_which_share_of_the_terms_is_drawn():
+    _, (explanation, *_) = explained(["a"])
+    assert saliency_figures.drawn_share([explanation]) == "90% of terms drawn"
+    assert saliency_figures.drawn_share([explanation, replace(explanation, drawn=0.384)]) == "38-90% of terms drawn"

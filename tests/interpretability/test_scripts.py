@@ -17,10 +17,10 @@ from processes import run_python
 
 import interpret_fullgrad
 import plot_segmentation_map
-from digit_scenes import digits_checkpoint
 from models import create_model
 from s3net_common.checkpoints import save_weights
 from s3net_common.errors import InputError
+from scene_training import Training, digits_checkpoint
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "interpretability"
@@ -79,7 +79,7 @@ def test_interpret_fullgrad_writes_maps_overlays_figure_and_json(photographs, tm
         assert saliency.min() >= 0
         assert saliency.max() > 0
         assert Image.open(out / "overlays" / row["network"] / f"{row['image']}.png").size == (64, 64)
-        assert row["completeness_error"] < 1e-4
+        assert row["completeness_error"] < 1e-4 and 0.5 < row["drawn"] <= 1
         assert row["target"] == row["prediction"] < 1000
         assert 0 < row["probability"] <= 1
         assert row["seconds"] > 0
@@ -87,7 +87,8 @@ def test_interpret_fullgrad_writes_maps_overlays_figure_and_json(photographs, tm
     faithfulness = json.loads((out / "faithfulness.json").read_text())["networks"]["resnet18"]
     assert set(faithfulness) == {"FullGrad", "centred Gaussian", "edge map"}
     assert len(faithfulness["FullGrad"]["deletion"]) == 21
-    assert len(faithfulness["edge map"]["insertion_area"]) == 2
+    low, high = faithfulness["edge map"]["insertion_interval"]
+    assert low <= faithfulness["edge map"]["insertion_area"] <= high
     probabilities = [row["probability"] for row in report["maps"] if row["network"] == "resnet18"]
     assert faithfulness["FullGrad"]["deletion"][0] == pytest.approx(np.mean(probabilities), rel=1e-4)
     assert faithfulness["FullGrad"]["insertion"][-1] == pytest.approx(np.mean(probabilities), rel=1e-4)
@@ -99,7 +100,8 @@ def test_target_and_checkpoint_with_another_number_of_classes(photographs, check
     model = create_model("s3net_tiny_k96", 3)
     torch.save(model.state_dict(), tmp_path / "full.pt")
     arguments = ("--num-classes", 3, "--target", 2, "--image-size", 32, "--device", "cpu", "--out", tmp_path / "out")
-    process = run("interpret_fullgrad.py", image, "--checkpoint", "s3net_tiny_k96=full.pt", *arguments, cwd=tmp_path)
+    arguments = ("--checkpoint", "s3net_tiny_k96=full.pt", "--squash", *arguments)
+    process = run("interpret_fullgrad.py", image, *arguments, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     (row,) = json.loads((tmp_path / "out" / "saliency.json").read_text())["maps"]
     assert (row["target"], row["target_name"]) == (2, "class 2")
@@ -141,7 +143,9 @@ def copy(tmp_path_factory) -> Path:
         target = folder / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = source.read_text()
-        target.write_text(text.replace("EPOCHS, BATCH_SIZE, PEAK_LR = 24,", "EPOCHS, BATCH_SIZE, PEAK_LR = 1,"))
+        target.write_text(
+            text.replace("epochs: int = 24", "epochs: int = 1").replace("TEST = DIGITS - TRAINING", "TEST = 20")
+        )
     return folder
 
 
@@ -176,9 +180,18 @@ def test_plot_segmentation_map_without_arguments_trains_the_digits_network_once(
     assert Image.open(copy / "runs" / "segmentation" / "segmentation.png").size[0] > 400
     (weights,) = (copy / "runs" / "digits_network").iterdir()
     modified = weights.stat().st_mtime_ns
-    assert digits_checkpoint(weights.parent, torch.device("cpu"), epochs=1) == weights
+    assert digits_checkpoint(weights.parent, torch.device("cpu"), Training(epochs=1)) == weights
     assert weights.stat().st_mtime_ns == modified
     assert list(tmp_path.iterdir()) == []
+    scores = json.loads((copy / "runs" / "segmentation" / "scores.json").read_text())
+    assert scores["images"] == 20 and scores["cpu_seconds"] > 0 and 0 < scores["test_accuracy"] < 1
+    rivals = ["gradient x input", "integrated gradients", "SmoothGrad", "gradient", "random map", "true mask"]
+    assert list(scores["mean"]) == ["s3net_cifar", *rivals, "centred Gaussian", "edge map"]
+    for method, mean in scores["mean"].items():
+        low, high = scores["interval"][method]["dice_at"]
+        assert low <= mean["dice_at"] <= high
+    assert scores["mean"]["true mask"]["average_precision"] == pytest.approx(1)
+    assert "s3net_cifar" not in scores["difference"] and scores["difference"]["true mask"]["dice_at"][0] > 0
 
 
 # ---- Bad input: one line, exit code 2 ----

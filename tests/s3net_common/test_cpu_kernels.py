@@ -11,8 +11,8 @@ from s3net_common import cpu_kernels
 from s3net_networks.connections import CONNECTIONS
 
 
-def largest_difference(ours, plain):
-    return ((ours.detach().float() - plain.detach()).abs().max() / plain.detach().abs().max()).item()
+def largest_difference(fused, plain):
+    return ((fused.detach().float() - plain.detach()).abs().max() / plain.detach().abs().max()).item()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
@@ -32,24 +32,24 @@ def test_forward_backward_and_statistics_equal_plain_pytorch(shape, out_channels
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     plain_norm.load_state_dict(norm.state_dict())
-    ours = (torch.randn(shape) * 2 + 1).to(dtype).requires_grad_()
-    plain = ours.detach().float().requires_grad_()
+    fused = (torch.randn(shape) * 2 + 1).to(dtype).requires_grad_()
+    plain = fused.detach().float().requires_grad_()
     pairs = []
     if out_channels is None:
-        out, expected = cpu_kernels.norm_relu(ours, norm), F.relu(plain_norm(plain))
+        out, expected = cpu_kernels.norm_relu(fused, norm), F.relu(plain_norm(plain))
     else:
         conv = nn.Conv2d(shape[1], out_channels, kernel_size, padding=kernel_size // 2, bias=False)
         plain_conv = nn.Conv2d(shape[1], out_channels, kernel_size, padding=kernel_size // 2, bias=False)
         plain_conv.load_state_dict(conv.state_dict())
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            out = cpu_kernels.norm_relu_conv(ours, norm, conv, pool)
+            out = cpu_kernels.norm_relu_conv(fused, norm, conv, pool)
         expected = plain_conv(F.avg_pool2d(F.relu(plain_norm(plain)), pool))
         pairs.append((conv.weight, plain_conv.weight))
     assert out.dtype == dtype
     gradient = torch.randn(expected.shape)
     out.backward(gradient.to(dtype))
     expected.backward(gradient)
-    pairs += [(ours, plain), (norm.weight, plain_norm.weight), (norm.bias, plain_norm.bias)]
+    pairs += [(fused, plain), (norm.weight, plain_norm.weight), (norm.bias, plain_norm.bias)]
     assert largest_difference(out, expected) < tolerance
     for parameter, expected in pairs:
         assert largest_difference(parameter.grad, expected.grad) < tolerance

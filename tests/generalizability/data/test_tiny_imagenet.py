@@ -46,19 +46,20 @@ def test_labels_come_from_the_folders_and_the_annotations(tree):
     assert train.labels.tolist() == sorted(2 * list(range(10)))
 
 
-@pytest.mark.parametrize("subfolder", ["", "images"])
+@pytest.mark.parametrize("place", ["{}", "{}/images", "images/{}"])
 @pytest.mark.parametrize("leftovers", [False, True])
-def test_validation_images_sorted_into_folders_by_class(tree, tmp_path, subfolder, leftovers):
+def test_validation_images_sorted_into_folders_by_class(tree, tmp_path, place, leftovers):
     root = tmp_path / "tiny-imagenet-200"
     shutil.copytree(tree, root)
     for line in (root / "val" / "val_annotations.txt").read_text().splitlines():
         name, wnid, *_ = line.split("\t")
-        folder = root / "val" / wnid / subfolder
+        folder = root / "val" / place.format(wnid)
         folder.mkdir(parents=True, exist_ok=True)
         (root / "val" / "images" / name).rename(folder / name)
     if not leftovers:
         (root / "val" / "val_annotations.txt").unlink()
-        (root / "val" / "images").rmdir()
+        if place != "images/{}":
+            (root / "val" / "images").rmdir()
     (expected,) = load_dataset("tinyimagenet", tree, splits=("val",))
     (val,) = load_dataset("tinyimagenet", tmp_path, splits=("val",))
     order, expected_order = (half.labels.argsort(stable=True) for half in (val, expected))

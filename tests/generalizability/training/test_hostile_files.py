@@ -427,7 +427,7 @@ def test_configurations_that_are_none(damaged, text):
 def test_each_missing_setting_is_named(damaged):
     folder, check = damaged
     config = json.loads((folder / "config.json").read_text())
-    for name in (field.name for field in fields(RunConfig) if field.default is MISSING):
+    for name in [field.name for field in fields(RunConfig) if field.default is MISSING]:
         (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != name}))
         assert f"it lacks {name}; restore it, or start a new run" in check()
 

@@ -64,6 +64,13 @@ def test_a_run_without_last_pt_is_not_resumed(finished_run, tmp_path):
     assert contents(folder) == before
 
 
+def test_a_damaged_file_of_metrics_is_written_again(finished_run, tmp_path):
+    folder = copy_run(finished_run, tmp_path / "run")
+    (folder / "metrics.jsonl").write_bytes(b"\x81\xff")
+    assert train_s3net.main(Args(out=folder, resume=True)) == 0
+    assert (folder / "metrics.jsonl").read_bytes() == (finished_run / "metrics.jsonl").read_bytes()
+
+
 def test_config_json_alone_starts_the_run(finished_run, tmp_path, capsys):
     folder = copy_run(finished_run, tmp_path / "run", ["config.json"])
     assert train_s3net.main(Args(out=folder, resume=True)) == 0
