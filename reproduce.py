@@ -2,7 +2,7 @@
 
     python reproduce.py                                       # quick: minutes, no download
     python reproduce.py --budget cpu                          # the full experiments on a few CPU cores: days
-    python reproduce.py --budget gpu                          # the paper's recipes on all GPUs: days
+    python reproduce.py --budget gpu                          # the paper's recipes, a network on each GPU: days
     python reproduce.py --budget cpu --only expressibility    # one experiment
 
 Writes to --out: a folder for each step, logs/, and index.html, a page that needs no other file and no network. The page
@@ -12,18 +12,20 @@ finished. A failed step is reported, and the other steps still run.
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Literal
 
 import torch
 from tqdm import tqdm
 
+from reproduction.job_queue import RunningSteps, groups_of, run_side_by_side, send_sigterm, visible_gpus
 from reproduction.page import duration, write_page
 from reproduction.record import FAILED, FINISHED, LEFT_OUT, Record, logs_folder, read_record, write_record
 from reproduction.steps import EXPERIMENTS, Step, steps_of
@@ -59,27 +61,34 @@ def main(args: Args, steps: Sequence[Step] | None = None) -> int:
         InputError: no experiment is selected, the GPU is missing, or --out cannot be written or is in use.
         KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, after the active step has ended and the page is written.
     """
-    gpus = torch.cuda.device_count()
-    if args.budget == "gpu" and gpus == 0:
+    gpus = visible_gpus(torch.cuda.device_count())
+    if args.budget == "gpu" and not gpus:
         raise InputError("--budget gpu needs a GPU, and PyTorch finds none: pass --budget cpu, or quick")
     if not args.only:
         raise InputError(f"--only needs one or more of {', '.join(EXPERIMENTS)}")
     out = (args.out or default_out(f"reproduce-{args.budget}")).resolve()
     if not args.overwrite:
         check_replaceable(out)
-    steps = steps_of(args.budget, gpus) if steps is None else steps
+    steps = steps_of(args.budget) if steps is None else steps
     selected = [step for step in steps if step.experiment in args.only]
     failed = 0
-    with sigterm_as_exit(), write_errors(out), locked(out) as lock, tqdm(selected, unit="step", disable=None) as bar:
-        for step in bar:
-            bar.set_description(step.name)
+    bar = tqdm(total=len(selected), unit="step", disable=None)
+    with sigterm_as_exit(), write_errors(out), locked(out) as lock, bar:
+        running = RunningSteps(lock)
+        for group in groups_of(selected):
+            bar.set_description(", ".join(step.name for step in group))
             try:
-                if is_finished(step, out):
+                for step in [step for step in group if is_finished(step, out)]:
                     bar.write(f"{step.name}: already finished")
-                    continue
-                record = run_step(step, out, lock)
-                failed += record.status == FAILED
-                bar.write(f"{step.name}: {record.status}, {record.reason or duration(record.seconds)}")
+                    bar.update()
+                missing = [step for step in group if not is_finished(step, out)]
+                run = partial(run_step, out=out, running=running)
+                with closing(run_side_by_side(missing, gpus or [""], run, running)) as ended:
+                    for step, record in ended:
+                        failed += record.status == FAILED
+                        bar.write(f"{step.name}: {record.status}, {record.reason or duration(record.seconds)}")
+                        bar.update()
+                        write_page(out / "index.html", args.budget, steps, out)
             finally:
                 write_page(out / "index.html", args.budget, steps, out)
     print(
@@ -147,8 +156,8 @@ def locked(out: Path) -> Iterator[IO]:
 
 
 def command_of(step: Step, out: Path) -> list[str]:
-    """Return the step's command as typed in the repository's root: `python` or `torchrun`, script and arguments."""
-    program = ["python"] if step.processes == 1 else ["torchrun", "--standalone", f"--nproc_per_node={step.processes}"]
+    """Return the step's command as typed in the repository's root: `python`, script and arguments."""
+    program = ["python"]
     for word in step.words(from_root(out)):
         program += matching(word, out) if "*" in word else [word]
     return program
@@ -178,8 +187,8 @@ def missing_input(step: Step, out: Path) -> str:
     return ""
 
 
-def run_step(step: Step, out: Path, lock: IO) -> Record:
-    """Run the step's script with its output in the step's log. Write and return the record."""
+def run_step(step: Step, gpu: str | None, out: Path, running: RunningSteps) -> Record:
+    """Run the step's script with its output in the step's log, on a GPU (None: any). Write and return the record."""
     record = Record(command_of(step, out), machine=machine(), versions=versions())
     if reason := missing_input(step, out):
         record.status, record.reason = LEFT_OUT, reason
@@ -194,7 +203,7 @@ def run_step(step: Step, out: Path, lock: IO) -> Record:
     write_record(out, step.name, record)  # before all other files, to show whose they are
     log = logs_folder(out) / f"{step.name}.log"
     with log.open("w") as file:
-        code = run_command(step, record, out, file, lock)
+        code = run_command(step, record, out, file, running, gpu)
     if code == 0:
         record.status = FINISHED
     else:
@@ -213,25 +222,30 @@ def move_to_former(folder: Path) -> None:
         folder.rename(former / f"{folder.name}-{number}")
 
 
-def run_command(step: Step, record: Record, out: Path, log: IO, lock: IO) -> int:
-    """Run the step in a new process group, which is ended if this program is ended. Return the exit code."""
-    program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+def run_command(step: Step, record: Record, out: Path, log: IO, running: RunningSteps, gpu: str | None) -> int:
+    """Run the step in a new process group, which is ended if this program is ended. Return the exit code.
+
+    Raises:
+        SystemExit: the step was ended together with others.
+    """
     process = subprocess.Popen(
-        program[record.command[0]] + record.command[1:],
+        [sys.executable, *record.command[1:]],
         cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        pass_fds=(lock.fileno(),) if os.name == "posix" else (),
+        pass_fds=(running.lock.fileno(),) if os.name == "posix" else (),
     )
-    lock.write(f"kill -TERM -- -{process.pid}")
-    lock.flush()
+    running.add(process)
     started, before = time.monotonic(), record.seconds
     try:
         while True:
             try:
-                return process.wait(timeout=SAVE_SECONDS)
+                code = process.wait(timeout=SAVE_SECONDS)
+                if running.ended:
+                    sys.exit(code)
+                return code
             except subprocess.TimeoutExpired:
                 pass
             finally:
@@ -239,17 +253,9 @@ def run_command(step: Step, record: Record, out: Path, log: IO, lock: IO) -> int
                 write_record(out, step.name, record)
     finally:
         if process.poll() is None:
-            end_group(process)
-        lock.truncate(0)
-
-
-def end_group(process: subprocess.Popen) -> None:
-    """Send SIGTERM to the process and its children, and wait for the process. A training run then saves itself."""
-    if hasattr(os, "killpg"):
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        process.terminate()
-    process.wait()
+            send_sigterm(process)
+            process.wait()
+        running.remove(process)
 
 
 def from_root(path: Path) -> Path:

@@ -1,16 +1,28 @@
-"""Import neural-tangents 0.6.5, its last release, on current JAX and without TensorFlow.
+"""Use neural-tangents 0.6.5, its last release, with current JAX and SciPy, and without TensorFlow.
 
     from neural_tangents_compat import neural_tangents as nt, stax
 
-Alternatively, `import neural_tangents_compat` once before the first `import neural_tangents`.
+Alternatively, `import neural_tangents_compat` once before the first `import neural_tangents`. This file needs no other
+file of the repository, so it can be copied into another project, beside
+`pip install "jax>=0.4.30" scipy` and `pip install --no-deps neural-tangents frozendict`.
 
-neural-tangents 0.6.5 reads names that JAX has removed since (see `_REMOVED_NAMES`). This module adds them to JAX
-during the import and removes them afterwards. The installed packages are not edited. A release after 0.6.5 is
-imported without changes.
+neural-tangents 0.6.5 was written for JAX 0.4.16. The installed packages are not edited. During the import, names that
+JAX has removed are added to JAX (see `_REMOVED_NAMES`), and removed afterwards. After it, functions in neural-tangents'
+own modules are replaced, which repairs:
 
-Tested: the kernels with JAX 0.4.38 and every minor release from 0.5 to 0.12; `predict` and the Jacobian
-contraction of `empirical_ntk_fn` with 0.6, 0.10 and 0.12. Not supported: "structured derivatives", which depend on
-internals of JAX from 2023.
+- `empirical_ntk_fn` with STRUCTURED_DERIVATIVES and AUTO, which read the inside of JAX of 2023;
+- `predict.max_learning_rate`, which used an argument that SciPy 1.14 has removed;
+- `predict.gradient_descent_mse` under `vmap` and `grad`, where tracers leaked.
+
+Not repaired:
+
+- `neural_tangents.experimental`, which needs TensorFlow.
+- STRUCTURED_DERIVATIVES of a function with an operation of several outputs: neural-tangents refuses it. `jnp.split` is
+  such an operation now.
+- Functions that neural-tangents' examples and tests take from JAX themselves, such as `jax.tree_map`.
+
+Tested with JAX 0.4.30, 0.5.3, 0.7.2, 0.10.2 and 0.12.0. A release of neural-tangents after 0.6.5 is imported without
+changes.
 """
 
 import contextlib
@@ -28,8 +40,8 @@ import numpy as np
 import scipy.linalg
 
 LAST_RELEASE = (0, 6, 5)
-WORKING_JAX = "JAX 0.6 to 0.12"
-INSTALL_JAX = 'pip install "jax>=0.6,<0.13"'
+WORKING_JAX = "JAX 0.4.30 to 0.12"
+INSTALL_JAX = 'pip install "jax>=0.4.30,<0.13"'
 
 
 class UnsupportedJaxError(ImportError):

@@ -9,6 +9,8 @@ import numpy as np
 from kernels import W_STD
 from ntk_comparison import COLOURS, DIAG_REG
 
+TITLES = {"boston": "Boston housing", "diabetes": "Diabetes"}  # a table of the user keeps the name of its file
+
 
 def draw_all(results: dict[str, Any]) -> tuple[plt.Figure, plt.Figure, plt.Figure]:
     """Return the maps against the residual topology and against the chain, and the errors of all predictors."""
@@ -36,7 +38,9 @@ def draw_cells(results: dict[str, Any], rival: str) -> plt.Figure:
             axes, place = panels[row][column], (dataset, scaling, w_std)
             selected = [cell for cell in cells if (cell["dataset"], cell["scaling"], cell["w_std"]) == place]
             image = _draw_map(axes, selected, settings["diag_regs"], limit)
-            axes.set_title(f"{dataset}, {scaling} features, W_std {w_std:g}", fontsize=11, parse_math=False)
+            axes.set_title(
+                f"{TITLES.get(dataset, dataset)}, {scaling} features, W_std {w_std:g}", fontsize=11, parse_math=False
+            )
             if place == ("boston", "raw", W_STD) and DIAG_REG in settings["diag_regs"]:
                 start = (-0.5, settings["diag_regs"].index(DIAG_REG) - 0.5)
                 box = {"fill": False, "ec": "#e67e22", "lw": 3, "clip_on": False}
@@ -49,7 +53,8 @@ def draw_cells(results: dict[str, Any], rival: str) -> plt.Figure:
     )
     bar = figure.colorbar(image, ax=panels, shrink=0.6)
     bar.set_label(f"{rival} error minus proposed error, % of the {rival} error")
-    figure.suptitle(textwrap.fill(explanation, 50 * len(w_stds)), fontsize=10.5)
+    figure.suptitle(f"Proposed topology against the {name}", fontsize=12)
+    figure.supxlabel(textwrap.fill(explanation, 60 * len(w_stds)), fontsize=9, color="0.25")
     return figure
 
 
@@ -85,7 +90,7 @@ def draw_baselines(results: dict[str, Any]) -> plt.Figure:
         for y, row in enumerate(rows):
             axes.text(row["mse"], y, f" {row['mse']:,.{2 if row['mse'] < 100 else 0}f}", va="center", fontsize=9)
         axes.set_xlabel("mean squared error on test rows")
-        axes.set_title(dataset, parse_math=False)
+        axes.set_title(TITLES.get(dataset, dataset), parse_math=False)
         axes.set_xlim(0, 1.15 * max(row["mse"] for row in rows))
     figure.suptitle(f"Mean error of the predictors on the same {results['settings']['splits']} splits", fontsize=11)
     return figure

@@ -23,7 +23,8 @@ def draw_initial(results: dict[str, Any], curves: dict[str, Any]) -> plt.Figure:
     """Draw the gradient norm of each layer of the deepest block, and below it the decades against the depth."""
     rows = results["initial"]
     by_layer = {(curve["kind"], curve["normalisation"]): curve["outputs"] for curve in curves["initial"]}
-    deepest = max(row["depth"] for row in rows)
+    ends = sorted({row["depth"] for row in rows})
+    deepest = ends[-1]
     figure, panels = plt.subplots(2, 3, figsize=(14.5, 8.2), layout="constrained")
     for column, (normalisation, title) in enumerate(TITLES.items()):
         profile, growth = panels[:, column]
@@ -32,12 +33,13 @@ def draw_initial(results: dict[str, Any], curves: dict[str, Any]) -> plt.Figure:
             depths = [row["depth"] for row in selected]
             decades = np.array([[row["outputs"]["mean"], *row["outputs"]["ci95"]] for row in selected])
             layers = np.arange(1, deepest + 1)
-            profile.plot(layers, by_layer[kind, normalisation], color=colour, lw=2.2, label=kind)
+            if (kind, normalisation) in by_layer:
+                profile.plot(layers, by_layer[kind, normalisation], color=colour, lw=2.2, label=kind)
             growth.plot(depths, decades[:, 0], color=colour, marker=marker, label=kind)
             growth.fill_between(depths, decades[:, 1], decades[:, 2], color=colour, alpha=0.25, lw=0)
         profile.set(title=f"{deepest} layers, {title}", xlabel="layer", xlim=(1, deepest))
-        growth.set(xscale="log", xlabel="depth, number of layers", xticks=depths)
-        growth.set_xticklabels(depths)
+        growth.set(xscale="log", xlabel="depth, number of layers", xticks=ends)
+        growth.set_xticklabels(ends)
         growth.minorticks_off()
         for axes in (profile, growth):
             axes.axhline(0, color="0.4", lw=0.8, ls=":")
@@ -46,7 +48,7 @@ def draw_initial(results: dict[str, Any], curves: dict[str, Any]) -> plt.Figure:
         "gradient of the loss by the layer's output:\nlog10 of its norm, relative to the last layer"
     )
     panels[1, 0].set_ylabel("decades between the first and the last layer\n(above 0: exploding, below 0: vanishing)")
-    panels[0, 0].legend(frameon=False)
+    panels[1, 0].legend(frameon=False)
     figure.suptitle(
         f"Gradients along a block with random weights. Means of {results['seeds']} networks; "
         "bands: 95% intervals of the mean.",
@@ -83,10 +85,11 @@ def draw_training(results: dict[str, Any], curves: dict[str, Any]) -> plt.Figure
     errors.set(xscale="log", xticks=ends, xlabel="depth, number of layers", ylabel="test error, %", ylim=(0, 100))
     errors.set_xticklabels(ends)
     errors.minorticks_off()
-    errors.set_title(f"After {results['steps']} steps, best of {len(results['peaks'])} peaks (dashes: single runs)")
+    errors.set_title(f"After {results['steps']} steps (dashes: single runs)")
     losses.set(xlabel="step", ylabel="training loss, mean of the runs", title=f"{shown} layers: training loss")
     decades.axhline(0, color="0.4", lw=0.8, ls=":")
     decades.set(xlabel="step", ylabel="decades between first and last layer", title=f"{shown} layers: gradients")
+    decades.set_ylim(-20, 20)  # a gradient that is exactly 0 lies far outside
     errors.legend(frameon=False)
     for axes in (errors, losses, decades):
         axes.grid(alpha=0.25)

@@ -7,14 +7,18 @@
 Speed: the methods take turns in one process, and each time is the median over the rounds. The published method explains
 one image at a time, with new hooks for each, and upsamples every channel of every layer. The plain gradient (one
 forward pass, and one backward pass to the images only) is what every gradient method has to do. Weights are random,
-because the time does not depend on them. Completeness: the larger error of two random images, with random weights and
-random BatchNorm statistics. Prints tables, and writes `speed.json` and `completeness.json` into --out.
+because the time does not depend on them. Completeness: the larger error of two random images, in one batch and image by
+image, with random weights, no bias of 0, and random BatchNorm statistics; and the share of the absolute terms that the
+maps show. Prints tables, and writes `speed.json` and `completeness.json` into --out.
 """
 
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,20 +32,13 @@ from explained_networks import load_network
 from full_grad import FullGrad
 from s3net_common.command_line import flag, run_script
 from s3net_common.cpu_kernels import keep_freed_memory
-from s3net_common.errors import InputError
+from s3net_common.errors import InputError, first_line
 from s3net_common.output_files import ROOT, claim_folder, run_record, write_json
-from s3net_networks.own_models import models
 
 SPEED_NETWORKS = ("s3net_imagenet_small", "resnet50", "densenet169")
-PIECEWISE_LINEAR = (
-    "alexnet", "vgg11", "vgg19", "vgg16_bn", "squeezenet1_0", "resnet18", "resnet50", "resnext50_32x4d",
-    "wide_resnet50_2", "densenet121", "densenet169", "googlenet", "inception_v3", "mnasnet1_0", "shufflenet_v2_x1_0",
-    "regnet_x_400mf",
-)  # fmt: skip
-SMOOTH = (
-    "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "timm/ghostnet_100",
-)  # fmt: skip
-ATTENTION = ("swin_t", "vit_b_16")
+COMPLETENESS_NETWORKS = Path(__file__).with_name("completeness_networks.txt")
+COMPLETE = {"float32": 1e-3, "float64": 1e-9}  # largest completeness error of a complete network
+SMALL_IMAGES = 96  # pixels; networks that refuse them get their usual size
 
 
 @dataclass
@@ -50,14 +47,18 @@ class Args:
 
     only: Literal["all", "speed", "completeness"] = "all"
     """What to measure."""
-    networks: flag(tuple[str, ...], "NAME ...", "three networks for speed, 32 for completeness") = ()
+    networks: flag(
+        tuple[str, ...], "NAME ...", "three for speed, those in completeness_networks.txt for completeness"
+    ) = ()
     """Networks to measure."""
     batches: tuple[int, ...] = (1, 8, 32)
     """Batch sizes for speed."""
     rounds: int = 3
     """How many times each method is timed."""
-    image_size: flag(int, "INT", "224 for speed, 96 for completeness") = None
+    image_size: flag(int, "INT", "224 for speed; for completeness 96, or the network's") = None
     """Height and width of the images in pixels."""
+    workers: int = 1
+    """Networks whose completeness is measured at the same time."""
     device: flag(str, DEVICES, "a GPU if there is one") = None
     """Device to compute on."""
     out: Path = ROOT / "runs" / "fullgrad_benchmark"
@@ -143,15 +144,17 @@ def measure_speed(args: Args, device: torch.device) -> list[dict[str, Any]]:
             set_random_statistics(model)
             images = torch.randn(max(args.batches), 3, *[args.image_size or 224] * 2, device=device)
             expected = published_saliency(model, images[:1])
-            difference = (FullGrad(model).saliency(images[:1]) - expected).abs().max() / expected.max()
+            explainer = FullGrad(model)  # one for all images: the first pass with a shape takes longer
+            difference = (explainer.saliency(images[:1]) - expected).abs().max() / expected.max()
             bar.update()
             for batch in args.batches:
                 methods = {
                     "plain": (plain_gradient, images[:batch]),
-                    "ours": (lambda model, x: FullGrad(model).saliency(x), images[:batch]),
+                    "ours": (lambda model, x, explainer=explainer: explainer.saliency(x), images[:batch]),
                     "published": (published_saliency, images[:1]),  # one image at a time, for any batch size
                 }
-                plain_gradient(model, images[:batch])  # the first pass with a shape chooses its kernels
+                plain_gradient(model, images[:batch])  # the first pass with a shape chooses its kernels, ...
+                explainer.saliency(images[:batch])  # ... and finds the places of all tensors
                 seconds: dict[str, list[float]] = {method: [] for method in methods}
                 for _ in range(args.rounds):
                     for method, (function, x) in methods.items():
@@ -185,22 +188,87 @@ def _time(function: Callable, model: nn.Module, images: Tensor, device: torch.de
 # ---- Completeness ---------------------------------------------------------------------------------------------------
 
 
-def measure_completeness(args: Args, device: torch.device) -> dict[str, dict[str, float]]:
-    """Return the larger completeness error of two random images, by network and precision."""
-    names = args.networks or (*models.list_models(), *PIECEWISE_LINEAR, *SMOOTH, *ATTENTION)
-    errors = {}
-    bar = tqdm(names, unit="network", disable=None)
-    for name in bar:
-        bar.set_description(name)
-        model = load_network(name, random_weights=True).model.to(device)
-        set_random_statistics(model)
-        size = 224 if name == "vit_b_16" else args.image_size or 96  # vit_b_16 takes no other size
-        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
-        errors[name] = {}
-        for dtype in (torch.float32, torch.float64):
-            error = FullGrad(model.to(dtype)).completeness_error(images.to(dtype)).max().item()
-            errors[name][str(dtype).removeprefix("torch.")] = error
-    return errors
+def measure_completeness(args: Args, device: torch.device, record: dict[str, Any]) -> dict[str, Any]:
+    """Measure the completeness error of each network. Write completeness.json after each.
+
+    Returns:
+        `networks`, by name: the image size, the larger error of two images by precision, in a batch and image by image,
+        and the share drawn; or `failure`, why there is none. `summary`: how many are complete to `COMPLETE`.
+    """
+    lines = [line for line in COMPLETENESS_NETWORKS.read_text().splitlines() if not line.startswith("#")]
+    names = list(args.networks or lines)
+    rows: dict[str, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        if args.workers == 1:
+            measured = (_completeness_row(name, args.image_size, device) for name in names)
+        else:
+            pool = stack.enter_context(ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")))
+            jobs = [pool.submit(_completeness_row, name, args.image_size, device) for name in names]
+            measured = (job.result() for job in as_completed(jobs))
+        for name, row in tqdm(measured, total=len(names), unit="network", disable=None):
+            rows[name] = row
+            in_order = {name: rows[name] for name in names if name in rows}
+            results = {"complete_to": COMPLETE, "summary": completeness_summary(rows), "networks": in_order}
+            write_json(args.out / "completeness.json", record | results)
+    return results
+
+
+def _completeness_row(name: str, image_size: int | None, device: torch.device) -> tuple[str, dict[str, Any]]:
+    try:
+        return name, _measure_network(name, image_size, device)
+    except Exception as error:  # of any kind: that a network fails is a result
+        return name, {"failure": f"{type(error).__name__}: {first_line(error)}"}
+
+
+def _measure_network(name: str, image_size: int | None, device: torch.device) -> dict[str, Any]:
+    network = load_network(name, random_weights=True)
+    model = network.model.to(device)
+    set_random_statistics(model)
+    images = _accepted_images(model, [image_size or SMALL_IMAGES, network.preparation.image_size]).to(device)
+    row: dict[str, Any] = {"image_size": images.shape[-1], "parameters": sum(p.numel() for p in model.parameters())}
+    for precision in COMPLETE:
+        dtype = getattr(torch, precision)
+        explainer, x = FullGrad(model.to(dtype)), images.to(dtype)
+        explanation = explainer.explain(x)
+        row["drawn"] = explanation.drawn.mean().item()
+        row[precision] = explanation.completeness_error.max().item()
+        single = [explainer.completeness_error(image[None]).item() for image in x]
+        row[f"{precision}_image_by_image"] = max(single)
+    return row
+
+
+def _accepted_images(model: nn.Module, sizes: list[int]) -> Tensor:
+    """Return two random images of the first size that the model accepts."""
+    for size in sizes:
+        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+        try:
+            with torch.no_grad():
+                model(images.to(next(model.parameters()).device))
+        except Exception as error:  # each network has its way of refusing a size
+            refusal = error
+        else:
+            return images
+    raise refusal
+
+
+def completeness_summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return how many networks were measured, and how many are complete in both precisions."""
+    measured = [row for row in rows.values() if "failure" not in row]
+
+    def count(suffix: str) -> int:
+        return sum(all(row[p + suffix] <= largest for p, largest in COMPLETE.items()) for row in measured)
+
+    return {
+        "networks": len(rows),
+        "measured": len(measured),
+        "complete": count(""),
+        "complete_image_by_image": count("_image_by_image"),
+        "incomplete": [
+            name
+            for name, row in rows.items()
+            if "failure" in row or any(row[p] > largest for p, largest in COMPLETE.items())
+        ],
+    }
 
 
 @torch.no_grad()
@@ -229,8 +297,8 @@ def set_random_statistics(model: nn.Module) -> None:
 
 def main(args: Args) -> None:
     """Measure speed and completeness; print the tables and write the JSON files."""
-    if args.rounds < 1 or not args.batches or min(args.batches) < 1:
-        raise InputError("--rounds and --batches must be 1 or more")
+    if min(args.rounds, args.workers, *args.batches, len(args.batches)) < 1:
+        raise InputError("--rounds, --workers and --batches must be 1 or more")
     device = choose_device(args.device)
     keep_freed_memory()
     for name in ("speed", "completeness"):
@@ -242,9 +310,7 @@ def main(args: Args) -> None:
         print_speed(rows)
         write_json(args.out / "speed.json", record | {"image_size": args.image_size or 224, "rows": rows})
     if args.only != "speed":
-        errors = measure_completeness(args, device)
-        print_completeness(errors)
-        write_json(args.out / "completeness.json", record | {"image_size": args.image_size or 96, "errors": errors})
+        print_completeness(measure_completeness(args, device, record))
     print(f"\nwritten to {args.out}")
 
 
@@ -261,11 +327,19 @@ def print_speed(rows: list[dict[str, Any]]) -> None:
     print(f"largest difference between our maps and the published method's: {difference:.1e} of the largest value")
 
 
-def print_completeness(errors: dict[str, dict[str, float]]) -> None:
+def print_completeness(results: dict[str, Any]) -> None:
     """Print a line for each network."""
-    print(f"\n{'completeness error':28}{'float32':>12}{'float64':>12}")
-    for name, error in errors.items():
-        print(f"{name:28}{error['float32']:12.1e}{error['float64']:12.1e}")
+    print(f"\n{'completeness error':34}{'pixels':>7}{'float32':>10}{'float64':>10}{'one by one':>12}{'drawn':>7}")
+    for name, row in results["networks"].items():
+        if "failure" in row:
+            print(f"{name:34}  {row['failure'][:90]}")
+            continue
+        print(
+            f"{name:34}{row['image_size']:7}{row['float32']:10.1e}{row['float64']:10.1e}"
+            f"{row['float64_image_by_image']:12.1e}{row['drawn']:7.2f}"
+        )
+    summary = results["summary"]
+    print(f"{summary['complete']} of {summary['networks']} networks are complete")
 
 
 if __name__ == "__main__":

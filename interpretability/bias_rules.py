@@ -25,7 +25,7 @@ NAMESPACES = (torch, Tensor, F, torch._C._nn, torch.special, torch.linalg)
 def named(*names: str) -> set[Callable]:
     """Return the functions of these names in torch, torch.Tensor and torch.nn.functional."""
     functions = {getattr(space, name, None) for space in NAMESPACES for name in names}
-    return functions - {None}
+    return {function for function in functions if callable(function)}
 
 
 # ---- Functions without a bias ---------------------------------------------------------------------------------------
@@ -81,7 +81,16 @@ SYMMETRIC = named(
     "clamp_max", "pow", "__pow__", "__rtruediv__", "__rdiv__", "sigmoid_", "tanh_", "hardtanh_", "elu_", "selu_",
     "exp_", "sqrt_", "clamp_",
 )  # fmt: skip
-WRITING_OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__imatmul__", "__setitem__"}
+WRITING_OPERATORS = {
+    "__iadd__",
+    "__isub__",
+    "__imul__",
+    "__itruediv__",
+    "__idiv__",
+    "__ipow__",
+    "__imatmul__",
+    "__setitem__",
+}
 
 
 def moves(value: object) -> bool:
@@ -144,7 +153,8 @@ class Call:
     def operands(self) -> list[tuple[Any, bool]]:
         """Return all tensors and numbers among the arguments, each with whether it moves."""
         moving = set(self.moving)
-        return [(leaf, i in moving) for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor | float | int)]
+        kinds = Tensor | float | int | complex
+        return [(leaf, i in moving) for i, leaf in enumerate(self.leaves) if isinstance(leaf, kinds)]
 
     def run(self, *moving: Tensor) -> Any:
         """Run the function on other values of the tensors that move. Writes over none of its arguments."""
@@ -270,8 +280,10 @@ def join_bias(call: Call, output: Tensor) -> Bias:
 
 def where_bias(call: Call, output: Tensor) -> Bias:
     """The constant branch. The condition is constant."""
-    branches = [call.argument(1, "input"), call.argument(2, "other")]
-    return None if all(map(moves, branches)) else call.at_zero()
+    branches = [
+        moving for operand, moving in call.operands() if not isinstance(operand, Tensor) or operand.dtype != torch.bool
+    ]
+    return None if all(branches) else call.at_zero()
 
 
 def fill_bias(call: Call, output: Tensor) -> Bias:

@@ -17,6 +17,7 @@ class Inspection(Operations):
     Attributes:
         unseen: for each such input the step of the backward pass that leads out of it, and which function and module
             took it.
+        custom: a custom `torch.autograd.Function` among them.
         foreign: whether tensors require gradients that are neither parameters nor buffers.
     """
 
@@ -24,6 +25,7 @@ class Inspection(Operations):
         super().__init__(images, None, names)
         self.unseen: list[str] = []
         self.foreign = False
+        self.custom: type | None = None
         self._seen: set[Any] = set()
         self._see(images)
 
@@ -49,7 +51,17 @@ class Inspection(Operations):
             elif tensor.grad_fn not in self._seen and not (tensor._is_view() and tensor._base.grad_fn in self._seen):
                 where = f" in module {self.names.running}" if self.names.running else ""
                 self.unseen.append(f"{function}{where} takes the result of {tensor.grad_fn.name()}")
+                self.custom = self.custom or getattr(tensor.grad_fn, "_forward_cls", None)
                 self._seen.add(tensor.grad_fn)
+
+    def origin(self) -> str:
+        """Where functions that were not seen come from."""
+        if self.custom is not None:
+            name = self.custom.__name__
+            return f"a custom torch.autograd.Function whose apply was stored: call {name}.apply in the forward pass"
+        if self.transforms:
+            return "torch.vmap or another transform of torch.func"
+        return "a scripted function, an extension or compiled code"
 
     def _see(self, tree: object) -> None:
         for tensor in _tensors_with_gradients(tree):
@@ -79,14 +91,12 @@ def cause_of_incompleteness(model: nn.Module, images: Tensor) -> str:
         if not logits.isfinite().all():
             return "The network's output is not finite"
         inspection.check("the output", logits)
-    if inspection.transforms:
-        return "The network uses torch.vmap or another transform of torch.func, whose functions FullGrad cannot see"
     if inspection.unseen:
         more = len(inspection.unseen) - 1
         others = f" (and {more} more)" if more else ""
         return (
-            f"FullGrad did not see every function of the network: {inspection.unseen[0]}{others}, which came from a "
-            "scripted function, from an extension or from compiled code"
+            f"FullGrad did not see every function of the network: {inspection.unseen[0]}{others}, which comes from "
+            f"{inspection.origin()}"
         )
     if inspection.foreign:
         return "The network uses tensors that require gradients and are neither parameters nor buffers"

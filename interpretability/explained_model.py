@@ -18,9 +18,9 @@ CONSTANT = (
 
 def refuse_unusable(model: nn.Module) -> None:
     """Raise InputError if the model has scripted modules, or parameters that were made in inference mode."""
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            place = f"its module {name}" if name else "it"
+            place = f"its module {path}" if path else "it"
             raise InputError(f"FullGrad cannot look inside this network: {place} is scripted. Give the plain nn.Module")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_inference():
@@ -28,6 +28,15 @@ def refuse_unusable(model: nn.Module) -> None:
                 f"FullGrad cannot differentiate this network: {name} was made in torch.inference_mode. Make or load "
                 "the network outside of it"
             )
+
+
+def _modules_and_tensors(model: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
+    """Return the model's modules, and their parameters and buffers."""
+    modules = list(model.modules())
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        refuse_unusable(model)
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    return modules, tensors
 
 
 def check_images(images: Tensor) -> None:
@@ -121,22 +130,19 @@ def run_model(model: nn.Module, images: Tensor) -> object:
 
 def fingerprint(model: nn.Module) -> tuple:
     """Return what tells whether a model's modules, parameters or buffers have changed."""
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor)]
+    modules, tensors = _modules_and_tensors(model)
     return (
-        tuple(map(id, model.modules())),
-        tuple((tensor.data_ptr(), tensor.shape, tensor.dtype, _version(tensor)) for tensor in tensors),
+        tuple(map(id, modules)),
+        tuple(
+            (t.data_ptr(), t.shape, t.dtype, 0 if t.is_inference() else t._version) for t in tensors if not is_lazy(t)
+        ),
     )
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode with constant parameters, in exact arithmetic. On leaving, all is as it was."""
-    refuse_unusable(model)
-    modules, tensors = list(model.modules()), [*model.parameters(), *model.buffers()]
+    modules, tensors = _modules_and_tensors(model)
     with ExitStack() as undo:
         undo.callback(_set_modes, modules, [module.training for module in modules])
         undo.callback(_set_requires_grad, tensors, [tensor.requires_grad for tensor in tensors])

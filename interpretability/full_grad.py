@@ -96,7 +96,6 @@ class FullGrad:
             raise InputError(f"batch_size is {batch_size}: give 1 or more")
         if composites is not None:
             warnings.warn("composites has no effect: FullGrad now sees inside of every module", stacklevel=2)
-        refuse_unusable(model)
         self.model = model
         self.batch_size = batch_size
         self._forget()
@@ -234,6 +233,7 @@ class FullGrad:
 
     def _forget(self) -> None:
         """Drop all that was found out about the model: it is new, or has changed."""
+        refuse_unusable(self.model)
         self._fingerprint = fingerprint(self.model)
         self._records: dict[tuple, list[Record]] = {}
         self._checked = False

@@ -120,9 +120,14 @@ class Operations(TorchFunctionMode):
             if output.requires_grad:
                 output.register_hook(contiguous)
             return self.note(Call(func, args, kwargs), output)
-        call = Call(func, args, kwargs)
-        versions = None if func in RULES or call.writes else _versions(call)
-        output = func(*args, **kwargs)
+        if func in RULES:
+            return self.note(Call(func, args, kwargs), func(*args, **kwargs))
+        return self.run_unknown(Call(func, args, kwargs))
+
+    def run_unknown(self, call: Call) -> Any:
+        """Run a function that is in no table, and note its bias."""
+        versions = None if call.writes else _versions(call)
+        output = call.func(*call.args, **call.kwargs)
         if versions is not None and versions != _versions(call):
             raise InputError(
                 f"FullGrad cannot explain this network: {call.name} writes over its input, and its name does not end "
@@ -139,7 +144,7 @@ class Operations(TorchFunctionMode):
         self.custom_functions.add(function.__name__)
         call = Call(apply, args, {})
         call.name = function.__name__
-        return self.note(call, apply(*args))
+        return self.run_unknown(call)
 
     def follow(self, func: Callable, args: tuple, kwargs: dict, output: Any) -> Any:
         """Note where the elements of a function's output come from. Returns the output."""
@@ -152,10 +157,10 @@ class Operations(TorchFunctionMode):
         """Take the bias of a call, and set a hook for its gradient. Returns the output."""
         target = call.args[0] if call.name == "__setitem__" else output
         tensors = differentiable_tensors(target)
-        if not any(tensor.requires_grad for tensor in tensors):
-            return output
         if torch._C._are_functorch_transforms_active():
             self.transforms = True
+            return output
+        if not any(tensor.requires_grad for tensor in tensors):
             return output
         self.follow(call.func, call.args, call.kwargs, target)
         with torch.no_grad(), saved_tensors_hooks(_same, _same):  # not the hooks of a checkpoint around the call

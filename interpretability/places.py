@@ -98,7 +98,7 @@ class Places:
         self.n, _, self.height, self.width = images.shape
         self.device = images.device
         self._grids: dict[tuple[int, int], Coordinates] = {}
-        self._layouts: dict[tuple[int, torch.Size], tuple[Coordinates, Layout]] = {}
+        self._known_grids: dict[int, tuple[Coordinates, Grid | None]] = {}
         images._places = self.fresh_grid(self.height, self.width)
 
     def follow(self, func: Callable, args: tuple, kwargs: dict, output: Any) -> None:
@@ -271,18 +271,18 @@ class Places:
     def layout(self, tensor: Tensor) -> Layout:
         """Return how a tensor is split into images, and where its elements lie."""
         shape, places = tensor.shape, getattr(tensor, "_places", None)
-        if places is None:
+        if places is None or not shape:
             return _rows_of_images(shape, self.n)
-        key = id(places), shape
-        if key not in self._layouts:
-            axis, inner = self._image_axis(places, shape)
-            self._layouts[key] = places, Layout(axis, inner, self._grid(places, shape))
-        return self._layouts[key][1]
+        if id(places) not in self._known_grids:
+            self._known_grids[id(places)] = places, self._grid(places)
+        return Layout(*self._image_axis(places, shape), self._known_grids[id(places)][1])
 
     def _image_axis(self, places: Coordinates, shape: torch.Size) -> tuple[int | None, int]:
+        if self.n == 1 or (places.image.numel() == self.n == shape[0] == places.image.shape[0]):
+            return 0, shape[0] // self.n
         image = _without_repetition(places.image)
         axes = [axis for axis, size in enumerate(image.shape) if size > 1]
-        if self.n == 1 or image.isnan().all():
+        if image.isnan().all():
             return _rows_of_images(shape, self.n)[:2]
         for axis in axes:
             blocks = shape[axis] // self.n
@@ -293,7 +293,7 @@ class Places:
                     return axis, inner
         return None, 1
 
-    def _grid(self, places: Coordinates, shape: torch.Size) -> Grid | None:
+    def _grid(self, places: Coordinates) -> Grid | None:
         places = Coordinates(*map(_without_repetition, places))
         full = torch.broadcast_shapes(*(coordinate.shape for coordinate in places))
         free = tuple(axis for axis, size in enumerate(full) if size == 1)

@@ -120,6 +120,7 @@ def main(args: Args) -> None:
         "mean": {name: mean_scores(method_scores) for name, method_scores in scores.items()},
         "interval": intervals(scores),
         "difference": intervals(scores, networks[0].name),
+        "dice": {name: mean_dice(method_scores) for name, method_scores in scores.items()},
         "cpu_seconds": round(time.process_time(), 1),
     }
     write_json(args.out / "scores.json", run_record() | report)
@@ -200,6 +201,11 @@ def dice_curves(scores: Scores) -> np.ndarray:
 def mean_scores(scores: Scores) -> dict[str, float]:
     """Return the mean of each score over the pictures."""
     return {name: float(np.mean([row[name] for row in scores.values()])) for name in SCORES}
+
+
+def mean_dice(scores: Scores) -> dict[int, float]:
+    """Return the mean Dice coefficient over the pictures, by percentile."""
+    return dict(zip(PERCENTILES, dice_curves(scores).mean(0).tolist(), strict=True))
 
 
 def intervals(scores: dict[str, Scores], reference: str | None = None) -> dict[str, dict[str, list[float]]]:

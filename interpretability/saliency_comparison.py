@@ -224,7 +224,7 @@ def train_one(training: Training, args: Args, device: torch.device, bar: tqdm) -
 
 def measured(model: nn.Module, args: Args, started: float) -> dict[str, float]:
     """Return the accuracy on test digits, and the CPU seconds since `started`."""
-    seconds = round(time.process_time() - started, 1)
+    seconds = round(time.process_time() - started, 3)
     return {"test_accuracy": accuracy_on_test_digits(model, args.scene_size), "cpu_seconds": seconds}
 
 
@@ -304,7 +304,7 @@ def evaluate(
     np.savez(path.with_suffix(".npz"), **{name: values[:DRAWN_SCENES] for name, values in maps.items()})
     evaluation = {
         "key": key,
-        "cpu_seconds": round(time.process_time() - started, 1),
+        "cpu_seconds": round(time.process_time() - started, 3),
         "accuracy": key["results"]["test_accuracy"],
         "scores": {
             name: scores_of(pictures, values) | faithfulness_of(model, pictures, values[:measured_scenes], device)

@@ -147,7 +147,7 @@ def draw_dice(path: Path, curves: dict[str, np.ndarray]) -> None:
         path: PNG to write.
         curves: for each method, by name, `(images, percentiles)` in the order of `PERCENTILES`.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
     for name, values in curves.items():
         mean, spread = values.mean(0), values.std(0)
@@ -157,7 +157,8 @@ def draw_dice(path: Path, curves: dict[str, np.ndarray]) -> None:
     axes.set_xticks([99, 95, 90, 85, 80])
     axes.set(xlabel="percentile of the map from which pixels are marked", ylabel="Dice coefficient", ylim=(0, None))
     axes.set_title("mean over the images, band: ± 1 standard deviation", fontsize="medium")
-    axes.legend(title="method (mean over percentiles)", fontsize=8, title_fontsize=8)
+    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+    axes.legend(title="method\n(mean over percentiles)", fontsize=8, title_fontsize=8, **place)
     axes.grid(alpha=0.3)
     save_figure(path, figure, DPI)
 

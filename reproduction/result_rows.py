@@ -59,12 +59,14 @@ def universal_approximation_rows(results: dict) -> list[Row]:
 
 def gradient_rows(results: dict) -> list[Row]:
     """Return the decades of each kind of connection with and without BatchNorm, by depth."""
-    decades = {}
-    for row in results["initial"]:
-        low, high = row["outputs"]["ci95"]
-        text = f"{row['outputs']['mean']:.2f} ({low:.2f} to {high:.2f})"
-        decades.setdefault((row["depth"], row["normalisation"]), {})[row["kind"]] = text
-    return [{"layers": depth, "BatchNorm": name, **by_kind} for (depth, name), by_kind in decades.items()]
+    kinds = dict.fromkeys(row["kind"] for row in results["initial"])
+    rows: dict[tuple, Row] = {}
+    for result in results["initial"]:
+        key = (result["depth"], result["normalisation"])
+        row = rows.setdefault(key, {"layers": key[0], "BatchNorm": key[1], **dict.fromkeys(kinds, "")})
+        low, high = result["outputs"]["ci95"]
+        row[result["kind"]] = f"{result['outputs']['mean']:.2f} ({low:.2f} to {high:.2f})"
+    return list(rows.values())
 
 
 def run_rows(summary: dict) -> list[Row]:

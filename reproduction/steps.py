@@ -56,7 +56,7 @@ class Step:
         shows: figures (names of files in the step's folder), tables, and `LOG`.
         needs: a path in the repository; if it is missing, the step is left out.
         otherwise: what to do if that path is missing.
-        processes: number of processes; more than 1 run under torchrun.
+        on_gpu: whether the step is a training run on one GPU. Such steps run side by side, one on each GPU.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Step:
     shows: tuple[str | Table, ...] = ()
     needs: str | None = None
     otherwise: str = ""
-    processes: int = 1
+    on_gpu: bool = False
 
     @property
     def repeated(self) -> bool:
@@ -79,25 +79,26 @@ class Step:
         return [word.format(out=out, here=out / self.name) for word in shlex.split(self.command)]
 
 
-def steps_of(budget: str, gpus: int = 1) -> list[Step]:
+def steps_of(budget: str) -> list[Step]:
     """Return the steps of a budget in the order in which they run.
 
     Args:
         budget: "quick" takes minutes and downloads nothing, "cpu" takes days on a few cores, "gpu" days on a GPU.
-        gpus: number of GPUs that share each training run of the "gpu" budget.
     """
     if budget == "quick":
         expressibility = [FIGURE_3, sensitivity(splits=10), ONE_NEURON, universal_approximation(QUICK_DEPTHS)]
         training = [DIGITS, QUICK_SAME_BUDGET, QUICK_TABLE, gradient_flow(QUICK_GRADIENTS)]
+        training += [NETWORK_SIZES, spectral_bounds("--seeds 1 --images 100 --epochs 3")]
         return [*expressibility, *training, *QUICK_SALIENCY]
     expressibility = [finite_width(), sensitivity(100), ONE_NEURON, universal_approximation(), KERNEL_BENCHMARK]
     if budget == "cpu":
         training = [WEIGHTS, SAME_BUDGET, cifar100(12, 40), CIFAR100_TABLE, DIGITS, TRAINING_BENCHMARK]
     else:
-        compiled = [cifar100(k, depth, "--compile", gpus) for k, depth in PAPER_CIFAR100]
-        tiny = [tiny_imagenet(name, gpus) for name in TINY_IMAGENET_NETWORKS]
-        training = [WEIGHTS, SAME_BUDGET, *compiled, CIFAR100_TABLE, *tiny, TINY_IMAGENET_TABLE, TRAINING_BENCHMARK]
-    return [*expressibility, *training, gradient_flow("--jobs 2"), *SALIENCY, SALIENCY_BENCHMARK]
+        networks = [cifar100(k, depth, "--compile", on_gpu=True) for k, depth in PAPER_CIFAR100]
+        networks += [tiny_imagenet(name) for name in TINY_IMAGENET_NETWORKS]
+        training = [WEIGHTS, SAME_BUDGET, *networks, CIFAR100_TABLE, TINY_IMAGENET_TABLE, TRAINING_BENCHMARK]
+    training += [gradient_flow("--jobs 2"), NETWORK_SIZES, spectral_bounds("--seeds 5 --epochs 30")]
+    return [*expressibility, *training, *SALIENCY, SALIENCY_BENCHMARK]
 
 
 # ---- Expressibility -----------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ WEIGHTS = Step(
 PAPER_CIFAR100 = ((12, 40), (24, 40), (40, 40), (64, 40), (64, 70))  # growth rate and depth of the paper's S3-Nets
 
 
-def cifar100(growth_rate: int, depth: int, flags: str = "", processes: int = 1) -> Step:
+def cifar100(growth_rate: int, depth: int, flags: str = "", on_gpu: bool = False) -> Step:
     """Return the step that trains one of the paper's networks on CIFAR-100 with the paper's recipe."""
     return Step(
         name=f"cifar100_k{growth_rate}_d{depth}",
@@ -282,7 +283,7 @@ def cifar100(growth_rate: int, depth: int, flags: str = "", processes: int = 1) 
             "--out {here}"
         ),
         shows=("curves.png", RUN_TABLE),
-        processes=processes,
+        on_gpu=on_gpu,
     )
 
 
@@ -310,7 +311,7 @@ TINY_IMAGENET_NETWORKS = (
 )  # fmt: skip
 
 
-def tiny_imagenet(network: str, processes: int) -> Step:
+def tiny_imagenet(network: str) -> Step:
     """Return the step that trains one network of the paper's Tiny ImageNet table with the paper's recipe."""
     return Step(
         name=f"tiny_{network}",
@@ -321,7 +322,7 @@ def tiny_imagenet(network: str, processes: int) -> Step:
         shows=("curves.png", RUN_TABLE),
         needs="data/tinyimagenet",
         otherwise="download it with python generalizability/train_s3net.py --dataset tinyimagenet --download",
-        processes=processes,
+        on_gpu=True,
     )
 
 
@@ -349,6 +350,34 @@ def gradient_flow(flags: str) -> Step:
             ),
             "deep_training.png",
         ),
+    )
+
+
+NETWORK_SIZES = Step(
+    name="network_sizes",
+    experiment="generalizability",
+    title="Parameters and multiply-adds of every network",
+    about=(
+        "The share of the parameters in transitions, and the multiply-adds with the transitions' pools before their "
+        "convolutions (as here) and after them (the published order)."
+    ),
+    command="generalizability/network_sizes.py --out {here}",
+    shows=(LOG,),
+)
+
+
+def spectral_bounds(flags: str) -> Step:
+    """Return the step that compares a spectral margin bound with the gaps of small networks on digits."""
+    return Step(
+        name="spectral_bounds",
+        experiment="generalizability",
+        title="A spectral margin bound and true generalization gaps",
+        about=(
+            "The bound of Bartlett, Foster and Telgarsky (2017), adapted to networks with shortcuts, without constants "
+            "and logarithms. All bounds are vacuous; the question is whether they rank the networks."
+        ),
+        command=f"generalizability/spectral_bounds.py {flags} --out {{here}}",
+        shows=("spectral_bounds.png", LOG),
     )
 
 

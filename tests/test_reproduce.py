@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 reproduce = importlib.import_module("reproduce")
 page = importlib.import_module("reproduction.page")
+from reproduction.job_queue import groups_of, visible_gpus  # noqa: E402
 from reproduction.record import Record, read_record, write_record  # noqa: E402
 from reproduction.steps import EXPERIMENTS, LOG, Step, Table, steps_of  # noqa: E402
 
@@ -268,7 +269,7 @@ def arguments_of(script: str) -> type:
 
 @pytest.mark.parametrize("budget", ["quick", "cpu", "gpu"])
 def test_every_budget_covers_all_experiments_with_valid_commands(budget):
-    steps = steps_of(budget, gpus=4)
+    steps = steps_of(budget)
     assert {step.experiment for step in steps} == set(EXPERIMENTS)
     assert len({step.name for step in steps}) == len(steps)
     for step in steps:
@@ -276,15 +277,90 @@ def test_every_budget_covers_all_experiments_with_valid_commands(budget):
         assert script.startswith(step.experiment)
         assert tyro.cli(arguments_of(script), args=words)  # exits if a flag is unknown
         assert not any("{" in word for word in words)
-        assert (step.processes == 4) == (budget == "gpu" and "train_s3net.py" in script and "--eval-only" not in words)
+        assert step.on_gpu == (budget == "gpu" and "train_s3net.py" in script and "--eval-only" not in words)
+    groups = [len(group) for group in groups_of(steps)]
+    assert sum(groups) == len(steps) and max(groups) == (15 if budget == "gpu" else 1)
 
 
-def test_several_gpus_run_under_torchrun(tmp_path):
-    (parallel,) = [step for step in steps_of("gpu", gpus=4) if step.name == "cifar100_k12_d40"]
-    words = reproduce.command_of(parallel, tmp_path)
-    assert words[:4] == ["torchrun", "--standalone", "--nproc_per_node=4", "generalizability/train_s3net.py"]
-    (single,) = [step for step in steps_of("gpu", gpus=1) if step.name == "cifar100_k12_d40"]
-    assert reproduce.command_of(single, tmp_path)[0] == "python"
+# ---- Several GPUs -------------------------------------------------------------------------------------------------
+
+TRAINING_SCRIPT = """
+import os, pathlib, signal, sys, time
+out, seconds, action = pathlib.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+out.mkdir(parents=True, exist_ok=True)
+
+def end(number, frame):
+    (out / "saved").touch()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, end)
+started = time.time()
+while action == "interrupts" and not (out.parent / "b" / "started").exists():
+    time.sleep(0.05)
+(out / "started").touch()
+if action == "interrupts":
+    os.kill(os.getppid(), signal.SIGINT)
+time.sleep(seconds)
+(out / "run").write_text(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {started} {time.time()}")
+sys.exit(action == "fails")
+"""
+
+
+def training_steps(folder: Path, actions: dict[str, str], seconds: float) -> list[Step]:
+    (folder / "trains.py").write_text(TRAINING_SCRIPT)
+    return [
+        make_step(name, f"{folder}/trains.py {{here}} {seconds} {action}", on_gpu=True)
+        for name, action in actions.items()
+    ]
+
+
+def test_networks_train_side_by_side_one_on_each_gpu(scripts, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "visible_gpus", lambda count: ["3", "GPU-5"])
+    steps = training_steps(scripts, {"a": "trains", "b": "fails", "c": "trains", "d": "trains"}, seconds=1.0)
+    steps.append(make_step("last", f"{scripts}/works.py {{here}} {{out}}/*/run"))
+    assert run(scripts, steps) == 1  # one failed
+    out = scripts / "out"
+    runs = {}
+    for name in "abcd":
+        gpu, *times = (out / name / "run").read_text().split()
+        runs[name] = (gpu, *map(float, times))
+    assert {gpu for gpu, *_ in runs.values()} == {"3", "GPU-5"}
+    overlaps = [
+        (first, second)
+        for first, (gpu, start, end) in runs.items()
+        for second, (other, begin, stop) in runs.items()
+        if first < second and start < stop and begin < end
+    ]
+    assert ("a", "b") in overlaps and all(runs[first][0] != runs[second][0] for first, second in overlaps)
+    statuses = {name: read_record(out, name).status for name in ("a", "b", "c", "d", "last")}
+    assert statuses == {"a": "finished", "b": "failed", "c": "finished", "d": "finished", "last": "finished"}
+    assert "exit code 1" in read_record(out, "b").reason
+    assert (out / "lock").read_text() == ""
+    capsys.readouterr()
+    run(scripts, steps)
+    assert "a: already finished" in capsys.readouterr().out
+    assert float((out / "a" / "run").read_text().split()[1]) == runs["a"][1]
+
+
+def test_ctrl_c_ends_all_networks(scripts, monkeypatch):
+    monkeypatch.setattr(reproduce, "visible_gpus", lambda count: ["0", "1"])
+    steps = training_steps(scripts, {"a": "interrupts", "b": "trains", "c": "trains"}, seconds=60)
+    with pytest.raises(KeyboardInterrupt):
+        run(scripts, steps)
+    out = scripts / "out"
+    assert [(out / name / "saved").exists() for name in "ab"] == [True, True] and not (out / "c").exists()
+    assert [read_record(out, name).status for name in "ab"] == ["unfinished", "unfinished"]
+    assert (out / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "names"), [(None, ["0", "1"]), ("2,7", ["2", "7"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])]
+)
+def test_the_gpus_are_those_that_this_process_may_use(monkeypatch, given, names):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert visible_gpus(2) == names
 
 
 RESULTS = {
@@ -292,10 +368,11 @@ RESULTS = {
     "ntk_sensitivity": ("expressibility/results", "boston, standardised", ">30 (0)<"),
     "universal_approximation": ("expressibility/results", "15,358", "1.4e-14"),
     "one_neuron": ("expressibility/results", "0.01752", "1.532"),
+    "gradient_flow": ("generalizability/results/gradient_flow", "14.01 (13.30 to 14.72)", "none, He initialisation"),
     "digits": ("generalizability/results/digits", "231,706", "0.83 (epoch 14)"),
     "segmentation": (
         "interpretability/results",
-        'FullGrad (s3net_cifar)</td><td class="number">0.5512',
+        'FullGrad (s3net_cifar)</td><td class="number">0.5813',
         "Dice at the 90th percentile",
     ),
 }

@@ -240,9 +240,11 @@ class _OpenFile:
             if not self.contents.complete:
                 raise InputError(f"{path} is not finished: run the same folder2lmdb.py command again")
             self.images = self.environment.open_db(IMAGES, create=False)
-        except InputError:
+        except (InputError, lmdb.Error) as error:
             self.environment.close()
-            raise
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} is damaged: it has no images; copy it again, or build it again") from error
 
 
 _open_files: WeakValueDictionary[tuple[int, int], _OpenFile] = WeakValueDictionary()  # by device and inode number

@@ -135,8 +135,9 @@ def test_the_interval_is_that_of_the_t_distribution():
     assert gradient_flow.mean_and_interval(values)["ci95"] == pytest.approx([interval.low, interval.high])
 
 
-def test_the_densely_connected_network_is_trained_to_a_smaller_depth():
-    jobs = gradient_flow.training_jobs(Args(training_depths=(25, 200), dense_depth=100, training_seeds=1))
+@pytest.mark.parametrize("make_jobs", [gradient_flow.training_jobs, gradient_flow.initial_jobs])
+def test_the_densely_connected_network_has_a_smaller_largest_depth(make_jobs):
+    jobs = make_jobs(Args(training_depths=(25, 200), depths=(25, 200), dense_depth=100))
     depths = {kind: {job["depth"] for job in jobs if job["kind"] == kind} for kind in gradient_flow.CONNECTIONS}
     assert depths == {"chain": {25, 200}, "sparse": {25, 200}, "residual": {25, 200}, "dense": {25}}
 

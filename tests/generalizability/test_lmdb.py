@@ -384,6 +384,13 @@ def test_a_record_with_a_damaged_header_is_an_error(built_file, tmp_path):
         damaged.unlink()
 
 
+def test_a_file_whose_images_have_another_name_is_an_error(built_file, tmp_path):
+    content = built_file.read_bytes()
+    (tmp_path / "damaged.lmdb").write_bytes(content.replace(b"\x06\0images", b"\x06\0imagez"))
+    with pytest.raises(InputError, match=r"damaged.lmdb is damaged: it has no images; copy it again, or build it"):
+        ImageFolderLMDB(tmp_path / "damaged.lmdb")
+
+
 def test_verify_finds_a_changed_byte(built_file, tmp_path, capsys):
     assert main(Args(built_file, verify=True)) == 0
     assert f"16 images decoded, digest {ImageFolderLMDB(built_file).digest}" in capsys.readouterr().out
