@@ -22,15 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Literal
 
-import torch
-from tqdm import tqdm
-
 from reproduction.job_queue import RunningSteps, groups_of, run_side_by_side, send_sigterm, visible_gpus
-from reproduction.page import duration, write_page
 from reproduction.record import FAILED, FINISHED, LEFT_OUT, Record, logs_folder, read_record, write_record
 from reproduction.steps import EXPERIMENTS, Step, steps_of
-from s3net_common.command_line import flag, run_script, sigterm_as_exit
-from s3net_common.errors import InputError
+from s3net_common.command_line import THREADS, answer_flags, flag, run_script, sigterm_as_exit
+from s3net_common.errors import InputError, printable
 from s3net_common.output_files import ROOT, default_out, lock_exclusively, machine, versions
 
 SAVE_SECONDS = 10.0  # interval at which a running step's time is saved, in case this program is killed
@@ -48,6 +44,18 @@ class Args:
     """Folder for all results."""
     overwrite: bool = False
     """Replace the page and the logs in --out although they are not of an earlier run."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import torch
+
+from reproduction.page import duration, write_page
+from s3net_common import progress
+from s3net_common.progress import ProgressBar
 
 
 def main(args: Args, steps: Sequence[Step] | None = None) -> int:
@@ -72,7 +80,7 @@ def main(args: Args, steps: Sequence[Step] | None = None) -> int:
     steps = steps_of(args.budget) if steps is None else steps
     selected = [step for step in steps if step.experiment in args.only]
     failed = 0
-    bar = tqdm(total=len(selected), unit="step", disable=None)
+    bar = ProgressBar(total=len(selected), unit="step")
     with sigterm_as_exit(), write_errors(out), locked(out) as lock, bar:
         running = RunningSteps(lock)
         for group in groups_of(selected):
@@ -82,13 +90,17 @@ def main(args: Args, steps: Sequence[Step] | None = None) -> int:
                     bar.write(f"{step.name}: already finished")
                     bar.update()
                 missing = [step for step in group if not is_finished(step, out)]
-                run = partial(run_step, out=out, running=running)
+                run = partial(run_step, out=out, running=running, bar=bar)
                 with closing(run_side_by_side(missing, gpus or [""], run, running)) as ended:
                     for step, record in ended:
                         failed += record.status == FAILED
                         bar.write(f"{step.name}: {record.status}, {record.reason or duration(record.seconds)}")
                         bar.update()
                         write_page(out / "index.html", args.budget, steps, out)
+            except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM
+                names = ", ".join(step.name for step in group if not is_finished(step, out))
+                bar.write(f"{bar.n} of {len(selected)} steps are done; stopped before its end: {names}")
+                raise
             finally:
                 write_page(out / "index.html", args.budget, steps, out)
     print(
@@ -187,7 +199,7 @@ def missing_input(step: Step, out: Path) -> str:
     return ""
 
 
-def run_step(step: Step, gpu: str | None, out: Path, running: RunningSteps) -> Record:
+def run_step(step: Step, gpu: str | None, out: Path, running: RunningSteps, bar: ProgressBar) -> Record:
     """Run the step's script with its output in the step's log, on a GPU (None: any). Write and return the record."""
     record = Record(command_of(step, out), machine=machine(), versions=versions())
     if reason := missing_input(step, out):
@@ -203,7 +215,7 @@ def run_step(step: Step, gpu: str | None, out: Path, running: RunningSteps) -> R
     write_record(out, step.name, record)  # before all other files, to show whose they are
     log = logs_folder(out) / f"{step.name}.log"
     with log.open("w") as file:
-        code = run_command(step, record, out, file, running, gpu)
+        code = run_command(step, record, out, file, running, gpu, bar)
     if code == 0:
         record.status = FINISHED
     else:
@@ -222,16 +234,23 @@ def move_to_former(folder: Path) -> None:
         folder.rename(former / f"{folder.name}-{number}")
 
 
-def run_command(step: Step, record: Record, out: Path, log: IO, running: RunningSteps, gpu: str | None) -> int:
+def run_command(
+    step: Step, record: Record, out: Path, log: IO, running: RunningSteps, gpu: str | None, bar: ProgressBar
+) -> int:
     """Run the step in a new process group, which is ended if this program is ended. Return the exit code.
+
+    The bar shows the last line of the step's log, to which the scripts write their progress.
 
     Raises:
         SystemExit: the step was ended together with others.
     """
+    variables = {"PYTHONUNBUFFERED": "1", progress.SECONDS: "60"}
+    if gpu is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = gpu
     process = subprocess.Popen(
         [sys.executable, *record.command[1:]],
         cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
+        env=os.environ | variables,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -247,7 +266,7 @@ def run_command(step: Step, record: Record, out: Path, log: IO, running: Running
                     sys.exit(code)
                 return code
             except subprocess.TimeoutExpired:
-                pass
+                bar.set_postfix_str(last_line(log))
             finally:
                 record.seconds = before + time.monotonic() - started
                 write_record(out, step.name, record)
@@ -258,10 +277,18 @@ def run_command(step: Step, record: Record, out: Path, log: IO, running: Running
         running.remove(process)
 
 
+def last_line(log: IO) -> str:
+    """Return the last line of a log in at most 100 characters, or an empty text."""
+    with Path(log.name).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))
+        lines = file.read().decode(errors="replace").split("\n")
+    return printable(next((line.strip() for line in reversed(lines) if line.strip()), ""))[:100]
+
+
 def from_root(path: Path) -> Path:
     """Return the path relative to the repository's root, where the steps run, if it lies inside."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 if __name__ == "__main__":
-    run_script(main, Args, __doc__)
+    run_script(main, Args, __doc__, resume="run the same command again to continue")

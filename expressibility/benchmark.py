@@ -20,19 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
-from tqdm import tqdm
-
-import tabular
-from kernel_regression import mean_squared_error
-from kernels import B_STD, PAPER_TOPOLOGIES, W_STD, Topology, kernel_row_blocks
-from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths, compare
-from s3net_common.command_line import run_script
+from figure_3 import FIGURE_3_DEPTHS, check_depths
+from s3net_common.command_line import THREADS, answer_flags, run_script
 from s3net_common.errors import InputError
-from s3net_common.log_ticks import plain_ticks
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
-from scaling_fit import fitted_order
 
 SCALING_DEPTH = 8  # Figure 3's K = 10
 SCALING_FEATURES = 13
@@ -53,7 +44,23 @@ class Args:
     """Timed calls after the first one, at least 1. Their median is reported."""
     points: tuple[int, ...] = (500, 1000, 2000, 4000, 8000, 16000)
     """Numbers of points for the scaling of time and memory, each at least 1. 16000 points need 2 GB."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import tabular
+from kernel_regression import mean_squared_error
+from kernels import B_STD, PAPER_TOPOLOGIES, W_STD, Topology, kernel_row_blocks
+from ntk_comparison import DIAG_REG, compare
+from s3net_common.log_ticks import plain_ticks
+from s3net_common.progress import ProgressBar
+from scaling_fit import fitted_order
 
 # ---- Figure 3 -----------------------------------------------------------------------------------------------------
 
@@ -169,7 +176,7 @@ def seconds_and_megabytes(function: Callable[[], object]) -> tuple[float, float]
 def measure_scaling(points: tuple[int, ...]) -> dict[str, Any]:
     """Measure time and memory of one kernel matrix by number of points, and fit the orders of growth."""
     scaling: dict[str, Any] = {"points": list(points), "topology": "proposed", "depth": SCALING_DEPTH}
-    bar = tqdm(total=len(MODES) * len(points), desc="kernel matrices", disable=None)
+    bar = ProgressBar(total=len(MODES) * len(points), desc="kernel matrices")
     for mode in MODES:
         measurements = []
         for n in points:

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from tqdm import tqdm
 
 from kernels import TOPOLOGIES, Topology, closed_form_kernels, empirical_ntk, stax_network
 from s3net_common.log_ticks import plain_ticks
 from s3net_common.output_files import run_record, save_figure, write_json
+from s3net_common.progress import ProgressBar
 from scaling_fit import fitted_order
 
 WIDTHS = (32, 64, 128, 256, 512, 1024)
@@ -41,7 +41,7 @@ def relative_errors(topology: Topology, widths: tuple[int, ...], seeds: int, pro
     x = np.random.default_rng(0).normal(size=(POINTS, FEATURES))
     limit = closed_form_kernels(x, None, topology, DEPTH)[DEPTH].ntk
     errors = np.empty((len(widths), seeds))
-    for i, width in enumerate(tqdm(widths, desc=f"finite {topology}", disable=None if progress else True)):
+    for i, width in enumerate(ProgressBar(widths, desc=f"finite {topology}", disable=not progress)):
         init_fn, apply_fn, _ = stax_network(topology, DEPTH, width)
         relative_error = jax.jit(partial(_relative_error, apply_fn, x, limit))
         for seed in range(seeds):

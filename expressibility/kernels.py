@@ -27,12 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from figure_3 import B_STD, W_STD
 from jax_backend import jax_backend
 
 jax.config.update("jax_enable_x64", True)
 
-W_STD = 1.5
-B_STD = 0.05
 DENSE_LAYERS_BESIDE_DEPTH = 2  # the first and the last layer: Figure 3's K = depth + 2
 
 Topology = Literal["residual", "proposed", "chain"]

@@ -16,21 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
-import numpy as np
-from tqdm import tqdm
-
-import finite_width
-import tabular
-from kernel_regression import NtkMatrices, mean_squared_error, ntk_matrices, predict
-from kernels import DENSE_LAYERS_BESIDE_DEPTH, PAPER_TOPOLOGIES, TOPOLOGIES, Topology, stax_network
-from s3net_common.command_line import run_script
-from s3net_common.errors import InputError
+from figure_3 import FIGURE_3_DEPTHS, check_depths
+from s3net_common.command_line import THREADS, answer_flags, run_script
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 
 DIAG_REG = 0.1
-MAX_DEPTH = 100
-FIGURE_3_DEPTHS = (2, 3, 4, 5, 6, 7, 8)
 
 PAPER = {  # Figure 3 as printed
     "K": [4, 5, 6, 7, 8, 9, 10],
@@ -60,6 +50,21 @@ class Args:
     """Give h_0 of the proposed topology a shortcut, too, as in Figure 2(a). The paper's notebook omits it."""
     finite_width: bool = False
     """Also measure how finite networks approach the kernel (about a minute)."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import finite_width
+import tabular
+from kernel_regression import NtkMatrices, mean_squared_error, ntk_matrices, predict
+from kernels import DENSE_LAYERS_BESIDE_DEPTH, PAPER_TOPOLOGIES, TOPOLOGIES, Topology, stax_network
+from s3net_common.progress import ProgressBar
 
 
 class Comparison(NamedTuple):
@@ -116,7 +121,7 @@ def compare(
     """
     mse: dict[Topology, list[float]] = {topology: [] for topology in topologies}
     disagreement = 0.0 if check else float("nan")
-    bar = tqdm(total=len(depths) * len(topologies), desc="networks", disable=None if progress else True)
+    bar = ProgressBar(total=len(depths) * len(topologies), desc="networks", disable=not progress)
     for topology in topologies:
         matrices = ntk_matrices(
             data.x_train, data.x_test, topology, depths, h0_shortcut=h0_shortcut and topology == "proposed"
@@ -233,23 +238,6 @@ def format_table(results: dict[str, Any]) -> str:
         cells += [f"{results[f'{topology}_mse'][i]:.3f}" for topology in TOPOLOGIES]
         lines.append(f"| {' | '.join([str(k), *cells])} |")
     return "\n".join(lines)
-
-
-def check_depths(depths: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the depths in ascending order without duplicates.
-
-    Raises:
-        InputError: there are no depths, or one is below 1 or above 100.
-    """
-    if not depths:
-        raise InputError("--depths is empty: give at least one number of blocks, such as --depths 2 3 4")
-    if min(depths) < 1:
-        raise InputError(f"--depths has {min(depths)}: every depth must be at least 1")
-    if max(depths) > MAX_DEPTH:
-        raise InputError(
-            f"--depths has {max(depths)}: it must be at most {MAX_DEPTH}, since kernels grow roughly as 2^depth"
-        )
-    return tuple(sorted(set(depths)))
 
 
 def main(args: Args) -> None:

@@ -21,17 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from scipy import stats
-from tqdm import tqdm
-
-import sensitivity_figures
-import tabular
-from baseline_regressors import BASELINES
-from kernel_regression import mean_squared_error, ntk_matrices, predict
-from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES, W_STD
-from ntk_comparison import DIAG_REG, FIGURE_3_DEPTHS, check_depths
-from s3net_common.command_line import flag, run_script
+from figure_3 import FIGURE_3_DEPTHS, W_STD, check_depths
+from s3net_common.command_line import THREADS, answer_flags, flag, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import (
     claim_folder,
@@ -72,6 +63,23 @@ class Args:
     Needs --target."""
     target: flag(str, "COLUMN", "none") = None
     """Column of --csv to predict. All other columns are features."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import numpy as np
+from scipy import stats
+
+import sensitivity_figures
+import tabular
+from baseline_regressors import BASELINES
+from kernel_regression import mean_squared_error, ntk_matrices, predict
+from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES
+from ntk_comparison import DIAG_REG
+from s3net_common.progress import ProgressBar
 
 
 def check_args(args: Args) -> tuple[list[tabular.Table], dict[str, Any]]:
@@ -156,7 +164,7 @@ def evaluate_splits(
         keys = [
             (table, scaling, seed) for table in tables for scaling in SCALINGS for seed in range(settings["splits"])
         ]
-        for table, scaling, seed in tqdm(keys, desc="splits", disable=None):
+        for table, scaling, seed in ProgressBar(keys, desc="splits"):
             record = finished.get((table.name, scaling, seed))
             if record is None:
                 record = _evaluate_split(table, scaling, seed, settings)
@@ -434,4 +442,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Args, __doc__)
+    run_script(main, Args, __doc__, resume="run the same command again to continue")

@@ -17,19 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import matplotlib.pyplot as plt
-import numpy as np
-
-import expressions
-from jax_backend import jax_backend
-from s3net_common.command_line import run_script
+from s3net_common.command_line import THREADS, answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
-from scaling_fit import fitted_order
-
-jax.config.update("jax_enable_x64", True)  # in float32, rounding exceeds the error beyond a hundred layers
 
 MAX_DEPTH = 4096
 EVEN_DEPTHS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -41,8 +31,6 @@ ASYMPTOTIC_DEPTH = 100  # the order is fitted to larger depths
 KNOWN_ORDERS = {"sin(2*x)": (2.0, 2.0), "sin(2*x)+abs(x)": (2.0, 1.0), "sqrt(abs(x))": (0.5, 0.5)}  # even, odd depths
 POINTS = 4096
 ROUNDING = 1e-12
-
-Function = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass
@@ -61,6 +49,24 @@ class Args:
     """Folder for one_neuron.json and one_neuron.png, created if missing. Those of an earlier run are replaced."""
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+import expressions
+from jax_backend import jax_backend
+from scaling_fit import fitted_order
+
+jax.config.update("jax_enable_x64", True)  # in float32, rounding exceeds the error beyond a hundred layers
+Function = Callable[[np.ndarray], np.ndarray]
 
 
 class Chain(NamedTuple):

@@ -18,22 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from torch import nn
-
-import expressions
-from s3net_common.command_line import run_script
+from s3net_common.command_line import THREADS, answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
-from s3net_networks.shortcut_block import ShortcutBlock
 
 FIT_POINTS, TEST_POINTS = 65, 129  # points a side of the grids; the second contains the first
 MAX_DEPTH = 2048
 INTERVAL = 1.96  # standard errors
-
-Function = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass
@@ -51,6 +42,22 @@ class Args:
     """Folder for the results, created if missing. Those of an earlier run are replaced."""
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import nn
+
+import expressions
+from s3net_networks.shortcut_block import ShortcutBlock
+
+Function = Callable[[np.ndarray], np.ndarray]
 
 
 class Shallow(NamedTuple):

@@ -24,26 +24,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from tqdm import tqdm
-
-from data.batches import TrainingBatches
-from data.image_sets import ImageSet
-from decoding_benchmark import benchmark_decoding, print_decoding
-from distributed import Ranks, device_name, join_ranks
 from recipes import RECIPES
-from s3net_common.command_line import flag, run_script
-from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.command_line import THREADS, answer_flags, flag, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, relative, run_record, write_json
-from s3net_networks import create_network
-from training.cuda_graphs import GraphedStep
-from training.engine import Precision, Trainer
 
 BATCH = 64
 NETWORKS = {  # measured networks by title: name and options
@@ -76,7 +60,29 @@ class Args:
     """Folder for benchmark.json. The file of an earlier run is replaced."""
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from data.batches import TrainingBatches
+from data.image_sets import ImageSet
+from decoding_benchmark import benchmark_decoding, print_decoding
+from distributed import Ranks, device_name, join_ranks
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.progress import ProgressBar
+from s3net_networks import create_network
+from training.cuda_graphs import GraphedStep
+from training.engine import Precision, Trainer
 
 # ---- The published formulation ------------------------------------------------------------------------------------
 
@@ -223,7 +229,7 @@ def benchmark_training(args: Args) -> dict:
     if args.graphs:
         contenders += ["graphs S3-Net k=12", "graphs S3-Net k=64"]
     runs: dict[str, list[dict[str, float]]] = {contender: [] for contender in contenders}
-    with tqdm(total=args.rounds * len(contenders), desc="training", unit="run", disable=None) as bar:
+    with ProgressBar(total=args.rounds * len(contenders), desc="training", unit="run") as bar:
         for _ in range(args.rounds):
             for contender in contenders:
                 bar.set_postfix_str(contender)
@@ -288,7 +294,7 @@ def benchmark_data(rounds: int) -> dict:
         "PIL, DataLoader with 2 workers": lambda epoch: DataLoader(pil, BATCH, shuffle=True, num_workers=2),
     }
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for epoch in tqdm(range(max(rounds, 5)), desc="data", unit="round", disable=None):
+    for epoch in ProgressBar(range(max(rounds, 5)), desc="data", unit="round"):
         for name, make_batches in contenders.items():
             started = time.perf_counter()
             for _ in make_batches(epoch):

@@ -18,10 +18,7 @@ from typing import Annotated
 
 import tyro
 
-from comparison.comparison_table import ADDED, CITED_PAPER, MEASURED, PAPER, Row, csv_text, markdown_section, title
-from comparison.error_scatter import Point, draw_scatter
-from comparison.paper_tables import AUGMENTED_ROWS, PAPER_ROWS, PaperRow
-from s3net_common.command_line import run_script
+from s3net_common.command_line import answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import (
     claim_folder,
@@ -32,8 +29,6 @@ from s3net_common.output_files import (
     write_atomically,
     write_json,
 )
-from s3net_networks.own_models import models
-from s3net_networks.size import network_size
 
 
 @dataclass
@@ -46,6 +41,16 @@ class Args:
     """Folder for the table and the figure. The files of an earlier comparison are replaced."""
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+from comparison.comparison_table import ADDED, CITED_PAPER, MEASURED, PAPER, Row, csv_text, markdown_section, title
+from comparison.error_scatter import Point, draw_scatter
+from comparison.paper_tables import AUGMENTED_ROWS, PAPER_ROWS, PaperRow
+from s3net_networks.own_models import models
+from s3net_networks.size import network_size
 
 
 def main(args: Args) -> None:

@@ -24,13 +24,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from tqdm import tqdm
 
 import folder2lmdb
 from data.image_lmdb import ImageFolderLMDB
 from s3net_common.errors import InputError
-from s3net_common.framing import IMAGENET_MEAN, IMAGENET_STD
 from s3net_common.images import decode
+from s3net_common.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from s3net_common.progress import ProgressBar
 
 IMAGES, CLASSES, SIZE = 512, 8, (500, 375)  # the size of a typical ImageNet photograph
 BATCH = 32
@@ -69,7 +69,7 @@ def make_photographs(folder: Path) -> None:
 
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     generator = random.Random(0)
-    for i in tqdm(range(IMAGES), desc="making images", unit="image", disable=None, leave=False):
+    for i in ProgressBar(range(IMAGES), desc="making images", unit="image", leave=False):
         photograph = photographs[i % len(photographs)]
         left, top = (generator.randrange(whole - part) for whole, part in zip(photograph.size, SIZE, strict=True))
         (folder / f"class{i % CLASSES}").mkdir(exist_ok=True)
@@ -113,7 +113,7 @@ def measure(folder: Path, file: Path, rounds: int) -> dict:
     results = {"count": len(sizes), "mean_bytes": round(statistics.mean(sizes)), "workers": {}}
     for workers in (0, 2):
         rates: dict[str, list[float]] = {case: [] for case in CASES}
-        with tqdm(total=rounds * len(CASES), desc=f"decoding, {workers} workers", unit="pass", disable=None) as bar:
+        with ProgressBar(total=rounds * len(CASES), desc=f"decoding, {workers} workers", unit="pass") as bar:
             for turn in range(rounds):
                 for case in rotate(CASES, turn):
                     bar.set_postfix_str(case)

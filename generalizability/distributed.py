@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from s3net_common import process_group
 from s3net_common.errors import InputError
+from s3net_common.launcher import check_launcher, is_distributed
 
 # The first rank may download and decode images while the others wait. NCCL would give up after 10 minutes.
 CONTROL_TIMEOUT = timedelta(hours=2)
@@ -83,8 +84,9 @@ def join_ranks(device: str | None) -> Ranks:
         device: "cpu", "cuda", "cuda:1", "mps"; None for a GPU if there is one, else the CPU.
 
     Raises:
-        InputError: this machine lacks the device.
+        InputError: this machine lacks the device, or torchrun has not started this process as it should.
     """
+    check_launcher()
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -98,7 +100,7 @@ def join_ranks(device: str | None) -> Ranks:
         raise InputError("--device mps: this machine has no Apple GPU that PyTorch can use; pass --device cpu")
     elif chosen.type not in ("cpu", "mps"):
         raise InputError(f"--device {device} is not supported: give cpu, cuda, cuda:1 or mps")
-    if "RANK" not in os.environ:
+    if not is_distributed():
         return Ranks(0, 1, chosen)
     # After a restart by torchrun, its store may still hold the addresses of the previous processes.
     store, rank, world_size = next(dist.rendezvous("env://"))

@@ -22,23 +22,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-import lmdb
 import tyro
-from tqdm import tqdm
 
-from data.image_lmdb import (
-    Contents,
-    ImageFolderLMDB,
-    append_records,
-    chain,
-    finish,
-    make_record,
-    reopen_unfinished,
-    split_record,
-)
-from s3net_common.command_line import flag, run_script
+from s3net_common.command_line import answer_flags, flag, run_script
 from s3net_common.errors import InputError, printable
 from s3net_common.images import MAX_PIXELS, class_images, class_names, decode, limit_pixels, read_class_names
+from s3net_common.limits import available_processors
 from s3net_common.output_files import lock_exclusively, make_folder
 from s3net_common.unused_files import LISTED, UnreadableImage, unreadable_images
 
@@ -69,6 +58,23 @@ class Args:
     overwrite: bool = False
     """Replace a finished file. Start again if an unfinished file belongs to other images."""
 
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import lmdb
+
+from data.image_lmdb import (
+    Contents,
+    ImageFolderLMDB,
+    append_records,
+    chain,
+    finish,
+    make_record,
+    reopen_unfinished,
+    split_record,
+)
+from s3net_common.progress import ProgressBar
 
 # ---- Reading the image folder -------------------------------------------------------------------------------------
 
@@ -104,7 +110,7 @@ def count_files(images: Path, classes: list[str]) -> int:
     Raises:
         InputError: there are none.
     """
-    files = tqdm(class_images(images, classes), desc="listing", unit="file", disable=None, leave=False)
+    files = ProgressBar(class_images(images, classes), desc="listing", unit="file", leave=False)
     return sum(1 for _ in files)
 
 
@@ -252,7 +258,7 @@ def append_missing(partial: Path, args: Args, contents: Contents, total: int, wo
     files = islice(class_images(args.images, contents.classes, reports=False), done, None)
     results = map_in_threads(lambda file: read_file(args.images, *file), files, workers)
     records, size, errors = [], 0, []
-    with tqdm(results, initial=done, total=total, desc=args.out.name, unit="image", disable=None) as progress:
+    with ProgressBar(results, initial=done, total=total, desc=args.out.name, unit="image") as progress:
         for file in progress:
             if file.error is not None:
                 errors.append(file.error)
@@ -290,7 +296,7 @@ def verify(path: Path, workers: int) -> ImageFolderLMDB:
     data = ImageFolderLMDB(path)
     labels, digest, bad = data.labels, "", 0
     results = map_in_threads(lambda index: check_record(data.record(index)), range(len(data)), workers)
-    with tqdm(results, total=len(data), desc=f"verifying {path.name}", unit="image", disable=None) as progress:
+    with ProgressBar(results, total=len(data), desc=f"verifying {path.name}", unit="image") as progress:
         for index, (name, label, record_digest, error) in enumerate(progress):
             digest = chain(digest, record_digest)
             if error is None and label != labels[index]:
@@ -346,14 +352,9 @@ def main(args: Args) -> int:
     limit_pixels(args.max_pixels)
     if args.images is None and not args.verify:
         raise InputError("there is nothing to do: pass --images DIR to build --out, or --verify to check it")
-    workers = args.workers or os.cpu_count() or 1
+    workers = args.workers or available_processors()
     if args.images is not None:
-        try:
-            contents = build(args, workers)
-        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or SIGTERM
-            print("run the same command again to continue", file=sys.stderr)
-            raise
-        print(describe(args.out, contents))
+        print(describe(args.out, build(args, workers)))
     if args.verify:
         data = verify(args.out, workers)
         print(f"{args.out} is sound: {len(data):,} images decoded, digest {data.digest}")
@@ -361,4 +362,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, Args, __doc__)
+    run_script(main, Args, __doc__, resume="run the same command again to continue")

@@ -29,22 +29,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
-
-import gradient_figures
-from s3net_common.command_line import run_script
-from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.command_line import THREADS, answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
-from s3net_networks.connections import CONNECTIONS
-from s3net_networks.own_models import models
-from s3net_networks.shortcut_block import SumBlock
 
-KINDS = {**CONNECTIONS, "sparse, sum": SumBlock}
 NORMALISATIONS = ("BatchNorm", "none", "none, He initialisation")
 PARTS = ("initial", "training")
 SMALLEST_NORM = 1e-300  # smaller norms count as this, also that of a gradient of zeros
@@ -86,6 +74,26 @@ class Args:
     """Folder for the results. Finished jobs of an earlier call are kept; other results are replaced."""
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradient_figures
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.progress import ProgressBar
+from s3net_networks.connections import CONNECTIONS
+from s3net_networks.own_models import models
+from s3net_networks.shortcut_block import SumBlock
+
+KINDS = {**CONNECTIONS, "sparse, sum": SumBlock}
 
 
 # ---- Network and data ---------------------------------------------------------------------------------------------
@@ -270,7 +278,7 @@ def run_job(folder: Path, job: Job) -> dict[str, Any]:
 
 def run_jobs(folder: Path, jobs: list[Job], parallel: int) -> list[dict[str, Any]]:
     """Run the jobs that have not finished, `parallel` at a time, and return all results in the order of the jobs."""
-    bar = tqdm(total=len(jobs), unit="job", disable=None)
+    bar = ProgressBar(total=len(jobs), unit="job")
     if parallel == 1:
         records = []
         for job in jobs:
@@ -456,4 +464,4 @@ def format_report(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main, Args, __doc__)
+    run_script(main, Args, __doc__, resume="run the same command again to continue")

@@ -10,14 +10,8 @@ seconds: no weight is allocated.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from s3net_common.command_line import run_script
+from s3net_common.command_line import answer_flags, run_script
 from s3net_common.output_files import claim_folder, default_out, relative, run_record, write_json
-from s3net_networks import create_network
-from s3net_networks.own_models import models
-from s3net_networks.size import model_size
 
 # Networks for CIFAR-100, 32x32 pixels and 100 classes: name and options.
 CIFAR = [("s3net_cifar", {"growth_rate": k, "depth": depth}) for k, depth in ((12, 40), (24, 40), (40, 40))]
@@ -26,9 +20,6 @@ CIFAR += [("s3net_cifar", {"growth_rate": k, "depth": 40, "connections": "dense"
 CIFAR += [("s3net_cifar", {"growth_rate": k, "depth": 40, "connections": "chain"}) for k in (12, 29)]
 CIFAR += [("resnet20_cifar", {}), *(("densenet_cifar", {"growth_rate": 12, "depth": depth}) for depth in (22, 40))]
 # Networks for images of 224x224 pixels, 1000 classes.
-LARGE = [name for name in models.list_models() if name != "s3net_cifar"]
-LARGE += ["mobilenet_v2", "efficientnet_b0", "octresnet50", "lambda_resnet50", "se_resnet50", "scalenet50"]
-LARGE += ["ghostnet", "randwire_ws"]
 
 
 @dataclass
@@ -39,6 +30,21 @@ class Args:
     """Folder for network_sizes.json. The file of an earlier run is replaced."""
     overwrite: bool = False
     """Replace a file in --out that this script did not write."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import torch
+from torch import Tensor, nn
+
+from s3net_networks import create_network
+from s3net_networks.own_models import models
+from s3net_networks.size import model_size
+
+LARGE = [name for name in models.list_models() if name != "s3net_cifar"]
+LARGE += ["mobilenet_v2", "efficientnet_b0", "octresnet50", "lambda_resnet50", "se_resnet50", "scalenet50"]
+LARGE += ["ghostnet", "randwire_ws"]
 
 
 def main(args: Args) -> None:

@@ -18,22 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from distributed import join_ranks
-from s3net_common.checkpoints import read_options
-from s3net_common.command_line import flag, run_script
-from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.command_line import THREADS, answer_flags, flag, run_script
 from s3net_common.errors import InputError, nearest_names, printable
 from s3net_common.images import IMAGE_SUFFIXES, MAX_PIXELS, find_images, limit_pixels, read_rgb
 from s3net_common.output_files import csv_cell, default_out, make_folder, relative, write_atomically
 from s3net_common.unused_files import UnreadableImage, report_once, unreadable_images
-from s3net_networks import list_networks
-from s3net_networks.size import count_multiply_adds
-from training.trained_network import TrainedNetwork, read_trained_network
 
 CHECKPOINTS = "the checkpoint's"  # what --help says about a default
 SHOWN_ROWS = 50  # images in the table on the screen
@@ -73,6 +64,23 @@ class Args:
     """File with the class name of each output in order, one per line, if the checkpoint has no names."""
     dataset: flag(str, "NAME", CHECKPOINTS) = None
     """Data set that the network was trained on, if the checkpoint does not say how its images are prepared."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import torch
+from torch import Tensor, nn
+
+from distributed import join_ranks
+from s3net_common.checkpoints import read_options
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.progress import ProgressBar
+from s3net_networks import list_networks
+from s3net_networks.size import count_multiply_adds
+from training.trained_network import TrainedNetwork, read_trained_network
 
 
 @dataclass
@@ -109,7 +117,7 @@ def main(args: Args) -> int:
     for note in trained.notes:
         print(note, flush=True)
     predictions, errors = [], []
-    with tqdm(total=len(files), unit="image", disable=None, leave=False) as bar:
+    with ProgressBar(total=len(files), unit="image", leave=False) as bar:
         for paths, pixels in read_batches(files, trained, args.batch_size, errors):
             if paths and (args.skip_unreadable or not errors):
                 predictions += predict_batch(model, names, trained, args.top, paths, pixels.to(device))

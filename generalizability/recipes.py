@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass, replace
 
-from s3net_common.framing import CIFAR100_MEAN, CIFAR100_STD, IMAGENET_MEAN, IMAGENET_STD
+from s3net_common.normalisation import CIFAR100_MEAN, CIFAR100_STD, IMAGENET_MEAN, IMAGENET_STD
+
+# The choices of flags, here so that --help needs no PyTorch. A test compares them with the code that has them.
+DEFAULT_DATASET = "cifar100"
+SCHEDULES = ("step", "onecycle", "cosine")
+CONNECTIONS = ("sparse", "chain", "dense", "residual")
+DECODERS = ("cpu", "draft", "gpu")
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from comparison.budget_report import REPORT_FILES, write_report
-from comparison.jobs import Job, flag_name, run_jobs
-from s3net_common.command_line import flag, run_script
+from s3net_common.command_line import THREADS, answer_flags, flag, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out
-from s3net_networks.size import count_parameters
 
 PARTS = ("search", "comparison", "ablation")
 
@@ -74,6 +71,16 @@ class Args:
     """Folder for the runs and the results. The results of an earlier call are replaced; finished runs are kept."""
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+from comparison.budget_report import REPORT_FILES, write_report
+from comparison.jobs import Job, flag_name, run_jobs
+from s3net_networks.size import count_parameters
 
 
 @dataclass(frozen=True)
@@ -239,4 +246,4 @@ def best_peaks(networks: list[Network], search: dict[tuple[str, float], Job]) ->
 
 
 if __name__ == "__main__":
-    run_script(main, Args, __doc__)
+    run_script(main, Args, __doc__, resume="run the same command again to continue")

@@ -18,28 +18,11 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-from scipy.stats import kendalltau
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from data.batches import EvaluationBatches, TrainingBatches
-from data.datasets import load_dataset
-from data.image_sets import ImageSet
-from distributed import Ranks
-from lipschitz import linear_layers, spectral_complexity
-from models import create_model, pretrained_file, read_metadata
 from recipes import RECIPES, RunConfig
-from s3net_common.command_line import run_script
-from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.command_line import THREADS, answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, claim_folder, default_out, relative, run_record, save_figure, write_json
-from s3net_networks import create_network
-from training.engine import Progress, make_trainer
 
-CPU = torch.device("cpu")
 IMAGE_SIZE = 16  # height and width in pixels, to which the 8x8 digits are enlarged
 QUANTILE = 0.1  # gamma: the margin that this share of the rightly classified training images does not exceed
 NETWORKS = {  # title: name and options
@@ -70,6 +53,31 @@ class Args:
     """Folder for the results. Those of an earlier run are replaced."""
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import kendalltau
+from torch import Tensor, nn
+
+from data.batches import EvaluationBatches, TrainingBatches
+from data.datasets import load_dataset
+from data.image_sets import ImageSet
+from distributed import Ranks
+from lipschitz import linear_layers, spectral_complexity
+from models import create_model, pretrained_file, read_metadata
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.progress import ProgressBar
+from s3net_networks import create_network
+from training.engine import Progress, make_trainer
+
+CPU = torch.device("cpu")
 
 
 def main(args: Args) -> None:
@@ -81,12 +89,12 @@ def main(args: Args) -> None:
     train, test = digits(args.images)
     rows = []
     jobs = [(title, seed) for seed in range(args.seeds) for title in NETWORKS]
-    for title, seed in tqdm(jobs, unit="network", disable=None):
+    for title, seed in ProgressBar(jobs, unit="network"):
         model = train_network(*NETWORKS[title], train, seed, args.epochs)
         recipe = RECIPES["digits"]
         row = {"network": title, "seed": seed} | bound_and_gap(model, train, test, recipe.mean, recipe.std)
         rows.append(row)
-        tqdm.write(line(row))
+        ProgressBar.write(line(row))
     results = {"rows": rows, "rank_correlation": rank_correlation(rows)}
     if args.pretrained:
         results["pretrained"] = pretrained_row(args.data_dir)

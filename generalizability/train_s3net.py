@@ -24,43 +24,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from data.datasets import DATASETS, load_dataset
-from data.decoding import DECODERS
-from data.image_sets import Halves
-from data.loader_workers import default_workers
-from data.splits import SPLITS
-from distributed import Ranks, join_ranks
-from recipes import RECIPES, RunConfig
-from s3net_common.checkpoints import file_label
-from s3net_common.command_line import flag, given_flags, run_script
-from s3net_common.cpu_kernels import keep_freed_memory
+from recipes import CONNECTIONS, DECODERS, DEFAULT_DATASET, RECIPES, SCHEDULES, RunConfig
+from s3net_common.command_line import THREADS, answer_flags, flag, given_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.images import MAX_PIXELS, limit_pixels
 from s3net_common.output_files import ROOT, default_out, relative
-from s3net_networks import list_networks
-from s3net_networks.connections import CONNECTIONS
-from s3net_networks.size import network_size
-from training.config import (
-    DATA_FLAGS,
-    DEFAULT_DATASET,
-    NETWORK_FLAGS,
-    Flags,
-    check_device,
-    check_flags,
-    check_same_data,
-    check_same_recipe,
-    environment_of,
-    flags_of,
-    resolve_config,
-)
-from training.engine import SCHEDULES, Precision
-from training.evaluation import check_out, evaluate_trained_network, report_evaluation
-from training.initial_weights import build_network, complete_flags, open_start, recorded_init
-from training.run_folder import Run
-from training.trained_network import read_trained_network
-from training.training_loop import train
 
 RECIPE, NETWORK = "the data set's recipe", "the network's own"  # what --help says about a default
 
@@ -69,7 +37,7 @@ RECIPE, NETWORK = "the data set's recipe", "the network's own"  # what --help sa
 class Args:
     """Train S3-Net, or a network to compare it with, on images."""
 
-    dataset: flag(str, f"{{{','.join(DATASETS)}}}", DEFAULT_DATASET) = None
+    dataset: flag(str, f"{{{','.join(RECIPES)}}}", DEFAULT_DATASET) = None
     """Images to train on: scikit-learn's digits (embedded), CIFAR-100, Tiny ImageNet, ImageNet, or your own."""
     data_dir: flag(Path, "DIR", "data/<dataset>") = None
     """Folder of the images: cifar-100-python/, tiny-imagenet-200/, train.lmdb and val.lmdb, train/<class>/* and
@@ -161,6 +129,42 @@ class Args:
     """Weights for --eval-only: ours (.safetensors, .pt) or a file that the paper's authors published."""
     list_models: bool = False
     """Print the names of all networks and exit."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import torch
+
+from data.datasets import load_dataset
+from data.image_sets import Halves
+from data.loader_workers import default_workers
+from data.splits import SPLITS
+from distributed import Ranks, join_ranks
+from s3net_common.checkpoints import file_label
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_networks import list_networks
+from s3net_networks.size import network_size
+from training.config import (
+    DATA_FLAGS,
+    NETWORK_FLAGS,
+    Flags,
+    check_device,
+    check_flags,
+    check_same_data,
+    check_same_recipe,
+    environment_of,
+    flags_of,
+    resolve_config,
+)
+from training.engine import Precision
+from training.evaluation import check_out, evaluate_trained_network, report_evaluation
+from training.initial_weights import build_network, complete_flags, open_start, recorded_init
+from training.run_folder import Run
+from training.trained_network import read_trained_network
+from training.training_loop import train
 
 
 def main(args: Args) -> int:

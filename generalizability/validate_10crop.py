@@ -16,37 +16,20 @@ results are a JSON file that compare_results.py reads, with errors by class and 
 """
 
 import hashlib
-import os
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
-from scipy.stats import binomtest
-from torch import Tensor, nn
 
-from data.batches import DiskEvaluationBatches
-from data.image_sets import DiskImages, open_source
-from data.splits import find_half
-from data.ten_crops import CENTER_CROP, ten_crops
-from distributed import Ranks, device_name, join_ranks
-from s3net_common.checkpoints import file_label, read_options
 from s3net_common.class_names import match_classes
-from s3net_common.command_line import flag, given_flags, run_script
-from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.command_line import THREADS, answer_flags, flag, given_flags, run_script
 from s3net_common.errors import InputError, nearest_names
-from s3net_common.framing import Preparation
 from s3net_common.images import MAX_PIXELS, limit_pixels
+from s3net_common.launcher import is_first_rank
 from s3net_common.output_files import default_out, make_folder, relative, run_record, write_json
-from s3net_networks import list_networks
-from s3net_networks.size import model_size
-from training.confusion import ConfusionMatrix
-from training.engine import Precision, progress_bar
-from training.out_of_memory import out_of_memory_as_error
-from training.trained_network import TrainedNetwork, read_trained_network
 
 RESULT_KIND = "validate_10crop"
 CROPS = ("centre_crop", "ten_crops")
@@ -98,6 +81,31 @@ class Args:
     """JSON file for the results. The picture of the confusions is beside it."""
     overwrite: bool = False
     """Replace the files if they exist."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+from data.batches import DiskEvaluationBatches
+from data.image_sets import DiskImages, open_source
+from data.splits import find_half
+from data.ten_crops import CENTER_CROP, ten_crops
+from distributed import Ranks, device_name, join_ranks
+from s3net_common.checkpoints import file_label, read_options
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.framing import Preparation
+from s3net_networks import list_networks
+from s3net_networks.size import model_size
+from training.confusion import ConfusionMatrix
+from training.engine import Precision, progress_bar
+from training.out_of_memory import out_of_memory_as_error
+from training.trained_network import TrainedNetwork, read_trained_network
 
 
 def main(args: Args) -> int:
@@ -218,7 +226,7 @@ def prepare(args: Args, device: torch.device) -> tuple[DiskImages, Network]:
     outputs = trained.outputs or len(images.classes)
     match = match_classes(images.classes, trained.classes, outputs, trained.file)
     preparation = crop_preparation(trained, args.resize, args.crop)
-    model = trained.build(outputs, print if os.environ.get("RANK", "0") == "0" else None)
+    model = trained.build(outputs, print if is_first_rank() else None)
     network = Network(
         name=trained.name,
         options=trained.options,

@@ -22,16 +22,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from explain_images import DEVICES, choose_device
-from explained_networks import load_network
-from full_grad import FullGrad
-from s3net_common.command_line import flag, run_script
-from s3net_common.cpu_kernels import keep_freed_memory
+from network_flags import DEVICES
+from s3net_common.command_line import THREADS, answer_flags, flag, run_script
 from s3net_common.errors import InputError, first_line
 from s3net_common.output_files import ROOT, claim_folder, run_record, write_json
 
@@ -65,7 +57,22 @@ class Args:
     """Folder to write the JSON files into. Those of an earlier run are replaced."""
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from explain_images import choose_device
+from explained_networks import load_network
+from full_grad import FullGrad
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.progress import ProgressBar
 
 # ---- The methods ----------------------------------------------------------------------------------------------------
 
@@ -137,7 +144,7 @@ def measure_speed(args: Args, device: torch.device) -> list[dict[str, Any]]:
     """Return the rows of speed.json: the times of each network and batch size."""
     names = args.networks or SPEED_NETWORKS
     rows = []
-    with tqdm(total=len(names) * (1 + len(args.batches) * args.rounds), unit="round", disable=None) as bar:
+    with ProgressBar(total=len(names) * (1 + len(args.batches) * args.rounds), unit="round") as bar:
         for name in names:
             bar.set_description(name)
             model = load_network(name, random_weights=True).model.to(device).requires_grad_(False)
@@ -205,7 +212,7 @@ def measure_completeness(args: Args, device: torch.device, record: dict[str, Any
             pool = stack.enter_context(ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")))
             jobs = [pool.submit(_completeness_row, name, args.image_size, device) for name in names]
             measured = (job.result() for job in as_completed(jobs))
-        for name, row in tqdm(measured, total=len(names), unit="network", disable=None):
+        for name, row in ProgressBar(measured, total=len(names), unit="network"):
             rows[name] = row
             in_order = {name: rows[name] for name in names if name in rows}
             results = {"complete_to": COMPLETE, "summary": completeness_summary(rows), "networks": in_order}

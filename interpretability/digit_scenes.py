@@ -11,13 +11,10 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from network_flags import DIGITS, SIZE, TEST, TRAINING  # noqa: F401
 from pictures import Picture
 
-SIZE = 36
 MEAN, STD = (0.3, 0.3, 0.3), (0.2, 0.2, 0.2)
-DIGITS = 1797  # in scikit-learn's data
-TRAINING = 1438  # the first digits are for training, the others for testing
-TEST = DIGITS - TRAINING
 
 
 def make_scenes(digits: np.ndarray, seed: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,60 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
-from tqdm import tqdm
 
-from explained_networks import PAPER_NETWORKS, Network, load_network, local_networks
+from explained_networks import PAPER_NETWORKS, Network, load_network
 from faithfulness import area, deletion_curve, insertion_curve
 from full_grad import FullGrad, IncompleteWarning
 from map_scores import bootstrap, centred_gaussian, edge_map, interval, mask_map, random_map
+from network_flags import NetworkArgs
 from pictures import Picture, read_pictures, sample_crops, sample_pictures
 from s3net_common.checkpoints import file_label, read_metadata, read_options
-from s3net_common.command_line import flag
 from s3net_common.errors import InputError
 from s3net_common.framing import Preparation, usual_preparation
-from s3net_common.images import IMAGE_SUFFIXES, MAX_PIXELS, find_images, limit_pixels
+from s3net_common.images import find_images, limit_pixels
+from s3net_common.progress import ProgressBar
 
 DEFAULT_NETWORK = "s3net_cifar"  # its trained weights are in the repository
 MOST_PROBABLE = 3  # classes listed for each image
 Maps = dict[str, list[np.ndarray]]  # of each method by name: a map `(H, W)` of each picture
-DEVICES = "{cpu,cuda,cuda:N,mps}"
-
-
-@dataclass
-class NetworkArgs:
-    """Flags that choose networks and images."""
-
-    images: tyro.conf.Positional[flag(tuple[Path, ...], "IMAGE ...", "images that come with the script")] = ()
-    """Image files, or folders of them."""
-    skip_unreadable: bool = False
-    """Skip image files that cannot be read, and list them, instead of stopping."""
-    max_pixels: flag(int, "N", f"{MAX_PIXELS:,}") = None
-    """Refuse images of more pixels, which could be decompression bombs."""
-    networks: flag(tuple[str, ...], "NAME ...", "the paper's four for your images, else S3-Net") = ()
-    """Networks to explain: names of s3net_networks, torchvision or timm (timm/NAME if two have the name)."""
-    checkpoint: flag(tuple[str, ...], "[NAME=]FILE ...", "published weights") = ()
-    """Weights: the trainer's files (.safetensors, .pt), the authors' published files, or a state dict. NAME= says
-    which network a file is for, if it does not say so itself. Several files of one network are several columns."""
-    model_options: flag(str, "JSON", "the checkpoint's") = None
-    """Options of the networks, for checkpoints without metadata: '{"growth_rate": 24, "depth": 40}'."""
-    num_classes: flag(int, "INT", "the checkpoint's, else the network's usual number") = None
-    """Outputs of the networks, for checkpoints without metadata."""
-    random_weights: bool = False
-    """Keep the initial weights (seed 0) instead of loading any, to try the method."""
-    target: flag(str, "CLASS", "the predicted class") = None
-    """Class to explain in every image: its name or, if no class has this name, its index."""
-    image_size: flag(int, "INT", "the network's own") = None
-    """Height and width in pixels of the network's input."""
-    squash: bool = False
-    """Resize the whole image to a square, as for the paper's figures, instead of cropping its centre."""
-    batch_size: int = 8
-    """Images in one pass."""
-    device: flag(str, DEVICES, "a GPU if there is one") = None
-    """Device to compute on."""
-    faithfulness: bool = False
-    """Also measure insertion and deletion; writes faithfulness.png and faithfulness.json."""
 
 
 @dataclass
@@ -89,12 +52,6 @@ class PictureExplanation:
     drawn: float
     seconds: float
     most_probable: list[tuple[int, float]]
-
-
-def is_image(word: str) -> bool:
-    """Return whether a word after the values of --networks or --checkpoint is an image, or a folder of images."""
-    path = Path(word)
-    return path.suffix.lower() in IMAGE_SUFFIXES or (path.is_dir() and word not in local_networks())
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -143,6 +100,8 @@ def chosen_networks(args: NetworkArgs) -> list[tuple[str | None, str, Path | Non
     The label is None for the only network of its name; several files of one network are labelled by their folders and
     names.
     """
+    if args.random_weights and args.checkpoint:
+        raise InputError("--random-weights loads no weights: leave out --checkpoint, or leave out --random-weights")
     files: dict[str, list[Path]] = {name: [] for name in args.networks}
     for text in args.checkpoint:
         name, equals, file = text.partition("=")
@@ -283,7 +242,7 @@ def measure_faithfulness(
     images = network_input(network, pictures, device)
     target = torch.tensor(targets, device=device)
     results = {}
-    for method, maps in tqdm(methods.items(), desc="insertion and deletion", unit="method", disable=None, leave=False):
+    for method, maps in ProgressBar(methods.items(), desc="insertion and deletion", unit="method", leave=False):
         stacked = torch.from_numpy(np.stack(maps)).to(device, images.dtype)[:, None]
         results[method] = {}
         for kind, measure in (("insertion", insertion_curve), ("deletion", deletion_curve)):
@@ -315,7 +274,7 @@ def rival_maps(
     images, target = network_input(network, pictures, device), torch.tensor(targets, device=device)
     maps: Maps = {method: [] for method in RIVALS}
     batches = list(zip(images.split(batch_size), target.split(batch_size), strict=True))
-    with tqdm(total=len(RIVALS) * len(batches), desc="other methods", unit="batch", disable=None, leave=False) as bar:
+    with ProgressBar(total=len(RIVALS) * len(batches), desc="other methods", unit="batch", leave=False) as bar:
         for method in RIVALS:
             for batch, classes in batches:
                 maps[method] += [*rival_map(method, network.model, batch, classes).cpu().numpy()]

@@ -16,28 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from explain_images import (
-    NetworkArgs,
-    PictureExplanation,
-    baseline_maps,
-    choose_device,
-    explain_pictures,
-    is_image,
-    load_networks,
-    measure_faithfulness,
-    picture_reader,
-)
-from explained_networks import Network
-from pictures import Picture
-from s3net_common.command_line import run_script
-from s3net_common.cpu_kernels import keep_freed_memory
+from network_flags import NetworkArgs, is_image
+from s3net_common.command_line import answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, claim_folder, run_record, write_atomically, write_json
-from saliency_figures import draw_crops, draw_faithfulness, draw_maps, page_names, save_overlay
 
 
 @dataclass
@@ -49,6 +31,27 @@ class Args(NetworkArgs):
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
 
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__, is_image)
+
+import numpy as np
+import torch
+
+from explain_images import (
+    PictureExplanation,
+    baseline_maps,
+    choose_device,
+    explain_pictures,
+    load_networks,
+    measure_faithfulness,
+    picture_reader,
+)
+from explained_networks import Network
+from pictures import Picture
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.progress import ProgressBar
+from saliency_figures import draw_crops, draw_faithfulness, draw_maps, page_names, save_overlay
 
 Column = tuple[Network, list[Picture], list[PictureExplanation]]  # of the figure
 
@@ -64,7 +67,7 @@ def main(args: Args) -> None:
     networks = load_networks(args, device)
     columns: list[Column] = []
     total = sum(len(read(network.preparation)) for network in networks)
-    with tqdm(total=total, unit="map", disable=None) as bar:
+    with ProgressBar(total=total, unit="map") as bar:
         for network in networks:
             bar.set_description(network.name)
             pictures = read(network.preparation)

@@ -165,11 +165,13 @@ class Places:
         return [self._elementwise(known, leaf) for leaf in outputs]
 
     def _sampled(self, places: Coordinates, output: Tensor) -> Coordinates | None:
-        if len(output) != self.n or _without_repetition(places.image).numel() != self.n:
+        image = places.image.flatten(1)
+        low, high = image.nan_to_num(torch.inf).amin(1), image.nan_to_num(-torch.inf).amax(1)  # NaN: padding
+        if len(output) != self.n or len(image) != self.n or not torch.equal(low, high):
             return None
         if places.row.isnan().all():
             nowhere = torch.full((1, 1, 1, 1), NOWHERE, device=self.device)
-            return Coordinates(places.image, nowhere, nowhere)
+            return Coordinates(low[:, None, None, None], nowhere, nowhere)
         return self.fresh_grid(*output.shape[2:])
 
     def _joined(

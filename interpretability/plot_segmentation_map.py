@@ -22,32 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from digit_scenes import TEST, scene_pictures
-from explain_images import (
-    NetworkArgs,
-    baseline_maps,
-    choose_device,
-    explain_pictures,
-    is_image,
-    load_networks,
-    measure_faithfulness,
-    picture_reader,
-    rival_maps,
-)
-from explained_networks import Network, load_network
-from map_scores import PERCENTILES, bootstrap, interval, score_map
-from pictures import Picture
-from s3net_common.command_line import flag, run_script
-from s3net_common.cpu_kernels import keep_freed_memory
+from network_flags import TEST, NetworkArgs, is_image
+from s3net_common.command_line import answer_flags, flag, run_script
 from s3net_common.errors import InputError
-from s3net_common.framing import Preparation
 from s3net_common.output_files import ROOT, claim_folder, csv_cell, run_record, write_atomically, write_json
-from saliency_figures import draw_dice, draw_faithfulness, draw_segmentations, page_names
-from scene_training import NETWORK, accuracy_on_test_digits, digits_checkpoint
 
 DIGITS_FOLDER = ROOT / "runs" / "digits_network"
 FIGURE_SCENES = 6
@@ -76,6 +54,31 @@ class Args(NetworkArgs):
     """Replace files in --out that this script did not write."""
 
 
+if __name__ == "__main__":
+    answer_flags(Args, __doc__, is_image)
+
+import numpy as np
+import torch
+
+from digit_scenes import scene_pictures
+from explain_images import (
+    baseline_maps,
+    choose_device,
+    explain_pictures,
+    load_networks,
+    measure_faithfulness,
+    picture_reader,
+    rival_maps,
+)
+from explained_networks import Network, load_network
+from map_scores import PERCENTILES, bootstrap, interval, score_map
+from pictures import Picture
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.framing import Preparation
+from s3net_common.progress import ProgressBar
+from saliency_figures import draw_dice, draw_faithfulness, draw_segmentations, page_names
+from scene_training import NETWORK, accuracy_on_test_digits, digits_checkpoint
+
 Column = tuple[str, list[Picture], list[np.ndarray]]  # a method's name, its pictures and its maps
 Reader = Callable[[Preparation], list[Picture]]  # the pictures as a network with this preparation sees them
 Scores = dict[str, dict[str, Any]]  # what score_map returns for each picture, by the picture's name
@@ -94,7 +97,7 @@ def main(args: Args) -> None:
     columns: list[Column] = []
     errors, faithfulness = {}, {}
     total = sum(len(read(network.preparation)) for network in networks)
-    with tqdm(total=total, unit="map", disable=None) as bar:
+    with ProgressBar(total=total, unit="map") as bar:
         for network in networks:
             bar.set_description(network.name)
             pictures = read(network.preparation)

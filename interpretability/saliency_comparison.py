@@ -23,33 +23,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-from tqdm import tqdm
-
-from digit_scenes import SIZE, TEST, normalise, scene_pictures
-from explain_images import DEVICES, choose_device
-from faithfulness import area, deletion_curve, insertion_curve
-from full_grad import FullGrad
-from map_scores import autocorrelation, bootstrap, interval, score_map, sharpness
-from pictures import Picture
-from rival_maps import gradients
-from s3net_common.checkpoints import load_weights
-from s3net_common.command_line import flag, run_script
-from s3net_common.cpu_kernels import keep_freed_memory
+from network_flags import DEVICES, SIZE, TEST
+from s3net_common.command_line import THREADS, answer_flags, flag, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, claim_folder, run_record, write_json
-from s3net_common.weight_files import read_header
-from s3net_networks import create_network
-from saliency_figures import draw_comparison, draw_segmentations, page_names
-from scene_training import Training, accuracy_on_held_out_digits, accuracy_on_test_digits, save_network, train
 
 FAITHFULNESS_STEPS = 10
 DRAWN_SCENES = 6
 MAPS = ("FullGrad", "gradient")
 SCORES = ("dice", "iou", "pointing", "average_precision", "insertion", "deletion", "gini", "mass")
-FAITHFULNESS = {"insertion": insertion_curve, "deletion": deletion_curve}
 STAGES = ("trained", "equal")  # after the last epoch, and at equal accuracy
 
 
@@ -85,6 +67,33 @@ class Args:
     """Folder to write the files into. Finished trainings in it are used again."""
     overwrite: bool = False
     """Replace files in --out that this script did not write."""
+    threads: THREADS = None
+    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+
+
+if __name__ == "__main__":
+    answer_flags(Args, __doc__)
+
+import numpy as np
+import torch
+from torch import nn
+
+from digit_scenes import normalise, scene_pictures
+from explain_images import choose_device
+from faithfulness import area, deletion_curve, insertion_curve
+from full_grad import FullGrad
+from map_scores import autocorrelation, bootstrap, interval, score_map, sharpness
+from pictures import Picture
+from rival_maps import gradients
+from s3net_common.checkpoints import load_weights
+from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.progress import ProgressBar
+from s3net_common.weight_files import read_header
+from s3net_networks import create_network
+from saliency_figures import draw_comparison, draw_segmentations, page_names
+from scene_training import Training, accuracy_on_held_out_digits, accuracy_on_test_digits, save_network, train
+
+FAITHFULNESS = {"insertion": insertion_curve, "deletion": deletion_curve}
 
 
 def main(args: Args) -> None:
@@ -198,7 +207,7 @@ def choose_trainings(args: Args, device: torch.device) -> tuple[dict[str, list[T
 
 def train_all(trainings: list[Training], args: Args, device: torch.device, title: str) -> None:
     """Train what is not trained yet: all networks with seed 0 first, then with seed 1, and so on."""
-    with tqdm(total=sum(training.steps for training in trainings), desc=title, unit="step", disable=None) as bar:
+    with ProgressBar(total=sum(training.steps for training in trainings), desc=title, unit="step") as bar:
         for training in sorted(trainings, key=lambda training: training.seed):
             if is_finished(weight_file(args, training), training, args):
                 bar.update(training.steps)
@@ -206,7 +215,7 @@ def train_all(trainings: list[Training], args: Args, device: torch.device, title
                 train_one(training, args, device, bar)
 
 
-def train_one(training: Training, args: Args, device: torch.device, bar: tqdm) -> None:
+def train_one(training: Training, args: Args, device: torch.device, bar: ProgressBar) -> None:
     """Train one network, and write it as it is at equal accuracy and at the end."""
     results = {"held_out_accuracy": [], "equal_accuracy": args.equal_accuracy}
     equal = weight_file(args, training, "equal")
@@ -268,7 +277,7 @@ def evaluate_all(
     }
     files = {key: paths for key, paths in files.items() if all(path.is_file() for path in paths)}
     evaluations = {}
-    with tqdm(total=sum(map(len, files.values())), desc="maps", unit="network", disable=None) as bar:
+    with ProgressBar(total=sum(map(len, files.values())), desc="maps", unit="network") as bar:
         for (name, stage), paths in files.items():
             pairs = zip(paths, trainings[name], strict=True)
             evaluations[name, stage] = []
@@ -422,4 +431,4 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Args, __doc__)
+    run_script(main, Args, __doc__, resume="run the same command again to continue")

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from digit_scenes import DIGITS, MEAN, SIZE, STD, TRAINING, make_scenes, normalise
 from s3net_common.checkpoints import save_weights
+from s3net_common.progress import ProgressBar
 from s3net_networks import create_network
 
 NETWORK = "s3net_cifar"
@@ -63,7 +63,7 @@ def digits_checkpoint(folder: Path, device: torch.device, training: Training | N
     training = training or Training()
     path = folder / f"digits-{training.epochs}epochs.safetensors"
     if not path.is_file():
-        with tqdm(total=training.steps, desc="training on digits", unit="step", disable=None) as bar:
+        with ProgressBar(total=training.steps, desc="training on digits", unit="step") as bar:
             model = train(training, device, bar.update)
         save_network(path, training, model, {"test_accuracy": round(accuracy_on_test_digits(model), 4)})
     return path

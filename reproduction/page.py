@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from reproduction.record import FINISHED, LEFT_OUT, Record, logs_folder, read_record
 from reproduction.steps import LOG, Step, Table
 from s3net_common.output_files import ROOT, write_atomically
+from s3net_common.progress import MARK
 
 Block = dict[str, Any]
 MEDIA_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
@@ -84,7 +85,9 @@ def result_blocks(shown: str | Table, step: Step, out: Path) -> list[Block]:
     """Return the blocks of a picture, table or log, or no blocks if the step has not written it."""
     if shown == LOG:
         path = logs_folder(out) / f"{step.name}.log"
-        return [{"kind": "log", "text": path.read_text(errors="replace").strip()}] if path.is_file() else []
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+        text = "\n".join(line for line in lines if not line.startswith(MARK)).strip()
+        return [{"kind": "log", "text": text}] if path.is_file() else []
     path = out / step.name / (shown.file if isinstance(shown, Table) else shown)
     if not path.is_file():
         return []

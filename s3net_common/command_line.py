@@ -1,6 +1,7 @@
 """How every script starts and ends: typed flags, errors in one line, and the exit code. Imports no torch."""
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -14,7 +15,10 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 
 from s3net_common import process_group
-from s3net_common.errors import InputError, LocalError, printable
+from s3net_common.errors import InputError, LocalError, first_line, printable
+from s3net_common.launcher import is_first_rank
+from s3net_common.limits import check_numbers, limit_threads
+from s3net_common.terminal import OutputError, discard_output, safe_output
 
 Args = TypeVar("Args")
 
@@ -31,15 +35,42 @@ def flag(kind: type, metavar: str | None, default: str) -> Any:
     return Annotated[optional, tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")]
 
 
+THREADS = flag(int, "N", "one a processor")  # type of the flag --threads, which every script has that computes
+
+
+def answer_flags(
+    arguments: type[Args], description: str, is_positional: Callable[[str], bool] = lambda word: False
+) -> None:
+    """Answer --help and refuse wrong flags, before the script imports PyTorch or JAX, which takes seconds.
+
+    Call it between the dataclass of flags and these imports, if the script is run, and `run_script` at the end. It
+    sets the number of threads, which the packages read when they are imported. Until `run_script` is called, Ctrl-C
+    ends the process without a traceback.
+    """
+    os.environ["MPLBACKEND"] = "agg"  # Jupyter exports a backend that may be missing here; pictures go to files
+    with safe_output():
+        code = _guarded(lambda: parse_flags(arguments, description, is_positional) and None)
+    if code:
+        sys.exit(code)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_import)
+
+
+def _end_import(number: int, frame: object) -> None:
+    os.write(2, b"stopped\n")
+    os._exit(128 + number)
+
+
 def run_script(
     main: Callable[[Args], int | None],
     arguments: type[Args],
     description: str,
     is_positional: Callable[[str], bool] = lambda word: False,
+    resume: str = "",
 ) -> None:
     """Parse the command line into the dataclass `arguments`, call `main` with it, and exit with its result.
 
-    `is_positional` is as in `positional_first`.
+    `is_positional` is as in `positional_first`; `resume` says how to go on after Ctrl-C, if that is possible.
 
     Exit code 2, with one line on stderr: flags that cannot be parsed, an InputError, a missing package, a path that the
     system refuses (too long, no permission), or a stdout that cannot be written (a full disk, or a pipe whose reader
@@ -48,53 +79,94 @@ def run_script(
 
     A distributed rank that fails ends at once, and prints its host and rank with the error.
     """
-    if sys.stdout is None:  # closed by the program that started this one
-        sys.stdout = io.StringIO()
-    if "matplotlib" in sys.modules:  # pictures go to files, and there may be no display
-        sys.modules["matplotlib"].use("Agg")
-    failed = True
-    try:
+    os.environ["MPLBACKEND"] = "agg"
+    if "matplotlib" in sys.modules:
+        sys.modules["matplotlib"].use("agg")
+    if signal.getsignal(signal.SIGINT) == _end_import:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def run() -> int | None:
         with sigterm_as_exit():
             code = main(parse_flags(arguments, description, is_positional))
         sys.stdout.flush()  # an error here is still reported below
+        return code
+
+    with safe_output():
+        code = _guarded(run, resume)
+    sys.exit(code)
+
+
+def _guarded(run: Callable[[], int | None], resume: str = "") -> int | None:
+    """Call `run` and return its exit code, or report its error and return the error's. A rank that fails ends here."""
+    failed = True
+    try:
+        code = run()
         failed = False
+    except OutputError as error:
+        discard_output()
+        code = _report(error)
     except (InputError, ImportError) as error:
-        _report(error)
-        code = 2
+        code = _report(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("stopped" + (f"; {resume}" if resume else ""), file=sys.stderr)
         code = 130
-    except OSError as error:
-        if error.filename is not None:  # set if a file could not be opened, never if an open one could not be written
-            message = f"{printable(str(error.filename))} cannot be used ({error.strerror}): give another path"
-        else:
-            # Without this, the interpreter would try to write again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            message = f"the output cannot be written ({error.strerror}): give it a reader or room"
-        _report(LocalError(message))
-        code = 2
-    except (SystemExit, Exception) as error:
+    except SystemExit as stop:
         if not process_group.is_joined():
             raise
-        if not isinstance(error, SystemExit):
+        code = stop.code
+    except Exception as error:
+        if advice := _advice(error):
+            code = _report(LocalError(advice))
+        elif process_group.is_joined():
             _report(error)
-        code = error.code if isinstance(error, SystemExit) else 1
+            code = 1
+        else:
+            raise
     if process_group.is_joined():
         if failed:
             process_group.end_alone(code)
         process_group.end_together()
-    sys.exit(code)
+    return code
 
 
-def _report(error: BaseException) -> None:
-    """Print an error on stderr; of several distributed ranks, one prints an error that concerns all of them."""
+def _report(error: Exception) -> int:
+    """Print an error on stderr and return the exit code. Of several ranks, one reports what all of them found."""
     if process_group.is_joined():
         line = process_group.error_line(error)
     else:
-        silent = os.environ.get("RANK", "0") != "0" and not isinstance(error, LocalError)
-        line = None if silent else f"error: {printable(' '.join(str(error).split()))}"
+        prints = is_first_rank() or isinstance(error, LocalError)
+        line = f"error: {printable(' '.join(str(error).split()))}" if prints else None
     if line:
         print(line, file=sys.stderr)
+    return 2
+
+
+def _advice(error: Exception) -> str:
+    """Return what to do about an error of the system or about memory that ran out; an empty text for other errors."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        return _refusal(error)
+    if isinstance(error, RuntimeError) and re.search(r"DataLoader worker .*(exited unexpectedly|killed)", text):
+        return (
+            f"a process that decodes images has ended ({first_line(error)}); often memory ran out: use fewer --workers "
+            "or a smaller --batch-size. A training run continues with --resume"
+        )
+    words = r"out of memory|not enough memory|can't allocate memory|bad_alloc|Unable to allocate"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(words, text)):
+        return f"memory ran out ({first_line(error)[:150]}): use a smaller --batch-size, --image-size or network"
+    return ""
+
+
+def _refusal(error: OSError) -> str:
+    """Return what the system refused and what helps."""
+    advice = {
+        errno.ENOSPC: "make room on the disk",
+        errno.EDQUOT: "make room on the disk",
+        errno.EMFILE: "raise their limit (ulimit -n 65536), or use fewer workers",
+        errno.ENOMEM: "use smaller sizes, or fewer workers",
+    }.get(error.errno, "give another path" if error.filename else "look at the machine's disks and limits")
+    place = f"{printable(str(error.filename))} cannot be used" if error.filename else "the system refused an operation"
+    return f"{place} ({error.strerror}): {advice}"
 
 
 def parse_flags(
@@ -106,21 +178,35 @@ def parse_flags(
         InputError: a flag is unknown, missing or has a value that cannot be parsed.
         SystemExit: after --help.
     """
-    message = io.StringIO()
+    message, help_text = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(message):
+        with contextlib.redirect_stderr(message), contextlib.redirect_stdout(help_text):
             words = positional_first(sys.argv[1:], arguments, is_positional)
-            return tyro.cli(arguments, args=words, description=description)
+            args = tyro.cli(arguments, args=words, description=description)
     except SystemExit as stop:
         if not stop.code:  # --help
-            sys.stdout.flush()
+            print(ascii_frame(help_text.getvalue()), end="", flush=True)
             raise
-        frame = re.compile(r"\x1b\[[0-9;]*m|[╭╰╮╯│─]+|-{4,}")  # tyro draws a frame, of hyphens if the terminal is ASCII
+        frame = re.compile(r"[╭╰╮╯│─]+|-{4,}")  # tyro draws a frame, of hyphens if the terminal is ASCII
         lines = [frame.sub(" ", line).strip() for line in message.getvalue().splitlines()]
         text = " ".join(" ".join(lines[1:]).split())
         text = re.split(r" (?:Argument helptext|For full helptext)", text)[0].rstrip(". ")
         text = re.sub(r"no type matching .* - <class '\w+'>: ", "", text)  # printed for optional flags
+        if re.match(r"Unrecognized options?: --local[-_]rank", text):
+            text = "torch.distributed.launch passes --local-rank: start the script with torchrun instead"
         raise InputError(f"{text}; see --help") from None
+    check_numbers(vars(args))
+    limit_threads(getattr(args, "threads", None))
+    return args
+
+
+def ascii_frame(text: str) -> str:
+    """Return the text with the frame that tyro draws around it, in characters that stdout's encoding has."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return text.translate(str.maketrans("╭╰╮╯│─", "++++|-"))
+    return text
 
 
 def positional_first(words: list[str], arguments: type, is_positional: Callable[[str], bool]) -> list[str]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR100_MEAN, CIFAR100_STD = (129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)
+from s3net_common.normalisation import CIFAR100_MEAN, CIFAR100_STD, IMAGENET_MEAN, IMAGENET_STD
+
 TINY_IMAGENET_SIZE = 64  # height and width of its images
 INTERPOLATIONS = {mode.value: getattr(Image.Resampling, mode.name, None) for mode in InterpolationMode}
 CROP, FIT, SQUASH = "crop", "fit", "squash"

@@ -1,6 +1,5 @@
 """Files that are not used as images: why, how many, and the messages about them."""
 
-import os
 import re
 import stat
 import sys
@@ -9,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from s3net_common.errors import InputError, printable
+from s3net_common.launcher import is_first_rank
 
 LISTED = 20  # unreadable images that a message names
 FIRST_NAMES = 3  # names listed for each reason to leave files out
@@ -102,7 +102,7 @@ def read_start(file: Path, size: int = 4096) -> bytes:
 
 def report(line: str) -> None:
     """Print a line to stderr; of several distributed ranks, only the first one does."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print(line, file=sys.stderr, flush=True)
 
 

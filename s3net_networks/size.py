@@ -1,5 +1,7 @@
 """Size of a network: parameters, and multiply-adds for one image."""
 
+from functools import cache
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,6 +36,7 @@ def network_size(name: str, num_classes: int, options: dict, image_size: int) ->
     return size
 
 
+@cache
 def count_parameters(name: str, num_classes: int = 100, **options) -> int:
     """Return the number of parameters of a network by name; `options` are those of `create_network`."""
     with torch.device("meta"):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 LIMIT_SECONDS = 300
+THREADS = {"OMP_NUM_THREADS": "1", "NPROC": "1"}  # the latter is JAX's
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 
@@ -39,6 +40,6 @@ def started_python(*words: object, **options: object) -> Iterator[subprocess.Pop
 
 def _command(words: tuple[object, ...], options: dict[str, object]) -> tuple[list[str]]:
     """Return the command, and complete the options of subprocess for it."""
-    options["env"] = os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "1"} | options.get("env", {})  # NPROC is JAX's
+    options["env"] = os.environ | THREADS | {"S3NET_PROGRESS_SECONDS": "9999"} | options.get("env", {})
     options.setdefault("text", True)
     return ([sys.executable, *map(str, words)],)

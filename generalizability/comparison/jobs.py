@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from s3net_common.command_line import sigterm_as_exit
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT
+from s3net_common.progress import ProgressBar
 
 TRAINER = ROOT / "generalizability" / "train_s3net.py"
 ENVIRONMENT_SETTINGS = {"data_dir", "device"}  # they do not change what a run computes
@@ -59,9 +58,22 @@ class Job:
                 )
         return True
 
+    def finished_epochs(self) -> int:
+        """Return the number of epochs that the run has finished."""
+        metrics = self.folder / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+
     def summary(self) -> dict:
         """Return the summary.json of the finished run."""
         return json.loads((self.folder / "summary.json").read_text())
+
+
+def wait_a_while(process: subprocess.Popen) -> int | None:
+    """Return the process's exit code, or None if it has not ended after some seconds."""
+    try:
+        return process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def flag_name(setting: str) -> str:
@@ -77,16 +89,16 @@ def run_jobs(jobs: Iterable[Job], parallel_runs: int, description: str) -> None:
         KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, after the active runs have saved themselves and ended.
     """
     missing = [job for job in jobs if not job.finished()]
+    epochs = sum(job.settings.get("epochs", 0) for job in missing)
     active: set[subprocess.Popen] = set()
     with (
         sigterm_as_exit(),
-        tqdm(total=len(missing), desc=description, unit="run", disable=None) as bar,
+        ProgressBar(total=epochs, desc=f"{description}, {len(missing)} runs", unit="epoch") as bar,
         ThreadPoolExecutor(parallel_runs) as pool,
     ):
 
         def run(job: Job) -> None:
-            run_training(job, parallel_runs > 1, active)
-            bar.update()
+            run_training(job, parallel_runs > 1, active, bar)
 
         try:
             for future in [pool.submit(run, job) for job in missing]:
@@ -99,13 +111,14 @@ def run_jobs(jobs: Iterable[Job], parallel_runs: int, description: str) -> None:
             raise
 
 
-def run_training(job: Job, single_thread: bool, active: set[subprocess.Popen]) -> None:
+def run_training(job: Job, single_thread: bool, active: set[subprocess.Popen], bar: ProgressBar) -> None:
     """Train to the last epoch, or resume an interrupted run. The output goes to log.txt in the run's folder.
 
     Args:
         job: the run.
         single_thread: whether the run computes with one thread on a CPU.
         active: contains the process while it runs.
+        bar: advances with the run's epochs.
 
     Raises:
         InputError: the run failed; the message ends with the last line of its output.
@@ -120,7 +133,10 @@ def run_training(job: Job, single_thread: bool, active: set[subprocess.Popen]) -
             command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads, close_fds=False
         )
     active.add(process)
-    code = process.wait()
+    counted = 0
+    while (code := wait_a_while(process)) is None or counted < job.finished_epochs():
+        bar.update(job.finished_epochs() - counted)
+        counted = job.finished_epochs()
     active.remove(process)
     if code:
         lines = log.read_text().strip().splitlines() or ["no output"]

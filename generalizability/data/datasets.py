@@ -1,6 +1,5 @@
 """The data sets by name. `load_dataset` returns training and validation images, in memory or on disk."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -9,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import tiny_imagenet
 from data.download import download, one_at_a_time, unpack
@@ -19,6 +17,8 @@ from data.splits import SPLITS, find_half, find_halves
 from s3net_common.errors import InputError, first_line, nearest_names
 from s3net_common.framing import TINY_IMAGENET_SIZE
 from s3net_common.images import check_same_classes, class_images, class_names, read_square
+from s3net_common.limits import available_processors
+from s3net_common.progress import ProgressBar
 from s3net_common.unused_files import UnreadableImage, report_unreadable, unreadable_images
 
 
@@ -40,7 +40,7 @@ class ReadOptions:
     data_dir: Path
     splits: tuple[str, ...] = SPLITS
     image_size: int = 32
-    workers: int = os.cpu_count() or 1
+    workers: int = field(default_factory=available_processors)
     skip_unreadable: bool = False
     download: bool = False
     unreadable: list[UnreadableImage] = field(default_factory=list)
@@ -231,7 +231,7 @@ def _read_images(
         return None
 
     with ThreadPoolExecutor(options.workers) as pool:
-        progress = tqdm(total=len(files), desc=f"reading {folder.name}", unit="image", disable=None, leave=False)
+        progress = ProgressBar(total=len(files), desc=f"reading {folder.name}", unit="image", leave=False)
         errors = []
         try:
             for error in pool.map(read, range(len(files))):

@@ -17,8 +17,6 @@ from data.image_sets import Source
 from s3net_common.errors import InputError
 from s3net_common.images import read_rgb
 
-DECODERS = ("cpu", "draft", "gpu")  # the values of --decode
-
 Transform = Callable[[Image.Image], Tensor]  # from an RGB image to uint8 pixels
 Item = tuple[int, int | None]  # index of an image, and the seed of its random transform (None: it is not random)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from weakref import WeakSet
 
 from data.memory import available_memory
+from s3net_common.limits import available_processors
 
 try:
     import resource
@@ -29,11 +30,9 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 def default_workers() -> int:
     """Return a rank's number of DataLoader workers: its share of the available processors, within the limits."""
-    # Slurm and containers give a process some of the machine's processors.
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = ranks_of_node()
     memory = available_memory()
-    limits = [MOST_WORKERS, available // ranks, _file_limit()]
+    limits = [MOST_WORKERS, available_processors() // ranks, _file_limit()]
     if memory is not None:
         limits.append(memory // (2 * ranks * LOADERS * WORKER_MEMORY))
     return max(1, min(limits))

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchvision.datasets.utils import check_integrity
-from tqdm import tqdm
 
 from data.download import download, one_at_a_time, unpack
 from s3net_common.errors import InputError
 from s3net_common.images import check_same_classes, class_images, class_names
+from s3net_common.progress import ProgressBar
 from s3net_common.text_files import read_text
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -159,7 +159,7 @@ def unpack_archive(archive: Path, root: Path) -> None:
 
     def extract(folder: Path) -> None:
         with zipfile.ZipFile(archive) as content:
-            for member in tqdm(content.infolist(), desc=f"unpacking {archive.name}", unit="file", disable=None):
+            for member in ProgressBar(content.infolist(), desc=f"unpacking {archive.name}", unit="file"):
                 content.extract(member, folder)
 
     try:

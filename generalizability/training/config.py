@@ -11,20 +11,19 @@ import torch
 import torchvision
 
 from data.datasets import DATASETS
-from data.decoding import DECODERS
 from data.image_sets import Halves
 from distributed import Ranks
-from recipes import RunConfig, recipe_for
-from s3net_common.checkpoints import LARGEST_IMAGE, check_metadata, is_number
+from recipes import DECODERS, DEFAULT_DATASET, RunConfig, recipe_for
+from s3net_common.checkpoints import check_metadata, is_number
 from s3net_common.class_names import match_classes
 from s3net_common.errors import InputError, nearest_names, shown
+from s3net_common.limits import check_numbers
 from s3net_common.output_files import relative
 from s3net_networks import fix_options, list_networks
 from training.engine import SCHEDULES, Precision
 
 Flags = dict[str, Any]  # the flags that the user gave, by name; see s3net_common.command_line.given_flags
 
-DEFAULT_DATASET = "cifar100"
 NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate", "connections")
 # Flags that are no part of the recipe. The run's folder keeps them, and --resume uses them if they are not given again.
 ENVIRONMENT_FLAGS = {
@@ -33,7 +32,6 @@ ENVIRONMENT_FLAGS = {
     **dict.fromkeys(("skip_unreadable", "compile", "graphs", "tensorboard"), bool),
 }
 DATA_FLAGS = ("dataset", "image_size", "hold_out", "limit_train", "limit_val")  # which images, and how they are read
-MAXIMUM = {"epochs": 100_000, "image_size": LARGEST_IMAGE, "seed": 2**62 - 1}
 MINIMUM = {
     **dict.fromkeys(("epochs", "batch_size", "accumulate", "checkpoint_every", "num_classes"), 1),
     **dict.fromkeys(("limit_train", "limit_val"), 1),
@@ -67,10 +65,7 @@ def check_flags(flags: Flags) -> None:
         )
     if not 0 < flags.get("lr", 1) < math.inf:
         raise InputError(f"--lr {flags['lr']} is not possible: give a number above 0")
-    for name, maximum in MAXIMUM.items():
-        if flags.get(name, maximum) > maximum:
-            limit = "below 2^62" if name == "seed" else f"of at most {maximum:,}"
-            raise InputError(f"--{name.replace('_', '-')} {flags[name]} is not possible: give a number {limit}")
+    check_numbers(flags)
     if "checkpoint" in flags and not flags.get("eval_only"):
         raise InputError(
             "--checkpoint is for --eval-only: leave it out, or pass --resume to resume a run, or --init FILE to start "

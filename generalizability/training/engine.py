@@ -12,12 +12,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data.batches import DiskEvaluationBatches, DiskTrainingBatches, EvaluationBatches, TrainingBatches, step_part
 from distributed import Ranks
 from recipes import RunConfig
 from s3net_common.errors import InputError, LocalError
+from s3net_common.progress import ProgressBar
 from training.cuda_graphs import GraphedStep
 from training.out_of_memory import is_out_of_memory, training_advice
 from training.step_clock import StepClock
@@ -158,7 +158,7 @@ class Trainer:
         # Reading a loss makes the host wait for the GPU, and the ranks for each other.
         every_step = self.ranks.world_size == 1 and self.ranks.device.type == "cpu"
         self.agreement = Agreement(self.ranks, every_step)
-        self.clock = StepClock(self.ranks.device, tqdm.write if self.ranks.is_main else lambda line: None)
+        self.clock = StepClock(self.ranks.device, ProgressBar.write if self.ranks.is_main else lambda line: None)
 
     def train_epoch(self, batches: TrainingBatches | DiskTrainingBatches, progress: Progress) -> None:
         """Train the rest of the current epoch and update `progress`.
@@ -384,10 +384,10 @@ def share_of_batch(config: RunConfig, ranks: Ranks) -> int:
     return part.stop - part.start
 
 
-def progress_bar(ranks: Ranks, description: str, total: int, initial: int = 0) -> tqdm:
-    """Return a progress bar, shown on the main rank if its output is a terminal."""
-    hidden = None if ranks.is_main else True
-    return tqdm(total=total, initial=initial, desc=description, unit="batch", disable=hidden, leave=False)
+def progress_bar(ranks: Ranks, description: str, total: int, initial: int = 0) -> ProgressBar:
+    """Return a progress bar, shown on the main rank."""
+    options = {"initial": initial, "desc": description, "unit": "batch", "leave": False}
+    return ProgressBar(total=total, disable=not ranks.is_main, **options)
 
 
 @torch.inference_mode()

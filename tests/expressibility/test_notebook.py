@@ -47,7 +47,7 @@ def test_the_notebook_alone_runs_from_top_to_bottom_in_an_empty_folder(tmp_path)
         if cell.cell_type == "code":
             cell.outputs = []
     resources = {"metadata": {"path": str(tmp_path)}}
-    check_outputs(NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute())
+    check_outputs(NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute())
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 # Measured with neural-tangents in float64.
 EXPECTED = {"residual": [0.78061, 0.76134], "proposed": [0.76731, 0.74947], "chain": [0.75534, 0.73256]}
 
-FLAGS = ["--depths", "3", "2", "2", "--out", "out"]
+FLAGS = ["--depths", "3", "2", "--out", "out"]
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,7 @@ def test_the_default_output_folder_is_in_runs():
     ("flags", "text"),
     [
         (["--depths", 2, 0], "--depths has 0: every depth must be at least 1"),
+        (["--depths", 2, 3, 2], "--depths has 2 more than once: give each depth once"),
         (["--depths", 101], "--depths has 101: it must be at most 100"),
         (["--depths", "two", "--nonsense"], "--nonsense"),
         (["--out", "file"], "file cannot be written"),

@@ -14,6 +14,7 @@ from comparison import jobs
 from comparison.budget_report import RECORDED
 from comparison.jobs import Job, run_jobs
 from s3net_common.errors import InputError
+from s3net_common.progress import ProgressBar
 from same_budget import Args, ablated_networks, compared_networks, main
 
 COMMAND = (
@@ -28,7 +29,7 @@ def trained(monkeypatch):
     """Replace training: write a run's files with an error that depends on its settings. Return the folders in order."""
     folders = []
 
-    def train(job, single_thread, active):
+    def train(job, single_thread, active, bar):
         settings = job.settings
         images_per_second = SPEED[settings["model"]]
         folders.append(job.folder)
@@ -135,6 +136,13 @@ def test_sigterm_ends_the_active_run_and_starts_no_other(script, tmp_path):
     assert stopped.value.code == 128 + signal.SIGTERM
     assert (tmp_path / "a" / "saved").is_file() and not (tmp_path / "b").exists()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_bar_advances_with_the_epochs_of_a_run(script, tmp_path):
+    script.write_text("import pathlib, sys; (pathlib.Path(sys.argv[4]) / 'metrics.jsonl').write_text('{}\\n' * 3)")
+    with ProgressBar(total=3) as bar:
+        jobs.run_training(Job(tmp_path / "a", {"epochs": 3}), False, set(), bar)
+        assert bar.n == 3
 
 
 def test_a_run_inherits_open_files(script, tmp_path):

@@ -8,8 +8,9 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from explain_images import NetworkArgs, chosen_networks, load_networks
+from explain_images import chosen_networks, load_networks
 from explained_networks import PAPER_NETWORKS, load_network
+from network_flags import NetworkArgs
 from s3net_common.checkpoints import save_weights
 from s3net_common.errors import InputError
 from s3net_common.framing import (
@@ -176,6 +177,11 @@ def test_error_for_checkpoints_of_unclear_or_other_networks(tmp_path):
         chosen_networks(NetworkArgs(checkpoint=(plain,)))
     with pytest.raises(InputError, match="s3net_cifar is none of --networks vgg19, resnet50: add it"):
         chosen_networks(NetworkArgs(networks=("vgg19", "resnet50"), checkpoint=(file,)))
+
+
+def test_random_weights_with_a_checkpoint_are_refused():
+    with pytest.raises(InputError, match="--random-weights loads no weights: leave out --checkpoint"):
+        chosen_networks(NetworkArgs(checkpoint=("a.pt",), random_weights=True))
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])

@@ -206,6 +206,12 @@ def test_padding_has_no_place():
     assert patches[0, 0, 0, 0].isnan() and patches[1, 0, 8, 0] == 1
 
 
+def test_a_convolution_after_padding_starts_a_fresh_grid():
+    weight = torch.ones(2, 3, 2, 2)
+    rows, _ = followed(lambda x: nn.functional.conv2d(nn.functional.pad(x, (0, 1, 0, 1)), weight, None, 2), 4, 6)
+    assert rows[1, 1, :, 0].tolist() == [0.5, 2.5]
+
+
 def test_a_pool_starts_a_fresh_grid_and_a_wide_mean_has_no_place():
     pooled = followed(lambda x: nn.functional.avg_pool2d(x, 2), 4, 6)
     assert pooled[0, 0, 0, :, 0].tolist() == [0.5, 2.5] and pooled[1, 0, 0, 0].tolist() == [0.5, 2.5, 4.5]

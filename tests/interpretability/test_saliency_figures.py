@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import saliency_figures
-from explain_images import PictureExplanation, is_image
+from explain_images import PictureExplanation
 from explained_networks import Network
+from network_flags import is_image
 from pictures import Picture
 
 

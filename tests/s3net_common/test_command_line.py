@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import tyro
+from processes import run_python
 
 from s3net_common.command_line import flag, parse_flags, run_script
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -51,3 +54,24 @@ def test_a_path_that_the_system_refuses_is_an_error_of_one_line(monkeypatch, cap
     assert (
         capsys.readouterr().err == f"error: {'x' * 300}\\x1b cannot be used (File name too long): give another path\n"
     )
+
+
+FOLDERS = [ROOT, *(ROOT / name for name in ("expressibility", "generalizability", "interpretability"))]
+SCRIPTS = sorted(
+    str(path) for folder in FOLDERS for path in folder.glob("*.py") if "\n    answer_flags(Args" in path.read_text()
+)
+HELP_OF_ALL = """
+import contextlib, io, runpy, sys
+for script in sys.argv[1:]:
+    sys.argv, sys.path[0] = [script, "--help"], script.rpartition("/")[0]
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    print(script, "--" in text.getvalue(), sorted({"torch", "jax", "matplotlib", "sklearn"} & sys.modules.keys()))
+"""
+
+
+def test_help_imports_no_slow_package():
+    assert len(SCRIPTS) >= 16
+    done = run_python("-c", HELP_OF_ALL, *SCRIPTS, env={"PYTHONPATH": str(ROOT)}, check=True)
+    assert done.stdout.splitlines() == [f"{script} True []" for script in SCRIPTS]

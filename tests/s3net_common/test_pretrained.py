@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import models
-from explain_images import NetworkArgs, load_networks
+from explain_images import load_networks
 from models import create_model
+from network_flags import NetworkArgs
 from s3net_common import checkpoints
 from s3net_common.checkpoints import load_weights, pretrained_file, read_metadata
 from s3net_common.errors import InputError

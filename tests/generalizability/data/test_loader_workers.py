@@ -27,7 +27,7 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.fixture
 def node(monkeypatch):
     """A node with many processors and no limits; returns a function that sets its limits."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(128), raising=False)
+    monkeypatch.setattr(loader_workers, "available_processors", lambda: 128)
 
     def limit(memory=None, files=2**20, shared=2**40, ranks=1):
         monkeypatch.setattr(loader_workers, "available_memory", lambda: memory)

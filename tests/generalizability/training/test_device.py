@@ -103,12 +103,14 @@ def test_the_name_of_a_precision_says_that_products_are_rounded(monkeypatch, cap
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: None)
-    before = torch.backends.cudnn.allow_tf32
+    before, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # a training run in the tests' process may have changed it
     torch.backends.cudnn.allow_tf32 = allowed
     try:
         assert Precision(torch.device("cuda"), mixed).name == name
     finally:
         torch.backends.cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision(products)
 
 
 def test_the_precision_of_a_cpu_is_its_dtype():
