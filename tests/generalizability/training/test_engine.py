@@ -110,7 +110,7 @@ class SmallMemory(nn.Module):
     [
         (3, 1, "10 images at a time are too many for this device, and 2 fit; start a new run with --accumulate 5, or "),
         (4, 2, "5 images at a time are too many for this device, and 2 fit; .* or with --batch-size 2$"),
-        (0, 1, "10 images at a time are too many for this device, and so is 1; use a smaller --image-size"),
+        (0, 1, "10 images at a time are too many for this device, and so is one; use a smaller --image-size"),
     ],
 )
 def test_a_step_that_does_not_fit_names_the_batch_that_does(room, parts, message):
