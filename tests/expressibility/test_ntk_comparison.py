@@ -131,3 +131,12 @@ def test_the_code_reproduces_the_committed_results():
     for topology in EXPECTED:
         assert committed[f"{topology}_mse"] == pytest.approx(mse[topology], rel=1e-6)
     assert committed["engine_disagreement"] < 1e-6
+
+
+def test_without_neural_tangents_the_closed_form_serves(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ntk_comparison, "find_spec", lambda name: None)
+    ntk_comparison.main(ntk_comparison.Args(out=tmp_path, depths=(2,)))
+    results = json.loads((tmp_path / "ntk_results.json").read_text())
+    assert results["engine_disagreement"] is None
+    assert results["proposed"] == pytest.approx([0.76731], abs=6e-6)
+    assert "neural-tangents is not installed: the numbers are computed in closed form only" in capsys.readouterr().out
