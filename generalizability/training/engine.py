@@ -112,8 +112,8 @@ class Precision:
 class NonFiniteError(Exception):
     """The loss of a step, or a weight after it, is infinite or NaN. Raised on all ranks; `step` counts from 1."""
 
-    def __init__(self, what: str, step: int) -> None:
-        super().__init__(f"{what} step {step} is not finite")
+    def __init__(self, quantity: str, step: int) -> None:
+        super().__init__(f"{quantity} step {step} is not finite")
         self.step = step
 
 

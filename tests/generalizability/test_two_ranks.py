@@ -116,7 +116,7 @@ def test_a_rank_that_is_killed(tmp_path, start, reference):
 
 
 @pytest.mark.parametrize(
-    ("place", "what", "rank", "codes", "message"),
+    ("place", "event", "rank", "codes", "message"),
     [
         ("data", "fail", 1, [1, 2], "bad image"),
         ("training", "crash", 1, [1, 1], "RuntimeError: CUDA error: an illegal memory access was encountered"),
@@ -124,18 +124,18 @@ def test_a_rank_that_is_killed(tmp_path, start, reference):
         ("writing", "fail", 0, [2, 2], "last.pt cannot be written (No space left on device): make room, or pass"),
     ],
 )
-def test_a_rank_that_fails_ends_all_and_says_where(tmp_path, start, place, what, rank, codes, message):
+def test_a_rank_that_fails_ends_all_and_says_where(tmp_path, start, place, event, rank, codes, message):
     folder = tmp_path / "run"
     started = time.monotonic()
-    ranks = start([*TINY, "--out", folder], place, what, ranks=(rank,), TORCHELASTIC_MAX_RESTARTS=3)
+    ranks = start([*TINY, "--out", folder], place, event, ranks=(rank,), TORCHELASTIC_MAX_RESTARTS=3)
     got, output = ranks.end()
     assert got == codes, output
     assert time.monotonic() - started < 200  # an import and a second, unless the machine is busy
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0], output
     assert f"(rank {rank} on {socket.gethostname()})" in lines[0]
-    assert (folder / "failed.json").exists() == (what == "fail")
-    assert output.count("Traceback") == (what == "crash")
+    assert (folder / "failed.json").exists() == (event == "fail")
+    assert output.count("Traceback") == (event == "crash")
 
 
 def test_a_restart_after_an_error_that_stays_ends_at_once(tmp_path, monkeypatch):

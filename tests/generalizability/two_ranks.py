@@ -33,12 +33,12 @@ class TwoRanks:
         folder: for their output, and the markers of the places that they have reached.
         flags: of the trainer.
         place: one of `PLACES`, where something happens; None for an undisturbed run.
-        what: "wait" until the marker is removed, "fail" with an error that users can correct, or "crash".
+        event: "wait" until the marker is removed, "fail" with an error that users can correct, or "crash".
         ranks: to which it happens.
         environment: more variables.
     """
 
-    def __init__(self, folder, flags, place=None, what="wait", ranks=(0, 1), **environment):
+    def __init__(self, folder, flags, place=None, event="wait", ranks=(0, 1), **environment):
         self.folder, self.disturbed = folder, ranks
         folder.mkdir(exist_ok=True)
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's
@@ -50,7 +50,7 @@ class TwoRanks:
         for rank in (0, 1):
             variables = common | {"RANK": rank, "LOCAL_RANK": rank} | environment
             arguments = (rank, folder, [*map(str, flags)], {name: str(value) for name, value in variables.items()})
-            disturbance = (place, what) if rank in ranks else (None, None)
+            disturbance = (place, event) if rank in ranks else (None, None)
             self.processes.append(context.Process(target=run_rank, args=(*arguments, *disturbance)))
             self.processes[-1].start()
 
@@ -84,7 +84,7 @@ class TwoRanks:
             process.join()
 
 
-def run_rank(rank, folder, flags, variables, place, what):
+def run_rank(rank, folder, flags, variables, place, event):
     os.setsid()
     os.environ.update(variables)
     output = os.open(folder / f"output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -94,7 +94,7 @@ def run_rank(rank, folder, flags, variables, place, what):
     smaller_evaluation_batches()
     run_folder.draw_curves = lambda history, path, title: path.touch()  # drawing takes longer than training here
     if place:
-        disturb(place, what, folder / MARKER.format(rank=rank))
+        disturb(place, event, folder / MARKER.format(rank=rank))
     run_script(train_s3net.main, train_s3net.Args, "")
 
 
@@ -105,7 +105,7 @@ def smaller_evaluation_batches():
     )
 
 
-def disturb(place, what, marker):
+def disturb(place, event, marker):
     """Let something happen at a place, once, in this process."""
     calls = []
 
@@ -113,11 +113,11 @@ def disturb(place, what, marker):
         calls.append(None)
         if len(calls) != when:
             return
-        if what == "wait":
+        if event == "wait":
             marker.touch()
             while marker.exists():
                 time.sleep(0.01)
-        elif what == "fail":
+        elif event == "fail":
             raise OSError(errno.ENOSPC, "No space left on device") if place == "writing" else LocalError("bad image")
         else:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
