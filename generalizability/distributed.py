@@ -1,26 +1,36 @@
 """The distributed ranks: the processes that torchrun started, or a single process."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from s3net_common import process_group
 from s3net_common.errors import InputError
 from s3net_common.launcher import check_launcher, is_distributed
+
+# The first rank may download and decode images while the others wait. NCCL would give up after 10 minutes.
+CONTROL_TIMEOUT = timedelta(hours=2)
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank, the number of ranks that train together, and this rank's device."""
+    """This process's rank, the number of ranks that train together, and this rank's device.
+
+    Python values are exchanged over `control`, a process group on the CPU: a GPU need not finish its work first.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -28,12 +38,11 @@ class Ranks:
         return self.rank == 0
 
     def reduce(self, values: list[float], op: dist.ReduceOp = dist.ReduceOp.SUM) -> list[float]:
-        """Reduce numbers over all ranks in float64 (float32 on MPS). Return the result on every rank."""
+        """Reduce numbers over all ranks in float64. Return the result on every rank."""
         if self.world_size == 1:
             return values
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        tensor = torch.tensor(values, dtype=dtype, device=self.device)
-        dist.all_reduce(tensor, op)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op, group=self.control)
         return tensor.tolist()
 
     def gather(self, value: object) -> list:
@@ -41,7 +50,7 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         gathered = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group=self.control)
         return gathered
 
     def on_all_ranks(self, action: Callable[[], T]) -> T:
@@ -53,9 +62,14 @@ class Ranks:
         try:
             result = action()
         except InputError as raised:
-            error = raised
-        if failed := [raised for raised in self.gather(error) if raised is not None]:
-            raise InputError(str(failed[0])) from failed[0]  # also a LocalError, which every rank would print
+            error = (raised, process_group.place())
+        errors = self.gather(error)
+        if failed := [raised for raised in errors if raised is not None]:
+            with contextlib.suppress(RuntimeError):  # no rank ends before all of them know the error
+                self.gather(None)
+            first, place = failed[0]
+            text = str(first) if len(failed) == self.world_size else f"{first} ({place})"
+            raise InputError(text) from first  # also a LocalError, which every rank would print
         return result
 
     def on_main_rank(self, action: Callable[[], T]) -> T:
@@ -93,7 +107,8 @@ def join_ranks(device: str | None) -> Ranks:
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    return Ranks(dist.get_rank(), dist.get_world_size(), chosen)
+    process_group.share(store)
+    return Ranks(rank, world_size, chosen, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
 
 
 def device_name(device: torch.device) -> str:

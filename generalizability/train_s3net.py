@@ -18,14 +18,8 @@ Evaluate saved weights:
 """
 
 import os
-import shlex
 import shutil
-import signal
-import sys
-import time
-from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,7 +28,6 @@ from recipes import CONNECTIONS, DECODERS, DEFAULT_DATASET, RECIPES, SCHEDULES, 
 from s3net_common.command_line import THREADS, answer_flags, flag, given_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.images import MAX_PIXELS, limit_pixels
-from s3net_common.limits import available_processors
 from s3net_common.output_files import ROOT, default_out, relative
 
 RECIPE, NETWORK = "the data set's recipe", "the network's own"  # what --help says about a default
@@ -108,7 +101,7 @@ class Args:
     yet tried on a GPU: compare its first losses with those of a run without it."""
     sync_bn: bool = False
     """BatchNorm over the images of all GPUs of a step instead of those of each GPU (SyncBatchNorm)."""
-    workers: flag(int, "N", "one a processor") = None
+    workers: flag(int, "N", "one a processor, at most 16") = None
     """DataLoader workers of each rank, which decode image files: processes for ImageNet, whose images stay on disk (0:
     decode in the training process), threads for the other data sets."""
     decode: flag(str, f"{{{','.join(DECODERS)}}}", "cpu") = None
@@ -144,11 +137,10 @@ if __name__ == "__main__":
     answer_flags(Args, __doc__)
 
 import torch
-from torch import nn
 
-from data.batches import Batches, make_batches
 from data.datasets import load_dataset
 from data.image_sets import Halves
+from data.loader_workers import default_workers
 from data.splits import SPLITS
 from distributed import Ranks, join_ranks
 from s3net_common.checkpoints import file_label
@@ -167,21 +159,12 @@ from training.config import (
     flags_of,
     resolve_config,
 )
-from training.engine import (
-    NonFiniteLossError,
-    Precision,
-    Progress,
-    StopSignal,
-    Trainer,
-    average_buffers,
-    evaluate,
-    make_trainer,
-)
+from training.engine import Precision
 from training.evaluation import check_out, evaluate_trained_network, report_evaluation
 from training.initial_weights import build_network, complete_flags, open_start, recorded_init
-from training.reporting import TensorBoardLog, describe, diverged, epoch_line, summarize
-from training.run_folder import Run, load_progress, save_progress
+from training.run_folder import Run
 from training.trained_network import read_trained_network
+from training.training_loop import train
 
 
 def main(args: Args) -> int:
@@ -205,14 +188,31 @@ def main(args: Args) -> int:
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
+    if args.eval_only:
+        return evaluate_checkpoint(flags)
+    if was_restarted() and (code := run.exit_code_of_failed()):
+        return code
+    try:
+        return start_or_resume(flags, run)
+    except InputError as error:
+        run.record_failure(error)
+        raise
+    finally:
+        run.release()
+
+
+def start_or_resume(flags: Flags, run: Run) -> int:
+    """Train a new run, or the rest of the run in the folder. Return the exit code.
+
+    Raises:
+        InputError: as `main`.
+    """
     ranks = join_ranks(flags.get("device"))
     check_tools(flags, ranks)
-    if args.eval_only:
-        return evaluate_checkpoint(flags, ranks)
     start = ranks.on_main_rank(lambda: start_metadata(flags))
     completed = complete_flags(flags, start)
     if "out" not in flags:  # the file of --init may name another network
-        run = Run(default_folder(completed))
+        run.folder = default_folder(completed)
     started = ranks.on_main_rank(lambda: open_run(flags, run))
     if started:  # the run's own images, also where the flags do not name them
         flags |= {name: getattr(started, name) for name in DATA_FLAGS}
@@ -230,10 +230,7 @@ def main(args: Args) -> int:
         ranks.on_main_rank(lambda: run.resume(config, environment_of(flags)))
     else:  # all flags are valid now, so the folder may be written
         ranks.on_main_rank(lambda: run.create(config, environment_of(flags)))
-    try:
-        return train(flags, run, config, model, size, data, ranks)
-    finally:
-        run.release()
+    return train(flags, run, config, model, size, data, ranks, loader_workers(flags))
 
 
 def check_tools(flags: Flags, ranks: Ranks) -> None:
@@ -304,23 +301,6 @@ def was_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def resume_command(flags: Flags, folder: Path) -> str:
-    """Return the shell command that resumes this run from the same working directory.
-
-    With several nodes, run it on each node.
-    """
-    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-    if "out" not in flags:
-        words += ["--out", str(relative(folder))]
-    program = ["python"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
-        if (nodes := os.environ.get("GROUP_WORLD_SIZE", "1")) != "1":
-            endpoint = f"{os.environ['MASTER_ADDR']}:29500"
-            program += [f"--nnodes={nodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}"]
-    return shlex.join([*program, sys.argv[0], *words, "--resume"])
-
-
 # ---- Data ---------------------------------------------------------------------------------------------------------
 
 
@@ -360,88 +340,23 @@ def read_data(flags: Flags, ranks: Ranks, splits: tuple[str, ...] = SPLITS) -> H
 
 
 def loader_workers(flags: Flags) -> int:
-    """Return the number of DataLoader workers of this rank: by default its share of the available processors."""
+    """Return the number of DataLoader workers of this rank, or of threads that decode images."""
     if "workers" in flags:
         return flags["workers"]
-    return max(1, available_processors() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-# ---- Training -----------------------------------------------------------------------------------------------------
-
-
-def train(
-    flags: Flags, run: Run, config: RunConfig, model: nn.Module, size: dict[str, int], data: Halves, ranks: Ranks
-) -> int:
-    """Train to the last epoch, from the run's checkpoint or from the start. Return the exit code.
-
-    `size` is from `s3net_networks.size.network_size`.
-    """
-    model.to(ranks.device, memory_format=torch.channels_last)
-    batches, val_batches = make_batches(config, data, ranks, loader_workers(flags))
-    trainer = make_trainer(model, config, len(batches), flags.get("compile", False), ranks, flags.get("graphs", False))
-    trainer.stop_requested = stop = StopSignal()
-    progress = load_progress(run, config, model, trainer, len(batches))
-    trainer.checkpoint = save = partial(save_progress, run, config, model, trainer, progress)
-    trainer.checkpoint_every = flags.get("checkpoint_every", 0)
-    if config.init and progress.epoch == progress.step == 0:
-        save()  # the file of --init is not needed again
-    log = TensorBoardLog(run.folder, progress) if flags.get("tensorboard") and ranks.is_main else None
-    if ranks.is_main:
-        print(describe(run, config, size, trainer, progress), flush=True)
-
-    with closing(batches), closing(val_batches):
-        while progress.epoch < config.epochs:
-            try:
-                finished = run_epoch(model, trainer, (batches, val_batches), progress)
-            except NonFiniteLossError as error:
-                if ranks.is_main:
-                    print(diverged(error, run, config), file=sys.stderr)
-                return 1
-            save()
-            if finished and ranks.is_main:
-                print(epoch_line(progress.history[-1], config.epochs), flush=True)
-                if log:
-                    log.write(progress.history[-1])
-            if progress.epoch < config.epochs and trainer.should_stop():
-                if ranks.is_main:
-                    print(f"stopped; resume with\n  {resume_command(flags, run.folder)}", flush=True)
-                return 128 + (stop.number or signal.SIGTERM)
-    if ranks.is_main:
-        run.finish(summarize(config, size, progress, trainer))
-        best, last = progress.best(), progress.history[-1]
-        print(
-            f"best error {best['val_error']:.2f}% at epoch {best['epoch']}, last {last['val_error']:.2f}%: "
-            f"weights, curves and metrics are in {relative(run.folder)}",
-            flush=True,
-        )
-    return 0
-
-
-def run_epoch(model: nn.Module, trainer: Trainer, batches: Batches, progress: Progress) -> bool:
-    """Train the rest of an epoch and evaluate. Return False if the epoch was stopped before its end.
-
-    Raises:
-        NonFiniteLossError: the training loss is infinite or NaN. The validation loss may be anything.
-    """
-    training_batches, validation_batches = batches
-    if not trainer.train_epoch(training_batches, progress):
-        return False
-    average_buffers(model, trainer.ranks)
-    started = time.perf_counter()
-    validation = evaluate(model, validation_batches, trainer)
-    progress.finish_epoch(trainer.training_metrics(progress), validation, time.perf_counter() - started)
-    return True
+    return default_workers()
 
 
 # ---- Evaluation only ----------------------------------------------------------------------------------------------
 
 
-def evaluate_checkpoint(flags: Flags, ranks: Ranks) -> int:
+def evaluate_checkpoint(flags: Flags) -> int:
     """Evaluate a file of weights. If a flag is missing, the file's metadata decide. Return the exit code.
 
     Raises:
         InputError: there is no file of weights, or the images cannot be evaluated by it.
     """
+    ranks = join_ranks(flags.get("device"))
+    check_tools(flags, ranks)
     if "checkpoint" not in flags:
         raise InputError("--eval-only needs the weights: pass --checkpoint FILE")
     trained = read_trained_network(

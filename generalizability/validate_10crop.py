@@ -104,6 +104,7 @@ from s3net_networks import list_networks
 from s3net_networks.size import model_size
 from training.confusion import ConfusionMatrix
 from training.engine import Precision, progress_bar
+from training.out_of_memory import out_of_memory_as_error
 from training.trained_network import TrainedNetwork, read_trained_network
 
 
@@ -295,8 +296,8 @@ def count_errors(
     confusions = {crops: ConfusionMatrix(network.outputs, network.present) for crops in CROPS}
 
     def step() -> None:
-        if (batch := next(part, None)) is not None:
-            crops, labels = batch
+        crops, labels = next(part, (None, ()))
+        if len(labels):
             logits = ten_crop_logits(network.model, precision, crops)
             confusions["centre_crop"].add(logits[:, CENTER_CROP], labels)
             confusions["ten_crops"].add(logits.mean(dim=1), labels)
@@ -305,7 +306,8 @@ def count_errors(
     try:
         with progress_bar(ranks, "10 crops", steps) as bar:
             for _ in range(steps):
-                ranks.on_all_ranks(step)
+                with out_of_memory_as_error("pass a smaller --batch-size"):
+                    ranks.on_all_ranks(step)
                 bar.update()
                 so_far = confusions["ten_crops"]
                 bar.set_postfix_str(f"error {100 * so_far.errors[0] / max(1, so_far.images):.1f}%")

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import gc
 import io
 import math
 import os
@@ -15,6 +14,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
+from s3net_common import process_group
 from s3net_common.errors import InputError, LocalError, first_line, printable
 from s3net_common.launcher import is_first_rank
 from s3net_common.limits import check_numbers, limit_threads
@@ -74,8 +74,10 @@ def run_script(
 
     Exit code 2, with one line on stderr: flags that cannot be parsed, an InputError, a missing package, a path that the
     system refuses (too long, no permission), or a stdout that cannot be written (a full disk, or a pipe whose reader
-    has ended). Ctrl-C exits with 130. SIGTERM raises SystemExit, so that temporary files are removed and child
-    processes ended, and exits with 143.
+    has ended). Ctrl-C exits with 130. SIGTERM and SIGHUP raise SystemExit, so that temporary files are removed and
+    child processes ended, and exit with 143 and 129.
+
+    A distributed rank that fails ends at once, and prints its host and rank with the error.
     """
     os.environ["MPLBACKEND"] = "agg"
     if "matplotlib" in sys.modules:
@@ -95,9 +97,11 @@ def run_script(
 
 
 def _guarded(run: Callable[[], int | None], resume: str = "") -> int | None:
-    """Call `run` and return its exit code, or report its error and return the error's."""
+    """Call `run` and return its exit code, or report its error and return the error's. A rank that fails ends here."""
+    failed = True
     try:
         code = run()
+        failed = False
     except OutputError as error:
         discard_output()
         code = _report(error)
@@ -109,20 +113,33 @@ def _guarded(run: Callable[[], int | None], resume: str = "") -> int | None:
     except SystemExit as stop:
         if stop.code == 128 + signal.SIGTERM and resume:
             print(f"stopped; {resume}", file=sys.stderr)
-        raise
-    except Exception as error:
-        if not (advice := _advice(error)):
+        if not process_group.is_joined():
             raise
-        code = _report(LocalError(advice))
-    if "torch.distributed" in sys.modules:
-        _end_process_group()
+        code = stop.code
+    except Exception as error:
+        if advice := _advice(error):
+            code = _report(LocalError(advice))
+        elif process_group.is_joined():
+            _report(error)
+            code = 1
+        else:
+            raise
+    if process_group.is_joined():
+        if failed:
+            process_group.end_alone(code)
+        process_group.end_together()
     return code
 
 
 def _report(error: Exception) -> int:
-    """Print an error on stderr and return the exit code. Of several ranks, the first reports what all of them found."""
-    if is_first_rank() or isinstance(error, LocalError):
-        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    """Print an error on stderr and return the exit code. Of several ranks, one reports what all of them found."""
+    if process_group.is_joined():
+        line = process_group.error_line(error)
+    else:
+        prints = is_first_rank() or isinstance(error, LocalError)
+        line = f"error: {printable(' '.join(str(error).split()))}" if prints else None
+    if line:
+        print(line, file=sys.stderr)
     return 2
 
 
@@ -152,15 +169,6 @@ def _refusal(error: OSError) -> str:
     }.get(error.errno, "give another path" if error.filename else "look at the machine's disks and limits")
     place = f"{printable(str(error.filename))} cannot be used" if error.filename else "the system refused an operation"
     return f"{place} ({error.strerror}): {advice}"
-
-
-def _end_process_group() -> None:
-    """Destroy the process group's threads: one that frees a tensor during interpreter shutdown aborts the process."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        gc.collect()  # a distributed network is part of reference cycles, which keep the threads alive
-        dist.destroy_process_group()
 
 
 def parse_flags(
@@ -259,9 +267,17 @@ def given_flags(args: object) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def sigterm_as_exit() -> Iterator[None]:
-    """Make SIGTERM raise SystemExit (143) inside the context, so that `finally` blocks run."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """Make SIGTERM and SIGHUP raise SystemExit (143, 129) inside the context, so that `finally` blocks run.
+
+    SIGHUP, of a terminal or connection that was closed, stays ignored for a command that was started with nohup.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows lacks SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if number == signal.SIGTERM or handler != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

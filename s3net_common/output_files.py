@@ -1,5 +1,6 @@
 """Output files: whole or absent, locked, and recorded with the command, versions and machine. Imports no torch."""
 
+import errno
 import importlib.metadata
 import json
 import math
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from s3net_common.errors import InputError, first_line, printable
+from s3net_common.errors import TOO_MANY_FILES, InputError, first_line, printable
 
 try:
     import fcntl
@@ -97,6 +98,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         rename_durably(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        if getattr(error, "errno", None) == errno.EMFILE:
+            raise InputError(f"{path} cannot be written: {TOO_MANY_FILES}") from error
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path} cannot be written ({reason}): make room, or pass another --out") from error
     finally:
@@ -172,6 +175,20 @@ def lock_exclusively(descriptor: int, wait_seconds: float = 0.0) -> bool:
             time.sleep(0.1)
         except OSError:  # a file system without locks
             return True
+
+
+def supports_locks(descriptor: int) -> bool:
+    """Whether the file system can lock this open file or folder. NFS locks only what is open for writing.
+
+    If no other process holds the lock, this process holds it afterwards.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 # ---- Where results come from --------------------------------------------------------------------------------------

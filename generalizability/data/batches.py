@@ -4,7 +4,6 @@ The images of a batch, their flips and their crops depend on the seed, the epoch
 the number of distributed ranks, or earlier steps. A run can therefore be resumed at any step of an epoch.
 """
 
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,9 +29,10 @@ from data.decoding import (
 )
 from data.device_input import to_device
 from data.image_sets import DiskImages, Halves, ImageSet
+from data.loader_workers import fitting_workers, ignore_stop_signals, is_file_limit, starting_workers
 from distributed import Ranks
 from recipes import RunConfig
-from s3net_common.errors import LocalError
+from s3net_common.errors import TOO_MANY_FILES, LocalError
 from s3net_common.framing import Normalization, dataset_preparation
 from s3net_common.unused_files import report_once, unreadable_images
 
@@ -187,14 +187,9 @@ def flip_and_crop(images: Tensor, flips: Tensor, offsets: Tensor, padding: int) 
 
 
 def start_worker(max_pixels: float | None, worker: int) -> None:
-    """Set the signals of a DataLoader worker and its limit of pixels (Pillow's), which a spawned process lacks.
-
-    Ctrl-C is ignored: the terminal sends it to every process, and the main process handles it. The main process ends
-    its workers with SIGTERM, which therefore gets its default effect.
-    """
+    """Set the signals of a DataLoader worker and its limit of pixels (Pillow's), which a spawned process lacks."""
     Image.MAX_IMAGE_PIXELS = max_pixels
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ignore_stop_signals()
 
 
 @dataclass
@@ -217,10 +212,11 @@ class _DiskBatches:
         data: the images.
         batch_size: images in a batch, over all distributed ranks.
         device, mean, std, image_size: as of `Normalization`.
-        workers: processes that decode images; 0 to decode them in this process.
+        workers: processes that decode images, fewer if the system's limits allow fewer; 0 to decode in this process.
         decoder: the data set of decoded images; by default `Decoder` with `transform`.
         transform: applied to each image.
         collate_fn: makes a batch of the items of `decoder`.
+        loaded_images: images that this rank loads at a time; by default `batch_size`.
     """
 
     def __init__(
@@ -235,13 +231,19 @@ class _DiskBatches:
         transform: Transform | None = None,
         decoder: Dataset | None = None,
         collate_fn: Callable = collate,
+        loaded_images: int | None = None,
     ) -> None:
         self.data, self.batch_size, self.device = data, batch_size, device
         self.normalize = Normalization(device, mean, std, image_size)
         self.sampler = _BatchSampler()
         self.reported: set[str] = set()  # messages about the images left out
+        decoder = decoder or Decoder(data.source, transform)
+        if workers and len(data):
+            image = decoder[int(data.indices[0]), 0][0]
+            images = min(loaded_images or batch_size, len(data))
+            workers = fitting_workers(workers, images * getattr(image, "content", image).nbytes)
         self.loader = DataLoader(
-            decoder or Decoder(data.source, transform),
+            decoder,
             batch_sampler=self.sampler,
             num_workers=workers,
             collate_fn=collate_fn,
@@ -263,18 +265,24 @@ class _DiskBatches:
 
         Raises:
             LocalError: an image cannot be read and `data.skip_unreadable` is False. The message also names others that
-                are found in `SEARCH_SECONDS`.
+                are found in `SEARCH_SECONDS`. Or the workers need too many open files.
         """
         self.sampler.batches = batches
-        loaded = iter(self.loader)
-        for *batch, errors in loaded:
-            if errors and not self.data.skip_unreadable:
-                deadline = time.monotonic() + SEARCH_SECONDS
-                while time.monotonic() < deadline and (more := next(loaded, None)):
-                    errors += more[-1]
-                raise LocalError(str(unreadable_images(errors)))
-            report_once(errors, self.reported)
-            yield tuple(batch)
+        try:
+            with starting_workers():
+                loaded = iter(self.loader)
+            for *batch, errors in loaded:
+                if errors and not self.data.skip_unreadable:
+                    deadline = time.monotonic() + SEARCH_SECONDS
+                    while time.monotonic() < deadline and (more := next(loaded, None)):
+                        errors += more[-1]
+                    raise LocalError(str(unreadable_images(errors)))
+                report_once(errors, self.reported)
+                yield tuple(batch)
+        except (OSError, RuntimeError) as error:
+            if is_file_limit(error):
+                raise LocalError(TOO_MANY_FILES) from error
+            raise
 
     def _to_device(self, *tensors: Tensor) -> list[Tensor]:
         return [to_device(tensor, self.device) for tensor in tensors]
@@ -293,6 +301,7 @@ class DiskTrainingBatches(_DiskBatches):
     def __init__(
         self,
         data: DiskImages,
+        batch_size: int,
         *args,
         image_size: int,
         flip: bool,
@@ -310,7 +319,8 @@ class DiskTrainingBatches(_DiskBatches):
             "draft": {"decoder": DraftDecoder(data.source, **crop)},
             "gpu": {"decoder": CropDrawer(data.source, **crop), "collate_fn": collate_encoded},
         }
-        super().__init__(data, *args, image_size=image_size, **kinds[decode], **kwargs)
+        kwargs["loaded_images"] = -(-batch_size // world_size)
+        super().__init__(data, batch_size, *args, image_size=image_size, **kinds[decode], **kwargs)
         self.seed, self.rank, self.world_size, self.decode = seed, rank, world_size, decode
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
@@ -352,7 +362,7 @@ class DiskEvaluationBatches(_DiskBatches):
         super().__init__(*args, image_size=image_size, transform=transform, **kwargs)
 
     def part(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield as `EvaluationBatches.part`, without the images that are skipped.
+        """Yield as `EvaluationBatches.part`, without the images that are skipped. A batch may then have no images.
 
         A transform that returns several crops of an image gives images `(b, crops, 3, H, W)`.
         """
@@ -360,9 +370,8 @@ class DiskEvaluationBatches(_DiskBatches):
         for pixels, labels, readable in self._load(lambda: ([(i, None) for i in part.tolist()] for part in parts)):
             if not readable.all():
                 pixels, labels = pixels[readable], labels[readable]
-            if len(labels):
-                pixels, labels = self._to_device(pixels, labels)
-                yield self.normalize(pixels), labels
+            pixels, labels = self._to_device(pixels, labels)
+            yield self.normalize(pixels), labels
 
 
 # ---- The batches of a run -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from data import tiny_imagenet
+from data.download import download, one_at_a_time, unpack
 from data.image_sets import DiskImages, Halves, ImageSet, open_source
 from data.memory import check_memory
 from data.splits import SPLITS, find_half, find_halves
@@ -109,30 +110,55 @@ def _load_cifar100(options: ReadOptions) -> tuple[ImageSet, ...]:
 def _read_cifar100(folder: Path, train: bool) -> ImageSet:
     """Read one of the official files in `folder`, `train` or `test`. The other one may be missing."""
     from torchvision.datasets import CIFAR100
-    from torchvision.datasets.utils import check_integrity
 
-    data_dir, archive = folder.parent, folder.parent / CIFAR100.filename
-    present = any((folder / name).exists() for name in ("train", "test", "meta"))  # and not to be replaced
-    if not present and archive.is_file() and not check_integrity(str(archive), CIFAR100.tgz_md5):
-        raise InputError(
-            f"the checksum of {archive} is wrong: it is damaged or another file; delete it and run with network access"
-        )
+    if not _has_cifar100_files(folder):
+        _unpack_cifar100(folder)
     reader = type("Half", (CIFAR100,), {"base_folder": folder.name, "test_list" if train else "train_list": []})
     try:
-        cifar = reader(data_dir, train=train, download=not present)
-    except Exception as error:  # torchvision's download, unpacking and reading raise many kinds of exception
-        if present:
-            raise InputError(
-                f"the CIFAR-100 files in {folder} are damaged or incomplete: delete them and run with network access, "
-                "or pass another --data-dir"
-            ) from error
+        cifar = reader(folder.parent, train=train)
+    except Exception as error:  # torchvision's reading raises many kinds of exception
+        raise InputError(
+            f"the CIFAR-100 files in {folder} are damaged or incomplete: delete them and run with network access, "
+            "or pass another --data-dir"
+        ) from error
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(images, torch.tensor(cifar.targets), cifar.classes)
+
+
+def _has_cifar100_files(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("train", "test", "meta"))
+
+
+def _unpack_cifar100(folder: Path) -> None:
+    """Unpack the official archive beside `folder`, after downloading it if it is missing.
+
+    Raises:
+        InputError: the archive's checksum is wrong, or it cannot be downloaded or unpacked.
+    """
+    from torchvision.datasets import CIFAR100
+    from torchvision.datasets.utils import check_integrity, extract_archive
+
+    data_dir, archive = folder.parent, folder.parent / CIFAR100.filename
+    try:
+        with one_at_a_time(data_dir):
+            if _has_cifar100_files(folder):
+                return
+            if not archive.is_file():
+                download(CIFAR100.url, archive, CIFAR100.tgz_md5)
+            if not check_integrity(str(archive), CIFAR100.tgz_md5):
+                raise InputError(
+                    f"the checksum of {archive} is wrong: it is damaged or another file; delete it and run with "
+                    "network access"
+                )
+            unpack(lambda temporary: extract_archive(str(archive), str(temporary)), CIFAR100.base_folder, folder)
+    except InputError:
+        raise
+    except Exception as error:  # torchvision's download and unpacking raise many kinds of exception
         raise InputError(
             f"CIFAR-100 is not in {data_dir} and could not be downloaded ({first_line(error).strip('<>')}): run with "
             "network access, or pass --data-dir with a folder that contains cifar-100-python/, "
             "cifar-100-python.tar.gz or {train,test}/<class>/*"
         ) from error
-    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, torch.tensor(cifar.targets), cifar.classes)
 
 
 def _load_folder(options: ReadOptions) -> tuple[ImageSet, ...]:

@@ -156,8 +156,37 @@ def used_bytes(environment: lmdb.Environment) -> int:
     return (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
 
 
+# A page's header, then number and version of the format, two fields without use here, the first database (whose first
+# field is the page size), the rest of it and the second one, the last page, and the number of the transaction.
+_META = struct.Struct("<16x II 16x I 92x QQ")
+_MAGIC, _LMDB_VERSION = 0xBEEFC0DE, 1
+
+
+def promised_bytes(path: Path) -> int | None:
+    """Return the size of the used part of an LMDB file by its header, without LMDB, or None if the header is damaged.
+
+    Each of the first two pages holds a state of the file. The one with the higher transaction number is the current
+    one.
+    """
+    with path.open("rb") as file:
+        first = file.read(_META.size)
+        page = _META.unpack(first)[2] if len(first) == _META.size else 0
+        if not 512 <= page <= 2**16 or page & (page - 1):
+            return None
+        file.seek(page)
+        second = file.read(_META.size)
+    states = [_META.unpack(state) for state in (first, second) if len(state) == _META.size]
+    valid = [state for state in states if state[:3] == (_MAGIC, _LMDB_VERSION, page)]
+    if len(valid) < 2:
+        return None
+    last_page = max(valid, key=lambda state: state[4])[3]
+    return (last_page + 1) * page
+
+
 def _open_readonly(path: Path) -> lmdb.Environment:
     """Open a file, after checking that no page is missing (reading a missing page would kill the process).
+
+    The check needs no LMDB: opening a file whose first pages are missing would kill the process, too.
 
     Readahead stays on: py-lmdb touches each page of a record. Without readahead each page is a disk request of 4 KiB,
     27 for a 110 kB image that is not in the page cache; with Linux's default readahead of 128 KiB there are 2 or 3.
@@ -165,16 +194,19 @@ def _open_readonly(path: Path) -> lmdb.Environment:
     if path.is_dir():
         raise InputError(f"{path} is a folder, not an LMDB file")
     try:
-        environment = lmdb.open(str(path), subdir=False, readonly=True, lock=False, max_dbs=1)
-    except lmdb.Error as error:
-        if not os.access(path, os.R_OK):
-            raise InputError(f"{path} cannot be read: you have no permission") from error
-        raise InputError(f"{path} is not an LMDB file, or its beginning is damaged") from error
-    used, size = used_bytes(environment), path.stat().st_size
+        used, size = promised_bytes(path), path.stat().st_size
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: you have no permission") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    if used is None:
+        raise InputError(f"{path} is not an LMDB file, or its beginning is damaged")
     if size < used:
-        environment.close()
         raise InputError(f"{path} is truncated: it has {size:,} of {used:,} bytes; copy it again, or build it again")
-    return environment
+    try:
+        return lmdb.open(str(path), subdir=False, readonly=True, lock=False, max_dbs=1)
+    except lmdb.Error as error:
+        raise InputError(f"{path} is not an LMDB file, or its beginning is damaged") from error
 
 
 def _read_contents(environment: lmdb.Environment, path: Path) -> Contents:

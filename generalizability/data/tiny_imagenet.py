@@ -14,13 +14,13 @@ validation images.
 
 import os
 import re
-import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.datasets.utils import check_integrity
 
+from data.download import download, one_at_a_time, unpack
 from s3net_common.errors import InputError
 from s3net_common.images import check_same_classes, class_images, class_names
 from s3net_common.progress import ProgressBar
@@ -56,10 +56,12 @@ def find_images(
                 f"Tiny ImageNet is not in {data_dir}: pass --download to download it (237 MiB), or --data-dir with a "
                 f"folder that contains {FOLDER}/ or {FOLDER}.zip"
             )
-        if not archive.is_file():
-            download_archive(archive)
-        check_archive(archive, download)
-        unpack(archive, root)
+        with one_at_a_time(data_dir):
+            if not root.is_dir():
+                if not archive.is_file():
+                    download_archive(archive)
+                check_archive(archive, download)
+                unpack_archive(archive, root)
     classes = class_names(root / "train") if (root / "train").is_dir() else None
     files = []
     for split in splits:
@@ -129,18 +131,12 @@ def download_archive(archive: Path) -> None:
     Raises:
         InputError: the download failed.
     """
-    partial = archive.with_name(f".{archive.name}.partial")
     try:
-        partial.unlink(missing_ok=True)
-        download_url(URL, str(partial.parent), partial.name)
-        partial.replace(archive)
+        download(URL, archive, MD5)
     except (OSError, RuntimeError) as error:  # URLError is an OSError
         raise InputError(
             f"{URL} could not be downloaded ({error}): get {FOLDER}.zip in another way and put it into {archive.parent}"
         ) from error
-    finally:
-        if partial.exists():  # also after Ctrl-C
-            partial.unlink()
 
 
 def check_archive(archive: Path, download: bool) -> None:
@@ -154,20 +150,19 @@ def check_archive(archive: Path, download: bool) -> None:
         raise InputError(f"the checksum of {archive} is wrong: it is damaged or another file; delete it and {advice}")
 
 
-def unpack(archive: Path, root: Path) -> None:
+def unpack_archive(archive: Path, root: Path) -> None:
     """Unpack the zip beside it. `root` appears only when it is complete.
 
     Raises:
         InputError: the zip is damaged, or the disk is full.
     """
-    temporary = root.with_name(f".{root.name}.unpacking")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+
+    def extract(folder: Path) -> None:
         with zipfile.ZipFile(archive) as content:
             for member in ProgressBar(content.infolist(), desc=f"unpacking {archive.name}", unit="file"):
-                content.extract(member, temporary)
-        (temporary / FOLDER).replace(root)
+                content.extract(member, folder)
+
+    try:
+        unpack(extract, FOLDER, root)
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{archive} cannot be unpacked ({error}): make room, or download it again") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,6 @@
 """One epoch of training, and evaluation, on one or several distributed ranks."""
 
 import math
-import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,9 @@ from recipes import RunConfig
 from s3net_common.errors import InputError, LocalError
 from s3net_common.progress import ProgressBar
 from training.cuda_graphs import GraphedStep
+from training.out_of_memory import is_out_of_memory, training_advice
 from training.step_clock import StepClock
+from training.stopping import Agreement, Stopped
 
 VALIDATION = ("val_loss", "val_error", "val_top5_error")
 
@@ -108,28 +109,11 @@ class Precision:
         return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
-class StopSignal:
-    """Records that Ctrl-C or SIGTERM arrived. A second Ctrl-C raises KeyboardInterrupt."""
+class NonFiniteError(Exception):
+    """The loss of a step, or a weight after it, is infinite or NaN. Raised on all ranks; `step` counts from 1."""
 
-    def __init__(self) -> None:
-        self.number: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: object) -> None:
-        self.number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __call__(self) -> bool:
-        """Whether a signal arrived."""
-        return self.number is not None
-
-
-class NonFiniteLossError(Exception):
-    """The loss of a step is infinite or NaN."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the loss at step {step} is not finite")
+    def __init__(self, quantity: str, step: int) -> None:
+        super().__init__(f"{quantity} step {step} is not finite")
         self.step = step
 
 
@@ -148,9 +132,10 @@ class Trainer:
         optimizer, scheduler: stepped once per batch.
         precision: numerical precision of the forward pass.
         ranks: the distributed ranks.
-        stop_requested: returns whether training should stop after the current step; called regularly.
+        stop_requested: returns whether this rank was asked to stop; called about every 2 seconds.
         accumulation_steps: number of parts in which a rank's share of a batch is computed.
-        checkpoint: called on all ranks after every `checkpoint_every` steps of an epoch except the last step.
+        checkpoint: called on all ranks after every `checkpoint_every` steps of an epoch except the last step, and
+            before `Stopped` is raised in an epoch.
         checkpoint_every: steps; 0 for never.
     """
 
@@ -170,17 +155,20 @@ class Trainer:
     clock: StepClock = field(init=False)
 
     def __post_init__(self) -> None:
+        # Reading a loss makes the host wait for the GPU, and the ranks for each other.
+        every_step = self.ranks.world_size == 1 and self.ranks.device.type == "cpu"
+        self.agreement = Agreement(self.ranks, every_step)
         self.clock = StepClock(self.ranks.device, ProgressBar.write if self.ranks.is_main else lambda line: None)
 
-    def train_epoch(self, batches: TrainingBatches | DiskTrainingBatches, progress: Progress) -> bool:
-        """Train the rest of the current epoch and update `progress`. Return whether the epoch was finished.
+    def train_epoch(self, batches: TrainingBatches | DiskTrainingBatches, progress: Progress) -> None:
+        """Train the rest of the current epoch and update `progress`.
 
         Raises:
-            NonFiniteLossError: with the step's number, counted from 1 at the start of the run.
+            NonFiniteError: the loss of a step is infinite or NaN.
+            Stopped: a rank was asked to stop; the checkpoint is saved.
+            LocalError: the memory is full. The message says which batch fits.
         """
         self.model.train()
-        # Reading a loss synchronises the host with the GPU and the ranks with each other, so not at every step.
-        interval = 1 if self.ranks.world_size == 1 and self.ranks.device.type == "cpu" else 20
         if progress.step == 0:
             progress.lr = self.optimizer.param_groups[0]["lr"]
         bar = progress_bar(self.ranks, f"epoch {progress.epoch + 1}", len(batches), progress.step)
@@ -188,29 +176,44 @@ class Trainer:
         started = time.perf_counter()
         with bar:
             for images, labels, weights, whole_batch in self.clock.watch(batches.epoch(progress.epoch, progress.step)):
-                pending.append((*self._step(images, labels, weights, whole_batch), whole_batch))
+                pending.append((*self._fitting_step(images, labels, weights, whole_batch), whole_batch))
                 step = progress.step + len(pending)
-                due = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
-                if len(pending) < interval and step < len(batches) and not due:
+                save_due = step % len(batches) > 0 and self.checkpoint_every > 0 and step % self.checkpoint_every == 0
+                if not (self.agreement.is_due() or save_due or step == len(batches)):
                     continue
-                self._add_to_progress(pending, progress, progress.epoch * len(batches))
+                stop = self._add_to_progress(pending, progress, progress.epoch * len(batches))
                 now = time.perf_counter()
                 progress.seconds, started = progress.seconds + (now - started), now
                 bar.update(len(pending))
                 bar.set_postfix_str(progress.describe_epoch(self.ranks.world_size), refresh=False)
                 pending = []
-                if progress.step == len(batches):
-                    break
-                if self.should_stop():
-                    return False
-                if due:
+                if stop or save_due:
                     self.checkpoint()
                     started = time.perf_counter()
-        return True
+                if stop:
+                    raise Stopped
 
-    def should_stop(self) -> bool:
-        """Whether any rank was asked to stop."""
-        return bool(self.ranks.reduce([float(self.stop_requested())], dist.ReduceOp.MAX)[0])
+    def _fitting_step(self, images: Tensor, labels: Tensor, *rest: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Call `_step`. A LocalError says which batch fits if memory is full."""
+        try:
+            return self._step(images, labels, *rest)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the handler, which keeps the step's tensors alive.
+        module = self.model.module if self.ranks.world_size > 1 else self.model
+        parts, size = self.accumulation_steps, self.ranks.world_size
+        raise LocalError(training_advice(module, images, labels, parts, size, self.precision.autocast()))
+
+    def check_weights(self, step: int) -> None:
+        """Check that the weights are finite, which a loss before the last update does not tell.
+
+        Raises:
+            NonFiniteError: a weight is infinite or NaN. `step` is the number of the last step.
+        """
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()])
+        if not finite.all():  # on all ranks: they have the same weights
+            raise NonFiniteError("a weight after", step)
 
     def _step(self, images: Tensor, labels: Tensor, weights: Tensor, batch_images: int) -> tuple[Tensor, Tensor]:
         """Update the weights once. Return this rank's summed loss and number of errors, as tensors on the device."""
@@ -266,19 +269,24 @@ class Trainer:
 
     def _add_to_progress(
         self, pending: list[tuple[Tensor, Tensor, int]], progress: Progress, steps_before: int
-    ) -> None:
-        """Check that the losses of the pending steps are finite, then add the steps to `progress`."""
+    ) -> bool:
+        """Add the pending steps to `progress`. Return whether any rank was asked to stop.
+
+        Raises:
+            NonFiniteError: a loss is infinite or NaN.
+        """
         sums = torch.stack([total for *pair, _ in pending for total in pair]).tolist()  # the host waits for the device
         losses, errors = sums[::2], sums[1::2]
         first = steps_before + progress.step + 1
         bad = next((first + i for i, loss in enumerate(losses) if not math.isfinite(loss)), math.inf)
-        (bad,) = self.ranks.reduce([bad], dist.ReduceOp.MIN)
-        if math.isfinite(bad):
-            raise NonFiniteLossError(int(bad))
+        stop, minus_bad = self.agreement.largest(float(self.stop_requested()), -bad)
+        if math.isfinite(minus_bad):
+            raise NonFiniteError("the loss at", int(-minus_bad))
         progress.losses += losses
         progress.errors += int(sum(errors))
         progress.images += sum(images for _, _, images in pending)
         progress.step += len(pending)
+        return bool(stop)
 
     def training_metrics(self, progress: Progress) -> dict[str, float]:
         """Return mean loss, error (%) and images/s of an epoch, over all ranks."""
@@ -301,7 +309,8 @@ class Trainer:
         """Restore the states that `state` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.precision.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if the run had bfloat16 or float32: the scaler then starts anew
+            self.precision.scaler.load_state_dict(state["scaler"])
 
 
 # Each builds the learning-rate schedule of a run of `steps` steps.
@@ -394,12 +403,18 @@ def evaluate(
 
     Raises:
         InputError: no image can be read.
+        Stopped: a rank was asked to stop.
     """
     model.eval()
     ranks, count = trainer.ranks, 0
+    agreement, common_steps = Agreement(ranks), len(batches) // ranks.world_size  # a rank may have one step more
     sums: list[Tensor] = []  # of each batch, on the device: the host waits for them once, at the end
     with progress_bar(ranks, "evaluating", len(range(ranks.rank, len(batches), ranks.world_size))) as bar:
-        for images, labels in batches.part(ranks.rank, ranks.world_size):
+        for step, (images, labels) in enumerate(batches.part(ranks.rank, ranks.world_size), 1):
+            if agreement.is_due() and step <= common_steps and agreement.largest(float(trainer.stop_requested()))[0]:
+                raise Stopped
+            if not len(labels):
+                continue
             with trainer.precision.autocast():
                 logits = model(images)
             logits = logits.float()

@@ -5,7 +5,7 @@ from pathlib import Path
 from distributed import device_name
 from recipes import RunConfig
 from s3net_common.output_files import relative, run_record
-from training.engine import NonFiniteLossError, Progress, Trainer
+from training.engine import NonFiniteError, Progress, Trainer
 from training.run_folder import Run
 
 
@@ -38,11 +38,11 @@ def epoch_line(row: dict, epochs: int) -> str:
     )
 
 
-def diverged(error: NonFiniteLossError, run: Run, config: RunConfig) -> str:
-    """Return the error message of a run whose loss is not finite."""
+def diverged(error: NonFiniteError, run: Run, config: RunConfig) -> str:
+    """Return the error message of a run whose loss or weights are not finite."""
     kept = run.folder / "last.pt"
     good = f"the last good checkpoint is {relative(kept)}" if kept.is_file() else "there was no checkpoint yet"
-    return f"error: {error}; {good}. Try a lower --lr (it was {config.lr:g}), or --no-amp"
+    return f"{error}; {good}. Try a lower --lr (it was {config.lr:g}), or --no-amp"
 
 
 class TensorBoardLog:

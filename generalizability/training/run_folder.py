@@ -5,8 +5,10 @@
 moment: resuming it updates the other files from `last.pt`. This module alone knows the keys of `last.pt`.
 """
 
+import contextlib
 import json
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +19,18 @@ from torch import Tensor, nn
 
 from recipes import RunConfig
 from s3net_common.checkpoints import RUN_CONFIG, RUN_WEIGHTS, save_weights
-from s3net_common.errors import InputError
+from s3net_common.errors import InputError, LocalError
 from s3net_common.log_ticks import plain_ticks
-from s3net_common.output_files import json_line, lock_exclusively, make_folder, relative, write_atomically, write_json
+from s3net_common.output_files import (
+    json_line,
+    lock_exclusively,
+    make_folder,
+    relative,
+    supports_locks,
+    write_atomically,
+    write_json,
+)
+from s3net_common.process_group import place
 from s3net_common.weight_files import read_pickle
 from training.config import config_from_json
 from training.engine import Progress, Trainer
@@ -27,8 +38,14 @@ from training.state_check import check_state
 
 CHECKPOINT_FORMAT = 1
 RUN_FILES = ("last.pt", "best.safetensors", "metrics.jsonl", "curves.png", "summary.json", "config.json")
+STOPPED, FAILED = "stopped", "failed.json"  # how the last process ended, for batch scripts and restarts by torchrun
 ENVIRONMENT = "environment"  # in config.json: flags that are no part of the recipe
+LOCK_FILE = ".lock"
 LOCK_SECONDS = 10.0  # DataLoader workers of a killed run hold its lock until they notice, up to 5 s later
+
+
+class RunInUseError(InputError):
+    """Another process trains into the folder of the run."""
 
 
 class Run:
@@ -91,15 +108,22 @@ class Run:
     def hold(self) -> None:
         """Lock the folder for exclusive writing until `release` or the end of this process.
 
+        On NFS, which locks files but no folders, the file `.lock` in it is locked. A line says if there are no locks.
+
         Raises:
-            InputError: another process trains into it.
+            RunInUseError: another process trains into it.
         """
         if os.name != "posix":  # Windows cannot open a folder
             return
         self._lock = os.open(self.folder, os.O_RDONLY)
+        if not supports_locks(self._lock):
+            os.close(self._lock)
+            self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            if not supports_locks(self._lock):
+                print(f"the file system of {relative(self.folder)} has no locks: start no second run in this folder")
         if not lock_exclusively(self._lock, LOCK_SECONDS):
             self.release()
-            raise InputError(
+            raise RunInUseError(
                 f"another process trains into {self.folder}: wait until it has ended, or pass another --out"
             )
 
@@ -119,11 +143,7 @@ class Run:
         """
         make_folder(self.folder)
         self.hold()
-        try:
-            for name in RUN_FILES:
-                (self.folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.folder} cannot be written ({error.strerror}): pass another --out") from error
+        self._remove(*RUN_FILES, STOPPED, FAILED)
         write_json(self.folder / "config.json", asdict(config) | {ENVIRONMENT: environment})
 
     def resume(self, config: RunConfig, environment: dict) -> None:
@@ -133,8 +153,16 @@ class Run:
             InputError: another process trains into the folder, or it cannot be written.
         """
         self.hold()
+        self._remove(STOPPED, FAILED)
         if environment != self.environment():
             write_json(self.folder / "config.json", asdict(config) | {ENVIRONMENT: environment})
+
+    def _remove(self, *names: str) -> None:
+        try:
+            for name in names:
+                (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be written ({error.strerror}): pass another --out") from error
 
     def read_config(self) -> RunConfig:
         """Return the configuration that the run was started with.
@@ -193,6 +221,33 @@ class Run:
         """Write `summary.json`."""
         write_json(self.folder / "summary.json", summary)
 
+    # -- How the last process ended --
+
+    def record_stop(self, command: str) -> None:
+        """Write the file `stopped` with the command that resumes the run.
+
+        The exit code of torchrun does not tell a stop from a failure; a batch script looks for this file.
+        """
+        self._write(STOPPED, lambda path: path.write_text(f"{command}\n"))
+
+    def record_failure(self, error: InputError | str) -> None:
+        """Write `failed.json` if torchrun would restart the ranks, which would only fail again.
+
+        A run that another process trains is not touched: waiting for it may help.
+        """
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        is_reporter = os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError)
+        in_use = isinstance(error, BaseException) and isinstance(error.__cause__, RunInUseError)
+        if restarts and is_reporter and not in_use:
+            with contextlib.suppress(InputError):  # a full disk may be the failure
+                write_json(self.folder / FAILED, {"error": str(error), "from": place()})
+
+    def exit_code_of_failed(self) -> int | None:
+        """Return the exit code of ranks that torchrun has restarted for nothing, or None if training can continue."""
+        if (self.folder / STOPPED).exists():
+            return 128 + signal.SIGTERM
+        return 2 if (self.folder / FAILED).exists() else None
+
     def _save_best(self, config: dict, weights: dict[str, Tensor], metrics: dict) -> None:
         names = ("model", "model_options", "num_classes", "classes", "mean", "std", "image_size", "dataset")
         metadata = {name: config[name] for name in names}
@@ -212,17 +267,24 @@ def load_progress(run: Run, config: RunConfig, model: nn.Module, trainer: Traine
         InputError: the checkpoint is damaged, or of another run.
     """
     ranks = trainer.ranks
-    state = ranks.on_main_rank(run.read_checkpoint)
+    state = ranks.on_all_ranks(run.read_checkpoint)  # sending it would take several times its memory
+    path = run.folder / "last.pt"
+    _check_same(ranks.gather(state is None), path)
     if state is None:
         return Progress()
-    path = run.folder / "last.pt"
     ranks.on_all_ranks(lambda: check_state(state, path, config, model, trainer, steps))
     progress = ranks.on_all_ranks(lambda: _restore(state, path, model, trainer))
+    _check_same(ranks.gather((progress.epoch, progress.step)), path)
     processes = len(state["processes"])
     if ranks.is_main and processes != ranks.world_size:
         print(f"the run had {processes} processes, not {ranks.world_size}: not exactly the same")
     ranks.on_main_rank(lambda: run.publish(state))
     return progress
+
+
+def _check_same(values: list, path: Path) -> None:
+    if len(set(values)) > 1:
+        raise InputError(f"the ranks read different versions of {path}: all nodes must see one folder; try again")
 
 
 def _restore(state: dict, path: Path, model: nn.Module, trainer: Trainer) -> Progress:
@@ -247,8 +309,13 @@ def _restore(state: dict, path: Path, model: nn.Module, trainer: Trainer) -> Pro
 
 
 def save_progress(run: Run, config: RunConfig, model: nn.Module, trainer: Trainer, progress: Progress) -> None:
-    """Collect the state of all ranks and write the checkpoint and its files on the main rank."""
+    """Collect the state of all ranks and write the checkpoint and its files on the main rank.
+
+    Raises:
+        NonFiniteError: a weight is infinite or NaN. The last checkpoint is unchanged.
+    """
     ranks = trainer.ranks
+    trainer.check_weights(trainer.scheduler.last_epoch)
     in_mid_epoch = ranks.world_size > 1 and progress.step > 0  # else all ranks have the same buffers
     buffers = {name: b.cpu() for name, b in model.named_buffers()} if in_mid_epoch else {}
     per_rank = {"random": random_state(ranks.device), "buffers": buffers}

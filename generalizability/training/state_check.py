@@ -61,7 +61,7 @@ def _check_progress(progress: Any, path: Path, config: RunConfig, steps: int) ->
     for name, kind in kinds.items():
         if not has_type(progress[name], kind):
             raise _unfit(path, f"its progress has no valid {name}")
-    if not 0 <= progress["epoch"] <= config.epochs or not 0 <= progress["step"] < steps:
+    if not 0 <= progress["epoch"] <= config.epochs or not 0 <= progress["step"] <= steps:
         raise _unfit(path, "its progress is beyond the end")
     rows = progress["history"]
     if [row.get("epoch") for row in rows] != list(range(1, progress["epoch"] + 1)):

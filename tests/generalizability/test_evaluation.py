@@ -183,7 +183,7 @@ def test_a_run_is_resumed_on_classes_in_another_order(photographs, tmp_path, mon
         out = tmp_path / "lmdb" / f"{split}.lmdb"
         folder2lmdb.main(folder2lmdb.Args(images=data / split, out=out, classes=tmp_path / "names.txt"))
     seen = []
-    monkeypatch.setattr(train_s3net, "train", lambda *arguments: seen.append(arguments[-2]) or 0)
+    monkeypatch.setattr(train_s3net, "train", lambda *arguments: seen.append(arguments[-3]) or 0)
     assert train_s3net.main(Args(data_dir=tmp_path / "lmdb", resume=True, **flags)) == 0
     assert "matched by name" in capsys.readouterr().out
     assert seen[0][0].classes == NAMES and sorted(seen[0][0].source.labels) == sorted(list(range(12)) * 3)

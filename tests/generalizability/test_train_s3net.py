@@ -22,8 +22,9 @@ from s3net_common import output_files
 from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
 from s3net_networks import create_network
-from train_s3net import Args, resume_command
+from train_s3net import Args
 from training import engine, run_folder
+from training.training_loop import resume_command
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "train_s3net.py"
 TINY = ["--dataset", "digits", "--growth-rate", "4", "--depth", "7", "--device", "cpu", "--drop-rate", "0.1"]
@@ -329,13 +330,13 @@ def test_images_on_disk_killed_in_mid_epoch_resume_exactly(tmp_path, monkeypatch
     def save_and_die(self, state):
         save(self, state)
         saves.append(state["progress"]["step"])
-        if len(saves) == 4:
+        if len(saves) == 5:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(run_folder.Run, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         train_s3net.main(Args(out=tmp_path / "parts", checkpoint_every=2, **flags))
-    assert saves == [2, 4, 0, 2]
+    assert saves == [2, 4, 5, 0, 2]  # 5: before the evaluation
     monkeypatch.undo()
     assert train_s3net.main(Args(out=tmp_path / "parts", resume=True, **flags)) == 0
     assert_same_run(tmp_path / "parts", tmp_path / "whole")

@@ -241,9 +241,10 @@ def test_cifar100_without_data_and_network(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    monkeypatch.setattr("data.download.download_url", no_network)
     with pytest.raises(InputError, match=r"CIFAR-100 is not in .* run with network access, or pass --data-dir"):
         load_dataset("cifar100", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_cifar100_is_not_overwritten(tmp_path):

@@ -12,10 +12,10 @@ from data import datasets
 from data.batches import TrainingBatches
 from data.image_sets import ImageSet
 from distributed import Ranks
-from s3net_common.errors import InputError
+from s3net_common.errors import InputError, LocalError
 from s3net_networks import connections
 from training import engine
-from training.engine import Precision, Progress, Trainer, top_errors
+from training.engine import NonFiniteError, Precision, Progress, Trainer, top_errors
 from training.run_folder import Run
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_a_step_in_parts_is_the_whole_step(parts):
 def test_checkpoints_come_after_every_so_many_steps_but_the_last(every, expected):
     progress, steps = Progress(), []
     trainer = make_trainer(checkpoint=lambda: steps.append(progress.step), checkpoint_every=every)
-    assert trainer.train_epoch(make_batches(25, 5), progress)
+    trainer.train_epoch(make_batches(25, 5), progress)
     assert steps == expected and progress.step == 5
 
 
@@ -87,6 +87,69 @@ def test_a_validation_loss_that_is_not_finite_is_null(tmp_path):
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [row["val_loss"] for row in rows] == [None, None] and rows[1]["train_loss"] == 1.0
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+# -- Memory --
+
+
+class SmallMemory(nn.Module):
+    """A network whose device has room for some images."""
+
+    def __init__(self, network, room):
+        super().__init__()
+        self.network, self.room = network, room
+
+    def forward(self, images):
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total ...")
+        return self.network(images)
+
+
+@pytest.mark.parametrize(
+    ("room", "parts", "message"),
+    [
+        (3, 1, "10 images at a time are too many for this device, and 2 fit; start a new run with --accumulate 5, or "),
+        (4, 2, "5 images at a time are too many for this device, and 2 fit; .* or with --batch-size 2$"),
+        (0, 1, "10 images at a time are too many for this device, and so is one; use a smaller --image-size"),
+    ],
+)
+def test_a_step_that_does_not_fit_names_the_batch_that_does(room, parts, message):
+    trainer = make_trainer(accumulation_steps=parts)
+    trainer.model = SmallMemory(trainer.model, room)
+    progress = Progress()
+    with pytest.raises(LocalError, match=message) as error:
+        trainer.train_epoch(make_batches(23, 10), progress)
+    assert "\n" not in str(error.value) and progress.step == 0
+
+
+def test_other_errors_of_a_step_stay_what_they_are():
+    trainer = make_trainer()
+    trainer.model.forward = lambda images: torch.zeros(3) @ torch.zeros(4)
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        trainer.train_epoch(make_batches(23, 10), Progress())
+
+
+# -- What the last update made of the weights --
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    trainer = make_trainer()
+    trainer.check_weights(7)
+    with torch.no_grad():
+        trainer.model[0].weight[0, 0, 0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="a weight after step 7 is not finite"):
+        trainer.check_weights(7)
+
+
+def test_float16_continues_a_run_of_bfloat16_and_the_other_way_round():
+    trainers = [make_trainer(), make_trainer()]
+    trainers[0].precision.scaler = torch.amp.GradScaler("cpu", init_scale=512.0, enabled=True)
+    scaled, unscaled = (trainer.state() for trainer in trainers)
+    assert scaled["scaler"]["scale"] == 512.0 and unscaled["scaler"] == {}
+    trainers[0].load_state(unscaled)
+    assert trainers[0].precision.scaler.get_scale() == 512.0
+    trainers[1].load_state(scaled)
+    assert trainers[1].state()["scaler"] == {}
 
 
 # -- Choices that --help names --

@@ -15,6 +15,7 @@ from s3net_common.checkpoints import save_weights
 from s3net_common.errors import InputError
 from s3net_networks import create_network
 from train_s3net import Args
+from training import training_loop
 from training.initial_weights import matching_rows, start_from
 
 GENERALIZABILITY = Path(train_s3net.__file__).parent
@@ -72,7 +73,7 @@ def test_resuming_never_reads_the_file_again(start, images, tmp_path, monkeypatc
     file, _ = start
     assert train_s3net.main(args(images, file, tmp_path / "whole", epochs=2)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train_s3net, "run_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(training_loop, "train_and_evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train_s3net.main(args(images, file, tmp_path / "parts", epochs=2))
     file.unlink()
@@ -184,7 +185,7 @@ def test_two_ranks_start_from_the_same_weights(start, images, tmp_path):
     program.write_text(
         f"import sys, torch; sys.path.insert(0, {str(GENERALIZABILITY)!r}); sys.argv[0] = 'train_s3net.py'\n"
         "from train_s3net import *; import train_s3net\n"
-        "def train(flags, run, config, model, size, data, ranks):\n"
+        "def train(flags, run, config, model, size, data, ranks, workers):\n"
         f"    torch.save(model.state_dict(), {str(tmp_path)!r} + f'/rank{{ranks.rank}}.pt')\n"
         "    ranks.gather(0)\n"
         "    return 0\n"

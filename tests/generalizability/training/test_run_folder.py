@@ -1,13 +1,18 @@
 """Which files a run replaces, and what its folder knows of it."""
 
+import errno
 import json
+import os
+import stat
 
 import pytest
 from PIL import Image
 
 import train_s3net
+from s3net_common import output_files
 from s3net_common.errors import InputError
 from train_s3net import Args
+from training import run_folder
 from training.run_folder import RUN_FILES, Run
 
 TINY = {"dataset": "digits", "growth_rate": 4, "depth": 7, "device": "cpu", "limit_train": 40, "limit_val": 20}
@@ -113,3 +118,37 @@ def test_edited_flags_of_a_wrong_type_are_left_out(finished_run, tmp_path):
 def test_a_flag_that_is_switched_off_is_not_given(finished_run, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_s3net.py", "--no-overwrite", "--no-compile", "--no-resume"])
     assert "already holds a run" in refusal(out=finished_run)
+
+
+# -- Locks --
+
+
+def flock_like_nfs(descriptor, operation, flock=output_files.fcntl and output_files.fcntl.flock):
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+    flock(descriptor, operation)
+
+
+def test_a_folder_on_nfs_is_locked_by_a_file_in_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(output_files.fcntl, "flock", flock_like_nfs)
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.2)
+    first, second = Run(tmp_path), Run(tmp_path)
+    first.hold()
+    with pytest.raises(run_folder.RunInUseError, match=f"another process trains into {tmp_path}"):
+        second.hold()
+    first.release()
+    second.hold()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"] and capsys.readouterr().out == ""
+    second.release()
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, capsys):
+    def no_locks(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(output_files.fcntl, "flock", no_locks)
+    for run in (Run(tmp_path), Run(tmp_path)):
+        run.hold()
+        line = f"the file system of {tmp_path} has no locks: start no second run in this folder\n"
+        assert capsys.readouterr().out == line
+        run.release()

@@ -1,0 +1,154 @@
+"""Two ranks that are stopped, killed, or fail at different places: they end soon, and the run can be resumed."""
+
+import json
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from two_ranks import TwoRanks
+
+import train_s3net
+from s3net_common.errors import InputError
+from train_s3net import Args
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--dataset", "digits", "--growth-rate", 4, "--depth", 7, "--device", "cpu", "--drop-rate", 0.1]
+TINY += ["--limit-train", 64, "--limit-val", 40, "--batch-size", 8, "--epochs", 2]
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups and no fork")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def module_path():
+    """Let the server process of `two_ranks` find the modules."""
+    folders = [ROOT, ROOT / "generalizability", ROOT / "tests" / "generalizability"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", ":".join(map(str, folders)))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts two ranks, and kills those that are left at the end of the test."""
+    started = []
+
+    def start_ranks(*args, **options):
+        started.append(TwoRanks(tmp_path / f"ranks{len(started)}", *args, **options))
+        return started[-1]
+
+    yield start_ranks
+    for ranks in started:
+        ranks.kill()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The files of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("reference")
+    codes, output = TwoRanks(folder / "ranks", [*TINY, "--out", folder / "run"]).end()
+    assert codes == [0, 0], output
+    return folder / "run"
+
+
+def progress(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["progress"]
+
+
+def assert_same_run(folder, reference):
+    states = [torch.load(f / "last.pt", weights_only=True) for f in (folder, reference)]
+    first, second = (state["model"] for state in states)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    first, second = ([s["momentum_buffer"] for s in state["optimizer"]["state"].values()] for state in states)
+    assert all(map(torch.equal, first, second))
+    first, second = (load_file(f / "best.safetensors") for f in (folder, reference))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    first, second = (
+        [{k: v for k, v in row.items() if "second" not in k} for row in state["progress"]["history"]]
+        for state in states
+    )
+    assert first == second and len(first) == 2
+
+
+def test_sigterm_in_training_in_evaluation_and_in_writing(tmp_path, start, reference):
+    folder = tmp_path / "run"
+    flags = [*TINY, "--out", folder, "--resume"]
+    steps = []
+    for place, disturbed in (("training", (0, 1)), ("evaluation", (0, 1)), ("writing", (0,))):
+        ranks = start(flags, place, ranks=disturbed)
+        ranks.reach()
+        ranks.send(signal.SIGTERM)
+        codes, output = ranks.end()
+        assert codes == [143, 143], output
+        assert output.count("stopped; resume with") == 1 and "error: " not in output
+        assert (folder / "stopped").read_text() == output.splitlines()[-1].strip() + "\n"
+        steps.append((progress(folder)["epoch"], progress(folder)["step"]))
+    assert steps[0][0] == 0 and 2 < steps[0][1] < 8  # in the epoch
+    assert steps[1] == (0, 8)  # before the evaluation
+    assert steps[2][0] == 1 and steps[2][1] > 0  # what was being written is complete, and the next look stopped
+    codes, output = start(flags).end()
+    assert codes == [0, 0], output
+    assert not (folder / "stopped").exists()
+    assert_same_run(folder, reference)
+
+
+def test_a_rank_that_is_killed(tmp_path, start, reference):
+    folder = tmp_path / "run"
+    flags = [*TINY, "--out", folder, "--resume", "--checkpoint-every", 1]
+    ranks = start(flags, "training", ranks=(1,))
+    ranks.reach()
+    started = time.monotonic()
+    ranks.send(signal.SIGKILL, ranks=(1,))
+    codes, output = ranks.end()
+    assert codes == [1, -9] and time.monotonic() - started < 60
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and f"(rank 0 on {socket.gethostname()})" in lines[0]
+    assert "the connection to another rank is lost" in lines[0] and "Traceback" not in output
+    assert progress(folder)["step"] == 2
+    codes, output = start(flags).end()
+    assert codes == [0, 0], output
+    assert_same_run(folder, reference)
+
+
+@pytest.mark.parametrize(
+    ("place", "event", "rank", "codes", "message"),
+    [
+        ("data", "fail", 1, [1, 2], "bad image"),
+        ("training", "crash", 1, [1, 1], "RuntimeError: CUDA error: an illegal memory access was encountered"),
+        ("evaluation", "crash", 0, [1, 1], "RuntimeError: CUDA error: an illegal memory access was encountered"),
+        ("writing", "fail", 0, [2, 2], "last.pt cannot be written (No space left on device): make room, or pass"),
+    ],
+)
+def test_a_rank_that_fails_ends_all_and_says_where(tmp_path, start, place, event, rank, codes, message):
+    folder = tmp_path / "run"
+    started = time.monotonic()
+    ranks = start([*TINY, "--out", folder], place, event, ranks=(rank,), TORCHELASTIC_MAX_RESTARTS=3)
+    got, output = ranks.end()
+    assert got == codes, output
+    assert time.monotonic() - started < 200  # an import and a second, unless the machine is busy
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0], output
+    assert f"(rank {rank} on {socket.gethostname()})" in lines[0]
+    assert (folder / "failed.json").exists() == (event == "fail")
+    assert output.count("Traceback") == (event == "crash")
+
+
+def test_a_restart_after_an_error_that_stays_ends_at_once(tmp_path, monkeypatch):
+    flags = {"dataset": "digits", "growth_rate": 4, "depth": 7, "device": "cpu", "epochs": 1, "limit_train": 40}
+    flags |= {"limit_val": 20, "out": tmp_path / "run"}
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(InputError, match="--num-classes 4 is too small"):
+        train_s3net.main(Args(**flags, num_classes=4))
+    failed = json.loads((tmp_path / "run" / "failed.json").read_text())
+    assert failed["error"].startswith("--num-classes 4 is too small") and socket.gethostname() in failed["from"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(train_s3net, "read_data", None)  # never called
+    assert train_s3net.main(Args(**flags, num_classes=4)) == 2
+    monkeypatch.undo()
+    assert train_s3net.main(Args(**flags)) == 0  # the user has mended the flag
+    assert not (tmp_path / "run" / "failed.json").exists()
