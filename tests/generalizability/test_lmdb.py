@@ -182,7 +182,9 @@ def test_a_build_continues_after_a_full_disk(photographs, built_file, tmp_path, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_build_prints_how_to_continue(photographs, tmp_path, capsys, monkeypatch, number):
     monkeypatch.setattr(folder2lmdb, "append_records", lambda *_: signal.raise_signal(number))
-    monkeypatch.setattr("sys.argv", ["folder2lmdb.py", "--out", str(tmp_path / "train.lmdb"), "--images", str(photographs)])
+    monkeypatch.setattr(
+        "sys.argv", ["folder2lmdb.py", "--out", str(tmp_path / "train.lmdb"), "--images", str(photographs)]
+    )
     resume = re.search(r"resume=\"(.*)\"", Path(folder2lmdb.__file__).read_text()).group(1)
     with pytest.raises(SystemExit) as stop:
         run_script(main, Args, "", resume=resume)
