@@ -147,6 +147,15 @@ def csv_cell(text: str) -> str:
     return f"'{text}" if text.startswith(tuple("=+-@＝＋－＠")) else text
 
 
+def figure_text(name: str) -> str:
+    r"""Return a name for a text in a matplotlib figure.
+
+    Control characters are escaped, and so is `$`, which would begin a formula. Within no formula, `_`, `^` and `\` are
+    plain.
+    """
+    return printable(name).replace("$", r"\$")
+
+
 def save_figure(path: Path, figure: Any, dpi: int = 130) -> None:
     """Write a matplotlib figure as PNG, `dpi` pixels an inch.
 

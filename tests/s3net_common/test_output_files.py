@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from s3net_common import output_files
 from s3net_common.errors import InputError
-from s3net_common.output_files import claim_folder, lock_exclusively, run_record, write_json
+from s3net_common.output_files import claim_folder, figure_text, lock_exclusively, run_record, write_json
 
 try:
     import fcntl
@@ -85,6 +87,15 @@ def test_a_record_is_written_before_the_files_that_it_explains(tmp_path, monkeyp
     assert record["maps"] == [] and record["command"].startswith("python ")
     (tmp_path / "maps").mkdir()
     module.claim_files(module.Args(out=tmp_path))
+
+
+@pytest.mark.parametrize("name", ["$", "US$ a_1 $x^2$", r"\$5 \alpha_{1}$", "_$$^", r"C:\cats\$1"])
+def test_names_in_figures_are_no_formulas(tmp_path, name):
+    figure = Figure()
+    figure.text(0.1, 0.5, figure_text(name))
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(tmp_path / "a.svg")
+    assert f">{name}</text>" in (tmp_path / "a.svg").read_text()
 
 
 # -- Windows --
