@@ -167,9 +167,10 @@ def _from_timm(name: str, num_classes: int | None, published: bool) -> Network:
     except Exception as error:  # each of timm's ways of downloading raises its own
         if not published:
             raise
+        reason = reason or _reason(error)
         raise InputError(
-            f"the weights of {name} cannot be downloaded ({reason or _reason(error)}): on a machine with internet access, "
-            f"save the state dict of timm.create_model({plain!r}, pretrained=True), and pass --checkpoint {name}=FILE"
+            f"the weights of {name} cannot be downloaded ({reason}): on a machine with internet access, save "
+            f"the state dict of timm.create_model({plain!r}, pretrained=True), and pass --checkpoint {name}=FILE"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = offline
