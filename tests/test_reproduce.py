@@ -438,6 +438,18 @@ def test_a_full_disk_is_one_line(scripts, monkeypatch):
         run(scripts, [make_step("one", f"{scripts}/works.py {{here}}")])
 
 
+def test_a_full_disk_leaves_the_earlier_page_alone(tmp_path, monkeypatch):
+    def write_half(path, text, **_):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "index.html").write_bytes(b"earlier")
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(InputError, match=r"index.html cannot be written \(No space left on device\): make room"):
+        page.write_page(tmp_path / "index.html", "quick", [], tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"index.html": b"earlier"}
+
+
 def test_the_command_line(tmp_path):
     done = run_python(ROOT / "reproduce.py", "--budget", "tiny", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "quick" in done.stderr

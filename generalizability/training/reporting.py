@@ -1,5 +1,6 @@
 """What a run prints and records: lines on the terminal, its summary, TensorBoard events."""
 
+import math
 from pathlib import Path
 
 from distributed import device_name
@@ -36,6 +37,21 @@ def epoch_line(row: dict, epochs: int) -> str:
         f"error {row['train_error']:5.2f}%  val loss {row['val_loss']:.4f} error {row['val_error']:5.2f}% "
         f"top-5 {row['val_top5_error']:5.2f}%  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s"
     )
+
+
+def large_loss_note(row: dict, classes: int) -> list[str]:
+    """Return a line if the validation loss is more than ten times ln(classes), a guess's, and the training loss less.
+
+    While the learning rate rises, the weights change faster than BatchNorm's running statistics, which only evaluation
+    uses. On digits the loss is small again if the same weights get statistics recomputed over the training images.
+    """
+    guessing = math.log(max(2, classes))
+    if not (row["val_loss"] > 10 * guessing and row["train_loss"] < guessing):  # false for NaN
+        return []
+    return [
+        "  the validation loss is large although the training loss is small: BatchNorm's running statistics lag behind "
+        "the weights. This usually ends after a few epochs"
+    ]
 
 
 def diverged(error: NonFiniteError, run: Run, config: RunConfig) -> str:

@@ -20,7 +20,7 @@ from s3net_common.output_files import relative
 from training.config import Flags
 from training.engine import NonFiniteError, Progress, Trainer, average_buffers, evaluate, make_trainer
 from training.out_of_memory import out_of_memory_as_error
-from training.reporting import TensorBoardLog, describe, diverged, epoch_line, summarize
+from training.reporting import TensorBoardLog, describe, diverged, epoch_line, large_loss_note, summarize
 from training.run_folder import Run, load_progress, save_progress
 from training.stopping import Stopped, StopSignal
 
@@ -59,7 +59,10 @@ def train(
             while progress.epoch < config.epochs:
                 train_and_evaluate(model, trainer, batches, progress)
                 if ranks.is_main:
-                    print(epoch_line(progress.history[-1], config.epochs), flush=True)
+                    row = progress.history[-1]
+                    print(
+                        epoch_line(row, config.epochs), *large_loss_note(row, len(config.classes)), sep="\n", flush=True
+                    )
                 if log:
                     log.write(progress.history[-1])
     except NonFiniteError as error:
