@@ -14,7 +14,6 @@ published formulation is given its batch, so its time excludes fetching and augm
 
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -84,6 +83,11 @@ from s3net_networks import create_network
 from training.cuda_graphs import GraphedStep
 from training.engine import Precision, Trainer
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 # ---- The published formulation ------------------------------------------------------------------------------------
 
 
@@ -136,7 +140,7 @@ def measure_contender(contender: str, seconds: float, device: str | None) -> dic
     ranks = join_ranks(device)
     is_published = contender.startswith("published")
     step = published_step(contender, ranks.device) if is_published else trainer_step(contender, ranks)
-    before = peak_memory()
+    memory_before = peak_memory()
     started = time.perf_counter()
     step()
     first = time.perf_counter() - started
@@ -151,11 +155,15 @@ def measure_contender(contender: str, seconds: float, device: str | None) -> dic
     result = {"images_per_second": BATCH / statistics.median(times), "first_step_seconds": first}
     if ranks.device.type == "cuda":
         return result | {"memory": torch.cuda.max_memory_allocated() / 2**20}
-    return result | {"process_memory": peak_memory(), "training_memory": peak_memory() - before}
+    if memory_before is None:
+        return result
+    return result | {"process_memory": peak_memory(), "training_memory": peak_memory() - memory_before}
 
 
-def peak_memory() -> float:
-    """Return the peak resident memory of this process in MiB."""
+def peak_memory() -> float | None:
+    """Return the peak resident memory of this process in MiB, or None on Windows, where Python cannot tell."""
+    if resource is None:
+        return None
     unit = 2**20 if platform.system() == "Darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

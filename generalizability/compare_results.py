@@ -23,6 +23,7 @@ from s3net_common.errors import InputError
 from s3net_common.output_files import (
     claim_folder,
     default_out,
+    figure_text,
     relative,
     save_figure,
     shell_command,
@@ -305,9 +306,7 @@ def scatter_points(rows: list[Row]) -> list[Point]:
     """Return the points of the rows that have an error. Parameters are those of the code, if known."""
     return [
         Point(
-            label=" ".join(
-                filter(None, [row.network, row.setting.replace(", ", " ").replace("depth=", "d="), _epochs(row)])
-            ),
+            label=_label(row),
             error=row.last_error,
             parameters=row.code_parameters or row.parameters,
             multiply_adds=row.multiply_adds,
@@ -316,6 +315,11 @@ def scatter_points(rows: list[Row]) -> list[Point]:
         for row in rows
         if row.last_error is not None
     ]
+
+
+def _label(row: Row) -> str:
+    parts = [row.network, row.setting.replace(", ", " ").replace("depth=", "d="), _epochs(row)]
+    return figure_text(" ".join(filter(None, parts)))
 
 
 def _epochs(row: Row) -> str:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 import torchvision
@@ -22,6 +24,7 @@ from s3net_common.framing import (
 from s3net_networks import create_network, list_networks
 
 PAPER_NETWORKS = ("vgg19", "squeezenet1_0", "resnet50", "densenet169")  # beside S3-Net in the paper's figures
+REACH_SECONDS = 5.0
 
 
 @dataclass
@@ -147,6 +150,7 @@ def _from_torchvision(name: str, num_classes: int | None, published: bool, check
 
 def _from_timm(name: str, num_classes: int | None, published: bool) -> Network:
     import timm  # only here: it takes seconds to import
+    from huggingface_hub import constants
 
     plain = name.removeprefix("timm/")
     if not timm.is_model(plain):
@@ -155,17 +159,34 @@ def _from_timm(name: str, num_classes: int | None, published: bool) -> Network:
             hint = "see s3net_networks, torchvision and timm"
         raise InputError(f"there is no network {name!r}: {hint}")
     options = {} if num_classes is None else {"num_classes": num_classes}
+    offline = constants.HF_HUB_OFFLINE
+    reason = _unreachable(constants.ENDPOINT) if published and not offline else None
     try:
+        constants.HF_HUB_OFFLINE = offline or reason is not None  # only cached files: a download has many retries
         model = timm.create_model(plain, pretrained=published, **options)
     except Exception as error:  # each of timm's ways of downloading raises its own
         if not published:
             raise
+        reason = reason or _reason(error)
         raise InputError(
-            f"the weights of {name} cannot be downloaded ({_reason(error)}): on a machine with internet access, save "
+            f"the weights of {name} cannot be downloaded ({reason}): on a machine with internet access, save "
             f"the state dict of timm.create_model({plain!r}, pretrained=True), and pass --checkpoint {name}=FILE"
         ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
     classes = imagenet_classes() if model.num_classes == 1000 else None
     return Network(name.replace("/", "-"), model, timm_preparation(model.pretrained_cfg), classes)
+
+
+def _unreachable(address: str) -> str | None:
+    """Return why a web server cannot be reached within `REACH_SECONDS`; None if it can be."""
+    try:
+        urlopen(Request(address, method="HEAD"), timeout=REACH_SECONDS).close()
+    except HTTPError:  # an answer
+        return None
+    except OSError as error:
+        return _reason(error)
+    return None
 
 
 def imagenet_classes() -> list[str]:

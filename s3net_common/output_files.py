@@ -147,6 +147,15 @@ def csv_cell(text: str) -> str:
     return f"'{text}" if text.startswith(tuple("=+-@＝＋－＠")) else text
 
 
+def figure_text(name: str) -> str:
+    r"""Return a name for a text in a matplotlib figure.
+
+    Control characters are escaped, and so is `$`, which would begin a formula. Within no formula, `_`, `^` and `\` are
+    plain.
+    """
+    return printable(name).replace("$", r"\$")
+
+
 def save_figure(path: Path, figure: Any, dpi: int = 130) -> None:
     """Write a matplotlib figure as PNG, `dpi` pixels an inch.
 
@@ -160,16 +169,14 @@ def lock_exclusively(descriptor: int, wait_seconds: float = 0.0) -> bool:
     """Lock an open file or folder against other processes. Returns False if another process holds the lock.
 
     The operating system releases the lock when the descriptor is closed in this process and in every child process
-    that inherited it. On Windows, and on file systems without locks, nothing is locked and True is returned.
+    that inherited it. On file systems without locks nothing is locked and True is returned.
     """
-    if fcntl is None:
-        return True
     deadline = time.monotonic() + wait_seconds
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
             return True
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.1)
@@ -183,12 +190,31 @@ def supports_locks(descriptor: int) -> bool:
     If no other process holds the lock, this process holds it afterwards.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        _lock(descriptor)
+    except (BlockingIOError, PermissionError):
         return True
     except OSError:
         return False
     return True
+
+
+def _lock(descriptor: int) -> None:
+    """Lock an open file or folder, on Windows a file, without waiting.
+
+    Raises:
+        BlockingIOError, on Windows PermissionError: another process, on Windows any other descriptor, holds the lock.
+        OSError: the file system has no locks.
+    """
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    import ctypes  # Windows
+    import msvcrt
+
+    # Locked bytes cannot be read or written through other descriptors: lock one byte at 2^62, far behind the end.
+    handle = ctypes.c_void_p(msvcrt.get_osfhandle(descriptor))
+    if not ctypes.WinDLL("kernel32", use_last_error=True).LockFile(handle, 0, 2**30, 1, 0):
+        raise ctypes.WinError(ctypes.get_last_error())
 
 
 # ---- Where results come from --------------------------------------------------------------------------------------

@@ -53,6 +53,24 @@ def test_imports_run_downwards():
     assert upwards == []
 
 
+def test_modules_that_windows_lacks_are_imported_where_they_may_be_missing():
+    posix, imported = {"fcntl", "grp", "pwd", "resource", "termios"}, []
+    patterns = ("*.py", "reproduction/*.py", "tests/**/*.py")
+    for path in [*source_files().values(), *(path for pattern in patterns for path in ROOT.glob(pattern))]:
+        for node in ast.parse(path.read_text()).body:  # not within functions and try
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module}
+                imported += [f"{path.relative_to(ROOT)}: {name}" for name in names & posix]
+    assert imported == []
+
+
+def test_files_of_requirements_name_no_folder():
+    """pip reads `-e .` in them as the working directory, wherever they lie: the commands in the READMEs say it."""
+    files = [*ROOT.glob("requirements.txt"), *ROOT.glob("*/requirements.txt")]
+    assert len(files) == 4
+    assert [line for file in files for line in file.read_text().splitlines() if line.startswith("-e")] == []
+
+
 def test_no_experiment_imports_from_another():
     folders = {path.name for path in ROOT.iterdir() if path.is_dir()}
     for module, path in source_files().items():

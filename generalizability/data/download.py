@@ -36,7 +36,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # Windows removes no open file
+                lock.unlink(missing_ok=True)
 
 
 def temporary_name(path: Path) -> Path:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distributed import Ranks
 from s3net_common.errors import printable
-from s3net_common.output_files import save_figure
+from s3net_common.output_files import figure_text, save_figure
 from training.engine import top_errors
 
 LARGEST_MATRIX = 50  # classes; with more of them, the JSON file and the picture hold the most confused pairs instead
@@ -169,4 +169,4 @@ def label(name: str, longest: int = LONGEST_NAME) -> str:
     """Return a name for a picture: escaped, without markup, and shortened."""
     name = printable(name)
     shown = name if len(name) <= longest else name[: longest - 1] + "…"
-    return shown.replace("$", r"\$")
+    return figure_text(shown)

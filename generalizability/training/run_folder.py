@@ -108,17 +108,19 @@ class Run:
     def hold(self) -> None:
         """Lock the folder for exclusive writing until `release` or the end of this process.
 
-        On NFS, which locks files but no folders, the file `.lock` in it is locked. A line says if there are no locks.
+        On Windows and NFS, which lock files but no folders, the file `.lock` in it is locked. A line says if there are
+        no locks.
 
         Raises:
             RunInUseError: another process trains into it.
         """
         if os.name != "posix":  # Windows cannot open a folder
-            return
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        if not supports_locks(self._lock):
-            os.close(self._lock)
-            self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            self._lock = self._open_lock_file()
+        else:
+            self._lock = os.open(self.folder, os.O_RDONLY)
+            if not supports_locks(self._lock):
+                os.close(self._lock)
+                self._lock = self._open_lock_file()
             if not supports_locks(self._lock):
                 print(f"the file system of {relative(self.folder)} has no locks: start no second run in this folder")
         if not lock_exclusively(self._lock, LOCK_SECONDS):
@@ -126,6 +128,9 @@ class Run:
             raise RunInUseError(
                 f"another process trains into {self.folder}: wait until it has ended, or pass another --out"
             )
+
+    def _open_lock_file(self) -> int:
+        return os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
 
     def release(self) -> None:
         """Unlock the folder."""

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import re
-import resource
 import signal
 import subprocess
 from pathlib import Path
@@ -166,6 +165,7 @@ def test_aborted_transactions_do_not_change_the_bytes(tmp_path):
 
 
 def test_a_build_continues_after_a_full_disk(photographs, built_file, tmp_path, small_transactions):
+    resource = pytest.importorskip("resource")  # Windows lacks it
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (45_000, limits[1]))
     try:

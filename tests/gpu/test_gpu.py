@@ -70,7 +70,7 @@ def test_a_training_step_of_every_network(name, dtype):
         trainer.precision.scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16, init_scale=1024.0)
     before = {key: p.detach().clone() for key, p in trainer.model.named_parameters()}
     progress = Progress()
-    assert trainer.train_epoch(batches, progress)
+    trainer.train_epoch(batches, progress)
     assert len(progress.losses) == 3 and all(0 < loss < 8 * 50 for loss in progress.losses)
     changed = [not torch.equal(before[key], p) for key, p in trainer.model.named_parameters()]
     assert sum(changed) > 0.8 * len(changed)
@@ -81,7 +81,7 @@ def losses_of(epochs: int, **options) -> tuple[list[float], Trainer]:
     trainer, batches = trainer_and_batches("s3net_cifar", 8 * 32 + 5, 32, 32, 100, **options)
     losses, progress = [], Progress()
     for _ in range(epochs):
-        assert trainer.train_epoch(batches, progress)
+        trainer.train_epoch(batches, progress)
         losses += progress.losses
         metrics = trainer.training_metrics(progress)
         progress.finish_epoch(metrics, {"val_loss": 0.0, "val_error": 0.0, "val_top5_error": 0.0}, 0.0)

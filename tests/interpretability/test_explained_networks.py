@@ -1,5 +1,7 @@
 from pathlib import Path
+from urllib.error import URLError
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -8,6 +10,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
+import explained_networks
 from explain_images import chosen_networks, load_networks
 from explained_networks import PAPER_NETWORKS, load_network
 from network_flags import NetworkArgs
@@ -108,6 +111,25 @@ def test_timms_networks_have_their_published_preparation():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (310, 400, 3), dtype=np.uint8))
     expected = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))(image)
     assert torch.allclose(preparation.normalization(CPU)(preparation.pixels(image)[None])[0], expected, atol=1e-5)
+
+
+def test_an_unreachable_hub_is_one_line_after_one_request(tmp_path, monkeypatch, caplog, capfd):
+    requests = []
+
+    def refuse(request, timeout):
+        requests.append((request.full_url, request.get_method(), timeout))
+        raise URLError(ConnectionRefusedError(111, "Connection refused"))
+
+    monkeypatch.setattr(explained_networks, "urlopen", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(
+        InputError, match=r"^the weights of timm/ghostnet_100 cannot be downloaded \(.*refused.*\): on .*$"
+    ):
+        load_network("timm/ghostnet_100")
+    assert requests == [(huggingface_hub.constants.ENDPOINT, "HEAD", 5.0)]
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE  # as before
+    assert caplog.text == "" and capfd.readouterr().err == ""
 
 
 def test_networks_and_their_checkpoints(tmp_path):

@@ -1,14 +1,25 @@
-"""Scripts replace files of their own only."""
+"""Scripts replace files of their own only. Files are written and locked as well on Windows, which a test imitates."""
 
+import ctypes
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
+from s3net_common import output_files
 from s3net_common.errors import InputError
-from s3net_common.output_files import claim_folder, run_record, write_json
+from s3net_common.output_files import claim_folder, figure_text, lock_exclusively, run_record, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,3 +87,83 @@ def test_a_record_is_written_before_the_files_that_it_explains(tmp_path, monkeyp
     assert record["maps"] == [] and record["command"].startswith("python ")
     (tmp_path / "maps").mkdir()
     module.claim_files(module.Args(out=tmp_path))
+
+
+@pytest.mark.parametrize("name", ["$", "US$ a_1 $x^2$", r"\$5 \alpha_{1}$", "_$$^", r"C:\cats\$1"])
+def test_names_in_figures_are_no_formulas(tmp_path, name):
+    figure = Figure()
+    figure.text(0.1, 0.5, figure_text(name))
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(tmp_path / "a.svg")
+    assert f">{name}</text>" in (tmp_path / "a.svg").read_text()
+
+
+# -- Windows --
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Imitate Windows: folders cannot be opened, fsync wants a descriptor for writing, and kernel32 locks files.
+
+    Returns the descriptors that were to be locked, in order.
+    """
+    if fcntl is None:
+        pytest.skip("this is Windows")
+    attempts = []
+
+    def fsync(descriptor):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        os.fsync(descriptor)
+
+    def open_file(path, *arguments):
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied")
+        return os.open(path, *arguments)
+
+    def lock_file(handle, low, high, bytes_low, bytes_high):
+        assert (low, high, bytes_low, bytes_high) == (0, 2**30, 1, 0)  # one byte, far behind every file's end
+        attempts.append(handle.value)
+        try:
+            fcntl.flock(handle.value, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return 0
+        return 1
+
+    imitation = SimpleNamespace(**vars(os) | {"name": "nt", "fsync": fsync, "open": open_file})
+    monkeypatch.setattr(output_files, "os", imitation)
+    monkeypatch.setattr(output_files, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(get_osfhandle=lambda descriptor: descriptor))
+    monkeypatch.setattr(ctypes, "WinDLL", lambda *_, **__: SimpleNamespace(LockFile=lock_file), raising=False)
+    monkeypatch.setattr(ctypes, "get_last_error", lambda: 33, raising=False)
+    monkeypatch.setattr(ctypes, "WinError", lambda code: PermissionError(13, f"lock violation {code}"), raising=False)
+    return attempts
+
+
+def test_files_are_written_on_windows(tmp_path, windows):
+    write_json(tmp_path / "new" / "a.json", {"a": 1})
+    write_json(tmp_path / "new" / "a.json", {"a": 2})  # replaced
+    assert {path.name: json.loads(path.read_text()) for path in (tmp_path / "new").iterdir()} == {"a.json": {"a": 2}}
+
+
+def test_files_are_locked_on_windows(tmp_path, windows):
+    with (tmp_path / "lock").open("a+") as first, (tmp_path / "lock").open("a+") as second:
+        assert lock_exclusively(first.fileno())
+        assert not lock_exclusively(second.fileno())
+        first.close()
+        assert lock_exclusively(second.fileno())
+        assert len(windows) == 3
+
+
+def test_a_run_is_locked_on_windows(tmp_path, windows, monkeypatch):
+    run_folder = importlib.import_module("training.run_folder")
+    monkeypatch.setattr(run_folder, "os", output_files.os)
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.0)
+    first, second = run_folder.Run(tmp_path), run_folder.Run(tmp_path)
+    first.hold()
+    assert len(windows) == 1  # on Windows a second lock by the same descriptor would fail
+    with pytest.raises(run_folder.RunInUseError, match="another process trains into"):
+        second.hold()
+    first.release()
+    second.hold()
+    second.release()
