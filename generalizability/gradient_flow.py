@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from s3net_common.command_line import THREADS, answer_flags, run_script
+from s3net_common.command_line import OVERWRITE, THREADS, answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 
@@ -70,12 +70,10 @@ class Args:
     """Images per step, at least 2."""
     jobs: int = 1
     """Jobs at a time, each with one thread."""
+    threads: THREADS = None
     out: Path = field(default_factory=lambda: default_out("gradient_flow"))
     """Folder for the results. Finished jobs of an earlier call are kept; other results are replaced."""
-    overwrite: bool = False
-    """Replace files in --out that this script did not write."""
-    threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
+    overwrite: OVERWRITE = False
 
 
 if __name__ == "__main__":
