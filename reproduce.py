@@ -45,7 +45,6 @@ class Args:
     overwrite: bool = False
     """Replace the page and the logs in --out although they are not of an earlier run."""
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

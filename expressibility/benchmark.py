@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from figure_3 import FIGURE_3_DEPTHS, check_depths
-from s3net_common.command_line import THREADS, answer_flags, run_script
+from s3net_common.command_line import OVERWRITE, THREADS, answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 
@@ -36,8 +36,7 @@ class Args:
 
     out: Path = field(default_factory=lambda: default_out("expressibility_benchmark"))
     """Folder for benchmark.json and benchmark.png, created if missing. Those of an earlier run are replaced."""
-    overwrite: bool = False
-    """Replace files in --out that this script did not write."""
+    overwrite: OVERWRITE = False
     depths: tuple[int, ...] = FIGURE_3_DEPTHS
     """Numbers of blocks of the compared networks, each at least 1."""
     repeats: int = 5
@@ -45,7 +44,6 @@ class Args:
     points: tuple[int, ...] = (500, 1000, 2000, 4000, 8000, 16000)
     """Numbers of points for the scaling of time and memory, each at least 1. 16000 points need 2 GB."""
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

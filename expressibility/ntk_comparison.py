@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from figure_3 import FIGURE_3_DEPTHS, check_depths
-from s3net_common.command_line import THREADS, answer_flags, run_script
+from s3net_common.command_line import OVERWRITE, THREADS, answer_flags, run_script
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 
 DIAG_REG = 0.1
@@ -44,8 +44,7 @@ class Args:
 
     out: Path = field(default_factory=lambda: default_out("ntk_comparison"))
     """Folder for the results, created if missing. Those of an earlier run are replaced."""
-    overwrite: bool = False
-    """Replace files in --out that this script did not write."""
+    overwrite: OVERWRITE = False
     depths: tuple[int, ...] = FIGURE_3_DEPTHS
     """Numbers of blocks, each at least 1. Figure 3's K counts Dense layers and is larger by 2."""
     h0_shortcut: bool = False
@@ -53,7 +52,6 @@ class Args:
     finite_width: bool = False
     """Also measure how finite networks approach the kernel (about a minute)."""
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

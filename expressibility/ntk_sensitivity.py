@@ -64,7 +64,6 @@ class Args:
     target: flag(str, "COLUMN", "none") = None
     """Column of --csv to predict. All other columns are features."""
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

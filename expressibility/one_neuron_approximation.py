@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from s3net_common.command_line import THREADS, answer_flags, run_script
+from s3net_common.command_line import OVERWRITE, THREADS, answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 
@@ -47,10 +47,8 @@ class Args:
     """Number of layers with one neuron each, from 1 to 4096."""
     out: Path = field(default_factory=lambda: default_out("one_neuron"))
     """Folder for one_neuron.json and one_neuron.png, created if missing. Those of an earlier run are replaced."""
-    overwrite: bool = False
-    """Replace files in --out that this script did not write."""
+    overwrite: OVERWRITE = False
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from s3net_common.command_line import THREADS, answer_flags, run_script
+from s3net_common.command_line import OVERWRITE, THREADS, answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 
@@ -40,10 +40,8 @@ class Args:
     """Draws of the hidden neurons for each depth, at least 2."""
     out: Path = field(default_factory=lambda: default_out("universal_approximation"))
     """Folder for the results, created if missing. Those of an earlier run are replaced."""
-    overwrite: bool = False
-    """Replace files in --out that this script did not write."""
+    overwrite: OVERWRITE = False
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from recipes import RECIPES
-from s3net_common.command_line import THREADS, answer_flags, flag, run_script
+from s3net_common.command_line import OVERWRITE, THREADS, answer_flags, flag, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, relative, run_record, write_json
 
@@ -57,10 +57,8 @@ class Args:
     """Images for "decoding": a folder with a subfolder for each class."""
     out: Path = field(default_factory=lambda: default_out("benchmark"))
     """Folder for benchmark.json. The file of an earlier run is replaced."""
-    overwrite: bool = False
-    """Replace files in --out that this script did not write."""
+    overwrite: OVERWRITE = False
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

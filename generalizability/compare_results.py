@@ -18,7 +18,7 @@ from typing import Annotated
 
 import tyro
 
-from s3net_common.command_line import answer_flags, run_script
+from s3net_common.command_line import OVERWRITE, answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import (
     claim_folder,
@@ -40,8 +40,7 @@ class Args:
     """Folders of runs of train_s3net.py, and results files of validate_10crop.py."""
     out: Path = field(default_factory=lambda: default_out("comparison"))
     """Folder for the table and the figure. The files of an earlier comparison are replaced."""
-    overwrite: bool = False
-    """Replace files in --out that this script did not write."""
+    overwrite: OVERWRITE = False
 
 
 if __name__ == "__main__":

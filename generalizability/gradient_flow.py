@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from s3net_common.command_line import THREADS, answer_flags, run_script
+from s3net_common.command_line import OVERWRITE, THREADS, answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, run_record, save_figure, write_json
 
@@ -53,6 +53,10 @@ class Args:
     """Numbers of layers of the block at initialisation, each at least 2."""
     seeds: int = 10
     """Networks for each kind, depth and normalisation at initialisation, at least 2."""
+    growth_rate: int = 8
+    """Channels of the stem and of each layer."""
+    batch_size: int = 32
+    """Images per step, at least 2."""
     training_depths: tuple[int, ...] = (25, 50, 100, 200)
     """Numbers of layers of the networks to train, each at least 2."""
     dense_depth: int = 100
@@ -64,18 +68,12 @@ class Args:
     """Runs for each kind, depth and peak learning rate, at least 1; with 2 or more there are intervals."""
     steps: int = 150
     """Training steps of each run, at least 20."""
-    growth_rate: int = 8
-    """Channels of the stem and of each layer."""
-    batch_size: int = 32
-    """Images per step, at least 2."""
-    jobs: int = 1
-    """Jobs at a time, each with one thread."""
     out: Path = field(default_factory=lambda: default_out("gradient_flow"))
     """Folder for the results. Finished jobs of an earlier call are kept; other results are replaced."""
-    overwrite: bool = False
-    """Replace files in --out that this script did not write."""
+    overwrite: OVERWRITE = False
+    jobs: int = 1
+    """Jobs at a time, each with one thread."""
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

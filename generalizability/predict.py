@@ -65,7 +65,6 @@ class Args:
     dataset: flag(str, "NAME", CHECKPOINTS) = None
     """Data set that the network was trained on, if the checkpoint does not say how its images are prepared."""
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from s3net_common.command_line import THREADS, answer_flags, flag, run_script
+from s3net_common.command_line import OVERWRITE, THREADS, answer_flags, flag, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out
 
@@ -69,10 +69,8 @@ class Args:
     """Device to train on: cpu, cuda or mps."""
     out: Path = field(default_factory=lambda: default_out("same_budget"))
     """Folder for the runs and the results. The results of an earlier call are replaced; finished runs are kept."""
-    overwrite: bool = False
-    """Replace files in --out that this script did not write."""
+    overwrite: OVERWRITE = False
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes import RECIPES, RunConfig
-from s3net_common.command_line import THREADS, answer_flags, run_script
+from s3net_common.command_line import OVERWRITE, THREADS, answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, claim_folder, default_out, relative, run_record, save_figure, write_json
 
@@ -51,10 +51,8 @@ class Args:
     """CIFAR-100, for --pretrained."""
     out: Path = field(default_factory=lambda: default_out("spectral_bounds"))
     """Folder for the results. Those of an earlier run are replaced."""
-    overwrite: bool = False
-    """Replace files in --out that this script did not write."""
+    overwrite: OVERWRITE = False
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

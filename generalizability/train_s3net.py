@@ -130,7 +130,6 @@ class Args:
     list_models: bool = False
     """Print the names of all networks and exit."""
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

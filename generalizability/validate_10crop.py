@@ -82,7 +82,6 @@ class Args:
     overwrite: bool = False
     """Replace the files if they exist."""
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from network_flags import DEVICES
-from s3net_common.command_line import THREADS, answer_flags, flag, run_script
+from s3net_common.command_line import OVERWRITE, THREADS, answer_flags, flag, run_script
 from s3net_common.errors import InputError, first_line
 from s3net_common.output_files import ROOT, claim_folder, run_record, write_json
 
@@ -55,10 +55,8 @@ class Args:
     """Device to compute on."""
     out: Path = ROOT / "runs" / "fullgrad_benchmark"
     """Folder to write the JSON files into. Those of an earlier run are replaced."""
-    overwrite: bool = False
-    """Replace files in --out that this script did not write."""
+    overwrite: OVERWRITE = False
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

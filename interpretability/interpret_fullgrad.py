@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from network_flags import NetworkArgs, is_image
-from s3net_common.command_line import answer_flags, run_script
+from s3net_common.command_line import OVERWRITE, answer_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, claim_folder, run_record, write_atomically, write_json
 
@@ -28,8 +28,7 @@ class Args(NetworkArgs):
 
     out: Path = ROOT / "runs" / "fullgrad"
     """Folder to write the files into. Those of an earlier run are replaced."""
-    overwrite: bool = False
-    """Replace files in --out that this script did not write."""
+    overwrite: OVERWRITE = False
 
 
 if __name__ == "__main__":

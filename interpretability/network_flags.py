@@ -49,7 +49,6 @@ class NetworkArgs:
     faithfulness: bool = False
     """Also measure insertion and deletion; writes faithfulness.png and faithfulness.json."""
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 def is_image(word: str) -> bool:

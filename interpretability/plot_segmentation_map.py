@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from network_flags import TEST, NetworkArgs, is_image
-from s3net_common.command_line import answer_flags, flag, run_script
+from s3net_common.command_line import OVERWRITE, answer_flags, flag, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, claim_folder, csv_cell, run_record, write_atomically, write_json
 
@@ -50,8 +50,7 @@ class Args(NetworkArgs):
     """Percentile of the map from which a pixel belongs to the segmentation, above 0 and below 100."""
     out: Path = ROOT / "runs" / "segmentation"
     """Folder to write the files into. Those of an earlier run are replaced."""
-    overwrite: bool = False
-    """Replace files in --out that this script did not write."""
+    overwrite: OVERWRITE = False
 
 
 if __name__ == "__main__":

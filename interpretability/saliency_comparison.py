@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from network_flags import DEVICES, SIZE, TEST
-from s3net_common.command_line import THREADS, answer_flags, flag, run_script
+from s3net_common.command_line import OVERWRITE, THREADS, answer_flags, flag, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT, claim_folder, run_record, write_json
 
@@ -65,10 +65,8 @@ class Args:
     """Device to compute on."""
     out: Path = ROOT / "runs" / "saliency_comparison"
     """Folder to write the files into. Finished trainings in it are used again."""
-    overwrite: bool = False
-    """Replace files in --out that this script did not write."""
+    overwrite: OVERWRITE = False
     threads: THREADS = None
-    """Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all."""
 
 
 if __name__ == "__main__":

@@ -186,6 +186,16 @@ def draw_faithfulness(path: Path, results: dict[str, dict[str, dict]]) -> None:
     save_figure(path, figure, DPI)
 
 
+SCORE_TITLES = {
+    "iou": "IoU",
+    "pointing": "Pointing game",
+    "deletion": "Deletion (lower is better)",
+    "gini": "Gini coefficient",
+    "mass": "Mass on the digit",
+    "autocorrelation": "Autocorrelation",
+}
+
+
 def draw_comparison(path: Path, report: dict) -> None:
     """Draw a panel for each score: the mean and its 95% interval by network, for each kind of map.
 
@@ -208,7 +218,7 @@ def draw_comparison(path: Path, report: dict) -> None:
             else:
                 _interval(axis, rows[name]["scores"]["FullGrad"][score], i, "C0", "FullGrad" if i == 0 else None)
                 _interval(axis, rows[name]["scores"]["gradient"][score], i + 0.25, "C1", "gradient" * (i == 0))
-        axis.set_title(score.replace("_", " ").replace("iou", "IoU") + ("  (lower is better)" * (score == "deletion")))
+        axis.set_title(SCORE_TITLES.get(score, score.replace("_", " ").capitalize()))
         axis.set_yticks(range(len(names)), names if axis in axes[:: len(axes) // 2] else [""] * len(names))
         axis.invert_yaxis()
         axis.grid(alpha=0.3)

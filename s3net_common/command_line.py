@@ -35,7 +35,16 @@ def flag(kind: type, metavar: str | None, default: str) -> Any:
     return Annotated[optional, tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")]
 
 
-THREADS = flag(int, "N", "one a processor")  # type of the flag --threads, which every script has that computes
+# Types of flags that several scripts have, with their help.
+THREADS = Annotated[
+    int | None,
+    tyro.conf.arg(
+        metavar="N",
+        help_behavior_hint="(default: one a processor)",
+        help="Threads to compute with. Beside other programs that compute, 1 can be many times as fast as all.",
+    ),
+]
+OVERWRITE = Annotated[bool, tyro.conf.arg(help="Replace files in --out that this script did not write.")]
 
 
 def answer_flags(
