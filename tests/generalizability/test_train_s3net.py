@@ -253,11 +253,11 @@ import atexit, contextlib, json, os, runpy, sys, time
 from pathlib import Path
 
 def names():
-    found = []
+    thread_names = []
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            found.append((thread / "comm").read_text().strip())
-    return found
+            thread_names.append((thread / "comm").read_text().strip())
+    return thread_names
 
 def save():
     deadline = time.monotonic() + 5
