@@ -225,8 +225,8 @@ def draw_comparison(path: Path, report: dict) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[len(scores) + 2 :]:
         axis.axis("off")
-    handles, labels = zip(*(axis.get_legend_handles_labels() for axis in axes[:2]), strict=True)
-    figure.legend(sum(handles, []), sum(labels, []), loc="outside upper center", ncols=3)
+    handles = [handle for axis in axes[:2] for handle in axis.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
     save_figure(path, figure, DPI)
 
 
