@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from types import UnionType
@@ -210,6 +211,24 @@ def has_type(value: object, kind: Any) -> bool:
     if kind is float:
         return is_number(value, -1e300, 1e300)
     return type(value) is (type(None) if kind is None else kind)
+
+
+def shell_command_of(config: RunConfig) -> str:
+    """Return the command, in the repository's root, that starts a run with this configuration in the default folder."""
+    words = ["--dataset", config.dataset, "--model", config.model]
+    usual = asdict(recipe_for(config.dataset, config.model)) | {"amp": True, "seed": None, "hold_out": None}
+    usual |= {field.name: field.default for field in fields(RunConfig) if field.default is not MISSING}
+    usual |= dict.fromkeys(("limit_train", "limit_val")) | dict.fromkeys(NETWORK_FLAGS)
+    values = asdict(config) | {name: config.model_options.get(name) for name in NETWORK_FLAGS}
+    if config.num_classes != len(config.classes):
+        usual["num_classes"] = len(config.classes)
+    without_flag = ("dataset", "model", "mean", "std", "milestones", "flip", "crop_padding")
+    for name, default in usual.items():
+        flag, value = name.replace("_", "-"), values[name]
+        if name in without_flag or value == default:
+            continue
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return shlex.join(["python", "generalizability/train_s3net.py", *words])
 
 
 def check_same_recipe(flags: Flags, started: RunConfig, folder: Path) -> None:
