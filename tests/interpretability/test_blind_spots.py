@@ -1,14 +1,18 @@
 """What FullGrad cannot see or explain is named as the cause; models and images of all kinds come in and go out."""
 
+import threading
 import warnings
+from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from probe_networks import BLOCK, MODULES, Between, C, images
+import torchvision
+from probe_networks import BLOCK, MODULES, Between, C, images, numbers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from full_grad import FullGrad, IncompleteWarning
 from s3net_common.errors import InputError
@@ -71,6 +75,52 @@ def test_a_custom_function_is_named_as_the_cause():
         FullGrad(Between(lambda h: stored(h))).saliency(images())
 
 
+def computed_in_a_thread(h: Tensor) -> Tensor:
+    results = []
+    thread = threading.Thread(target=lambda: results.append(F.silu(h) * 2))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def with_a_tensor_of_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        constant = torch.ones(C, 1, 1, dtype=torch.float64)
+    model = Between(lambda h: h)
+    model.function = lambda h: h * constant
+    return model
+
+
+def test_another_thread_is_named_as_the_cause():
+    with pytest.warns(IncompleteWarning, match="compiled code or another thread"):
+        FullGrad(Between(computed_in_a_thread)).saliency(images())
+
+
+def test_a_transform_of_torch_func_is_named_as_the_cause():
+    model = Between(lambda h: h + torch.func.jvp(torch.sin, (h,), (torch.ones_like(h),))[1])
+    with pytest.warns(IncompleteWarning, match="another transform of torch.func"):
+        FullGrad(model).saliency(images())
+
+
+def gradient_in_the_pass(h: Tensor) -> Tensor:
+    if not h.requires_grad:
+        return h
+    return h + torch.autograd.grad((h**3).sum(), h, create_graph=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (gradient_in_the_pass, "it computes a gradient in its forward pass"),
+        (lambda h: torchvision.ops.roi_align(h, [torch.ones(1, 4).double()] * len(h), 2), "roi_align cannot be diff"),
+        (lambda h: torchvision.ops.deform_conv2d(h, h[:, :2], numbers(C, C, 1, 1)), "deform_conv2d cannot be diff"),
+    ],
+)
+def test_functions_that_cannot_be_differentiated_twice_are_refused(function, message):
+    with pytest.raises(InputError, match=message):
+        FullGrad(Between(function)).saliency(images())
+
+
 def test_reentrant_checkpoints_are_refused():
     model = Between(lambda part, h: torch.utils.checkpoint.checkpoint(part, h, use_reentrant=True), BLOCK)
     with pytest.raises(InputError, match="CheckpointFunction cannot be differentiated twice"):
@@ -109,6 +159,35 @@ def test_images_that_interact_are_explained_one_by_one():
         warnings.simplefilter("error")
         terms = explainer.decompose(images())[1]
     assert terms["part"].shape == (2, C, 8, 8)
+
+
+def test_images_that_interact_without_a_missing_term_are_noticed():
+    """Batch statistics divide out the image's own part, so that the terms add up to the output all the same."""
+    model = Between(lambda h: F.batch_norm(h, None, None, training=True))
+    explainer = FullGrad(model)
+    with pytest.warns(IncompleteWarning, match="the images of a batch interact"):
+        maps = explainer.saliency(images(4))
+    torch.testing.assert_close(maps[3:], FullGrad(model).saliency(images(4)[3:]))
+
+
+@pytest.mark.parametrize("function", [lambda h: h + torch.randn(8) * 0.1, lambda h: F.dropout(h, 0.5, training=True)])
+def test_a_network_whose_logits_change_is_named(function):
+    with pytest.warns(IncompleteWarning, match="the same image other logits each time, because it is random or keeps"):
+        FullGrad(Between(function)).saliency(images())
+
+
+def test_a_network_that_needs_its_size_of_batch():
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Between(F.silu)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x.view(2, 3, 16, 16))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert FullGrad(Fixed()).completeness_error(images()).max() < 1e-12
 
 
 def test_images_in_another_axis_are_not_mixed_up():
@@ -159,7 +238,7 @@ def test_tensorfloat_is_off_in_the_pass_only():
     try:
         model = Between(look)
         seen.clear()
-        FullGrad(model).saliency(images())
+        FullGrad(model).saliency(images(1))
         assert seen == [("ieee", "ieee") if new else False]
         assert matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
     finally:
@@ -169,9 +248,32 @@ def test_tensorfloat_is_off_in_the_pass_only():
 # ---- What comes in and goes out ----
 
 
+class Output(nn.Module):
+    """Wraps the logits of a network."""
+
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.wrap, self.model = wrap, Between(F.gelu)
+
+    def forward(self, x: Tensor) -> object:
+        return self.wrap(self.model(x))
+
+
+class Attributes(OrderedDict):
+    """A dictionary whose values are attributes, too."""
+
+    __getattr__ = OrderedDict.__getitem__
+
+
+Pair = namedtuple("Pair", ["features", "scores"])
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
+        lambda logits: Attributes(hidden=(logits,), loss=None, logits=logits),
+        lambda logits: Pair(logits[:, None], logits),
+        lambda logits: [None, logits],
         lambda logits: (logits, logits * 2),
         lambda logits: (logits.sum(), logits),
         lambda logits: {"logits": logits, "loss": logits.sum()},
@@ -180,21 +282,31 @@ def test_tensorfloat_is_off_in_the_pass_only():
     ],
 )
 def test_logits_in_a_tuple_a_dictionary_or_an_object(wrap):
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = Between(F.gelu)
-
-        def forward(self, x: Tensor) -> object:
-            return wrap(self.model(x))
-
-    model = Wrapped()
+    model = Output(wrap)
     torch.testing.assert_close(FullGrad(model).saliency(images()), FullGrad(model.model).saliency(images()))
 
 
 def made_in_inference_mode() -> nn.Module:
     with torch.inference_mode():
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
+
+
+def buffer_made_in_inference_mode() -> nn.Module:
+    model = Between(lambda part, h: part(h), nn.BatchNorm2d(C))
+    with torch.inference_mode():
+        model.part.running_mean = torch.zeros(C, dtype=torch.float64)
+    return model
+
+
+def quantized() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(linear(), {nn.Linear})
+
+
+def fake_images() -> Tensor:
+    with FakeTensorMode():
+        return torch.randn(2, 3, 16, 16)
 
 
 def linear(**options: object) -> nn.Module:
@@ -204,6 +316,21 @@ def linear(**options: object) -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "x", "target", "message"),
     [
+        (linear, images().to("meta"), None, "images: these tensors hold no values"),
+        (linear, fake_images(), None, "images: these tensors hold no values"),
+        (linear, images().to_sparse(), None, "images have layout torch.sparse_coo: give a dense tensor"),
+        (linear, images(dtype=torch.float32) > 0, None, "images have type torch.bool: convert them to floating point"),
+        (linear, images(dtype=torch.float16), None, "images have type torch.float16, and the network torch.float32"),
+        (linear, images(dtype=torch.float32), torch.ones(2, device="meta"), "target: these tensors hold no values"),
+        (linear, images(dtype=torch.float32), [], "target names no class"),
+        (linear, images(dtype=torch.float32), "3", "target is '3': give whole class indices"),
+        (lambda: torch.sum, images(), None, "explains an nn.Module, and this is a builtin"),
+        (quantized, images(dtype=torch.float32), None, "its module 1 is quantized"),
+        (with_a_tensor_of_inference_mode, images(), None, "no parameter or buffer, was made in torch.inference_mode"),
+        (buffer_made_in_inference_mode, images(), None, "running_mean was made in torch.inference_mode"),
+        (lambda: torch.jit.trace(linear(), images(dtype=torch.float32)), images(), None, "network: it is scripted"),
+        (lambda: Output(torch.Tensor.long), images(), None, r"gave \(2, 5\) of type torch.int64: FullGrad explains"),
+        (lambda: Output(lambda logits: ((logits,),)), images(), None, "gave tuple: FullGrad explains logits"),
         (linear, images().to(torch.uint8), None, "images have type torch.uint8: convert them to floating point"),
         (linear, images(dtype=torch.float32).numpy(), None, "images are a ndarray: give a tensor"),
         (linear, images(), None, "images have type torch.float64, and the network torch.float32: convert one"),
@@ -218,7 +345,7 @@ def linear(**options: object) -> nn.Module:
             None,
             "images are on cpu, and the network is on",
         ),
-        (nn.Identity, images(), None, r"the model gave \(2, 3, 16, 16\): FullGrad explains logits"),
+        (nn.Identity, images(), None, r"the model gave \(2, 3, 16, 16\) of type torch.float64: FullGrad"),
     ],
 )
 def test_unusable_input_is_an_error_in_one_line(model, x, target, message):
@@ -232,11 +359,16 @@ def test_a_changed_network_is_noticed():
     explainer = FullGrad(model)
     explainer.saliency(images())
     for change in (
+        lambda: model.head.append(nn.Softplus()),
+        lambda: model.load_state_dict({name: value * 1.1 for name, value in model.state_dict().items()}),
+        lambda: setattr(model, "function", lambda h: h.mT),
         lambda: model.stem.weight.data.mul_(2),
         lambda: setattr(model, "function", scripted_swish),
         lambda: model.stem.register_buffer("unused", torch.ones(1)),
     ):
         change()
+        if model.function is not scripted_swish:
+            torch.testing.assert_close(explainer.saliency(images()), FullGrad(model).saliency(images()))
     with pytest.warns(IncompleteWarning, match="did not see every function"):
         explainer.saliency(images())
     model.function = F.silu

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from probe_networks import MODULES, Between, C, error, grid, images, tokens
+from probe_networks import MODULES, Between, C, error, grid, images, numbers, tokens
 from torch import Tensor, nn
 
 from full_grad import FullGrad
@@ -110,7 +110,7 @@ def masked_attention(h):
 
 def attention_with_a_mask_of_infinities(h):
     t = tokens(h)[:, None]
-    mask = torch.where(torch.eye(64).double() > 0, 0.0, torch.randn(64, 64).double()).tril()
+    mask = torch.where(torch.eye(64).double() > 0, 0.0, torch.linspace(-2, 2, 64 * 64).double().view(64, 64)).tril()
     mask = mask.masked_fill(torch.ones(64, 64).triu(1).bool(), -torch.inf)
     return grid(F.scaled_dot_product_attention(t, t * 0.5 + 1, t - 1, mask)[:, 0])
 
@@ -158,7 +158,101 @@ def products(h):
     return torch.einsum("nchw,ncij->nchi", h, h) + torch.baddbmm(torch.ones(1, 1, 1).double(), flat, flat).view_as(h)
 
 
+def complex_exponential(h):
+    z = torch.view_as_real(torch.complex(h, h * 2) * torch.exp(1j * h))
+    angle = torch.polar(h.abs() + 0.1, h).angle()
+    return z[..., 0] * z[..., 1] + angle
+
+
+def into_slices(h):
+    out = torch.empty_like(h)
+    out[..., ::2] = h[..., 1::2].sigmoid()
+    out[..., 1::2] = h[..., ::2] + 1
+    return out
+
+
+def causal_attention(h):
+    t = tokens(h)[:, None]
+    grouped = F.scaled_dot_product_attention(t.repeat(1, 4, 1, 1), t.repeat(1, 2, 1, 1), t - 1, enable_gqa=True)
+    return grid(
+        F.scaled_dot_product_attention(t, t * 0.5 + 1, t - 1, is_causal=True, scale=0.3)[:, 0] + grouped.mean(1)
+    )
+
+
+def flow_by_values(h):
+    steps = 0
+    while h.abs().max() > 0.5 and steps < 5:
+        h, steps = h * 0.7 + 0.01, steps + 1
+    return torch.stack([image.sigmoid() if image.mean() > 0 else image.tanh() + 1 for image in h])
+
+
+def experts(h):
+    t = tokens(h).reshape(-1, C)
+    weight, chosen = t.softmax(-1).topk(1, -1)
+    out = torch.zeros_like(t)
+    for expert in range(C):
+        rows = (chosen == expert).nonzero()[:, 0]
+        out = out.index_add(0, rows, (F.gelu(t[rows]) * (expert + 1) + 0.1) * weight[rows])
+    return grid(out.reshape(len(h), 64, C))
+
+
+def sparse_product(h):
+    matrix = torch.eye(C).double().to_sparse()
+    return torch.sparse.mm(matrix, h.transpose(0, 1).reshape(C, -1)).reshape(C, len(h), 8, 8).transpose(0, 1)
+
+
+def dispatcher(h):
+    return torch.ops.aten.silu(h) + torch.ops.aten.convolution(
+        h, numbers(C, C, 1, 1), numbers(C), [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    )
+
+
+@torch.library.custom_op("fullgrad_tests::swish", mutates_args=())
+def registered_swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def _backward(ctx, gradient):
+    (x,) = ctx.saved_tensors
+    gate = torch.sigmoid(x)
+    return gradient * (gate + x * gate * (1 - gate))
+
+
+registered_swish.register_autograd(
+    _backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0])
+)
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def straight_through(h):
+    return StraightThrough.apply(h) * 2 + 1 + h + (h.round() - h).detach()
+
+
+def saved_on_the_cpu(h):
+    with torch.autograd.graph.save_on_cpu():
+        return F.conv2d(F.silu(h), numbers(C, C, 1, 1))
+
+
 FUNCTIONS = [
+    complex_exponential,
+    into_slices,
+    causal_attention,
+    flow_by_values,
+    experts,
+    sparse_product,
+    dispatcher,
+    registered_swish,
+    straight_through,
+    saved_on_the_cpu,
     fourier,
     complex_and_smooth,
     masked_attention,
@@ -174,7 +268,7 @@ FUNCTIONS = [
 ]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: getattr(function, "__name__", "custom_op"))
 def test_functions_of_all_kinds(function):
     assert error(Between(function)) < 1e-9
 
