@@ -424,9 +424,8 @@ def main(args: Args) -> None:
     keep_freed_memory()
     jobs = initial_jobs(args) * ("initial" in args.only) + training_jobs(args) * ("training" in args.only)
     records = run_jobs(out / "jobs", jobs, args.jobs)
-    curves: dict[str, Any] = {}
-    results: dict[str, Any] = {"growth_rate": args.growth_rate, "batch_size": args.batch_size}
-    results["cpu_seconds"] = round(sum(record["cpu_seconds"] for record in records), 1)
+    curves: dict[str, Any] = {"cpu_seconds": round(sum(record["cpu_seconds"] for record in records), 1)}
+    results: dict[str, Any] = curves | {"growth_rate": args.growth_rate, "batch_size": args.batch_size}
     initial = [record for record in records if record["job"]["part"] == "initial"]
     training = [record for record in records if record["job"]["part"] == "training"]
     if initial:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from s3net_common.errors import InputError, first_line
 
-NAMESPACES = (torch, Tensor, F, torch._C._nn, torch.special, torch.linalg)
+NAMESPACES = (torch, Tensor, F, torch._C._nn, torch.special, torch.linalg, torch.fft)
 
 
 def named(*names: str) -> set[Callable]:
@@ -37,11 +37,14 @@ METADATA = named(
     "__len__", "__hash__", "__repr__", "__format__", "__bool__", "__int__", "__float__", "__index__", "__contains__",
 )  # fmt: skip
 RESHAPES = named("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze")
-PERMUTATIONS = named("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "adjoint", "flip")
+PERMUTATIONS = named("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "adjoint", "flip",
+                     "fliplr", "flipud")  # fmt: skip
 SELECTIONS = named(
     "__getitem__", "narrow", "select", "index_select", "gather", "take_along_dim", "chunk", "split",
     "split_with_sizes", "tensor_split", "hsplit", "vsplit", "unbind", "expand", "expand_as", "broadcast_to",
     "repeat", "repeat_interleave", "tile", "roll", "rot90", "diagonal", "unfold", "channel_shuffle",
+    "take", "masked_select", "dsplit", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes",
+    "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "fftshift", "ifftshift",
 )  # fmt: skip
 COPIES = named(
     "clone", "contiguous", "to", "float", "double", "half", "bfloat16", "type", "type_as", "detach", "detach_",
@@ -71,7 +74,7 @@ PRODUCTS = named("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", "
                  "bmm", "mm", "einsum")  # fmt: skip
 QUOTIENTS = named("div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__")
 CONCATENATIONS = named("cat", "concat", "concatenate")
-JOINS = CONCATENATIONS | named("stack", "hstack", "vstack")
+JOINS = CONCATENATIONS | named("stack", "hstack", "vstack", "dstack", "column_stack", "row_stack")
 EXTREMA = named("max", "min", "maximum", "minimum")
 FIRST_ARGUMENT_ONLY = named("grid_sample", "prelu")
 SYMMETRIC = named(

@@ -43,7 +43,7 @@ from explained_model import (
     run_model,
 )
 from module_names import ModuleNames
-from operation_bias import ChangedError, Operations, Record, watched
+from operation_bias import ChangedError, Flow, Operations, watched
 from places import Layout
 from s3net_common.errors import InputError
 
@@ -194,21 +194,21 @@ class FullGrad:
     def _pass(self, images: Tensor, target: Tensor | None, kind: type[Total]) -> "_Pass":
         key = images.shape, images.dtype
         try:
-            result, records = self._run(images, target, kind, self._records.get(key))
+            result, flow = self._run(images, target, kind, self._flows.get(key))
         except ChangedError:  # the model's flow depends on the images
-            result, records = self._run(images, target, kind, None)
-        self._records[key] = records
+            result, flow = self._run(images, target, kind, None)
+        self._flows[key] = flow
         return result
 
     def _run(
-        self, images: Tensor, target: Tensor | None, kind: type[Total], records: list[Record] | None
-    ) -> tuple["_Pass", list[Record]]:
+        self, images: Tensor, target: Tensor | None, kind: type[Total], known: Flow | None
+    ) -> tuple["_Pass", Flow]:
         names = ModuleNames(self.model) if kind is Terms else None
         with prepared(self.model):
             images = images.detach().clone()
             x = images.clone().requires_grad_()
             copy = x.clone()  # a model may write over its input
-            operations = Operations(copy, records, names)
+            operations = Operations(copy, known, names)
             with nullcontext() if names is None else names.watch(), watched(operations):
                 output = run_model(self.model, copy)
             logits = logits_of(output, len(images))
@@ -225,9 +225,7 @@ class FullGrad:
                 gradients.append(gradient.detach())
         self._tolerance = max(self._tolerance, *(TOLERANCE.get(dtype, 0.0) for dtype in operations.dtypes))
         names = None if names is None else names.names()
-        return _Pass(
-            images, logits.detach(), target, list(zip(sinks, gradients, strict=True)), names
-        ), operations.records
+        return _Pass(images, logits.detach(), target, list(zip(sinks, gradients, strict=True)), names), operations.flow
 
     # ---- What is known about the model ----
 
@@ -235,7 +233,7 @@ class FullGrad:
         """Drop all that was found out about the model: it is new, or has changed."""
         refuse_unusable(self.model)
         self._fingerprint = fingerprint(self.model)
-        self._records: dict[tuple, list[Record]] = {}
+        self._flows: dict[tuple, Flow] = {}
         self._checked = False
         self._one_by_one: bool | None = None
         self._tolerance = 0.0

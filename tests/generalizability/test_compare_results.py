@@ -147,9 +147,9 @@ def test_results_of_validate_10crop_are_compared_with_the_papers(tmp_path):
         ("k=96, centre crop", "26.0"),
     ]
     assert (rows[0]["interval_low"], rows[0]["interval_high"], rows[0]["last_top5_error"]) == ("24.5", "25.5", "8.0")
-    assert "| 25.00 (24.50 to 25.50) [4] |" in markdown
-    assert "[3] Looked up: DenseNet-121, README of github.com/liuzhuang13/DenseNet: 25.0." in markdown
-    assert "[4] With the 95% interval over the images (Wilson score). It does not cover another seed." in markdown
+    assert "| 25.00 (24.50 to 25.50) [5] |" in markdown
+    assert "[4] Looked up: DenseNet-121, README of github.com/liuzhuang13/DenseNet: 25.0; " in markdown
+    assert "[5] With the 95% interval over the images (Wilson score). It does not cover another seed." in markdown
     assert len(all_rows) == 2 + sum(row.dataset == "imagenet" for row in PAPER_ROWS)
 
 
