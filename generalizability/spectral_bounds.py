@@ -73,7 +73,8 @@ from models import create_model, pretrained_file, read_metadata
 from s3net_common.cpu_kernels import keep_freed_memory, plain_operations
 from s3net_common.progress import ProgressBar
 from s3net_networks import create_network
-from training.engine import Progress, make_trainer
+from training.engine import Progress
+from training.optimization import make_trainer
 
 CPU = torch.device("cpu")
 

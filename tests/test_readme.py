@@ -34,6 +34,7 @@ from s3net_networks.size import network_size
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ("expressibility", "generalizability", "interpretability")
 ALL_READMES = [*(ROOT / name / "README.md" for name in ("", *EXPERIMENTS, "weights")), ROOT / "CLAIMS.md"]
+ALL_READMES += sorted((ROOT / "weights").glob("*/README.md"))  # the cards of exported weights
 READMES = [readme for readme in ALL_READMES if readme.is_file()]
 UNITS = {"M": 1e6, "G": 1e9, "MB": 1e6, "ms": 1e-3, "%": 0.01}
 
