@@ -263,9 +263,9 @@ class FullGrad:
             self._independent, changing = True, False
             with prepared(self.model), torch.no_grad(), suppress(Exception):  # a network may need this size of batch
                 outputs = (run_model(self.model, whole.images[:1].clone()) for _ in range(2))
-                alone, again = (logits_of(output, 1, constant=True) for output in outputs)
-                changing = self._differ(alone, again)
-                self._independent = changing or not self._differ(whole.logits[:1], alone)
+                first, second = (logits_of(output, 1, constant=True) for output in outputs)
+                changing = self._differ(first, second)
+                self._independent = changing or not self._differ(whole.logits[:1], first)
             if changing:
                 warnings.warn(
                     "the network gives the same image other logits each time, because it is random or keeps a state: "
