@@ -26,7 +26,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
-from s3net_common.checkpoints import fitting_weights, head_names, load_weights, pretrained_file, read_metadata
+from s3net_common.checkpoints import load_pretrained, load_weights, pretrained_file, read_metadata
 from s3net_common.cpu_kernels import concatenate, norm_relu, norm_relu_conv
 from s3net_common.errors import InputError, nearest_names, shown
 
@@ -300,14 +300,8 @@ def _is_real(value: object) -> bool:
 
 
 def _load_pretrained(model: S3Net, name: str, changed: Sequence[str]) -> S3Net:
-    file = pretrained_file(name)
+    pretrained_file(name)  # there are none for most networks
     if changed:
         options = ", ".join(f"{option}={value}" for option, value in NETWORKS[name].items() if option != "num_classes")
         raise InputError(f"there are trained weights for {name} with {options} only: leave out {', '.join(changed)}")
-    if "num_classes" not in read_metadata(file):
-        raise InputError(f"{file} does not say how many classes it has: put the trainer's best.safetensors there")
-    weights = fitting_weights(model, file, optional=head_names(model))
-    expected = model.state_dict()
-    fitting = {key: value for key, value in weights.items() if value.shape == expected[key].shape}
-    model.load_state_dict(fitting, strict=False)
-    return model
+    return load_pretrained(model, name)

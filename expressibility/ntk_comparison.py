@@ -188,7 +188,7 @@ def why_the_paper_differs(layers: list[int], scores: dict[Topology, list[float]]
     depths = " and ".join(map(str, differences))
     return (
         f"{reason}, which the residual and the proposed curve computed "
-        f"here reproduce to within {100 * max(differences.values()):.2f}% at K = {depths}."
+        f"here reproduce to within {math.ceil(1e4 * max(differences.values())) / 100:.2f}% at K = {depths}."
     )
 
 

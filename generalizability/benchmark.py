@@ -338,7 +338,7 @@ def main(args: Args) -> None:
     if args.graphs and device.type != "cuda":
         raise InputError("--graphs needs a CUDA GPU: leave it out")
     claim_folder(args.out, "benchmark.json", overwrite=args.overwrite)
-    results = run_record() | {"threads": torch.get_num_threads(), "batch_size": BATCH, "device": device_name(device)}
+    results = {"threads": torch.get_num_threads(), "batch_size": BATCH, "device": device_name(device)}
     results["precision"] = Precision(device, Precision.is_faster(device)).name
     if args.only in ("all", "data"):
         results["data"] = benchmark_data(args.rounds)
@@ -350,7 +350,7 @@ def main(args: Args) -> None:
     if args.only in ("all", "training"):
         results["training"] = benchmark_training(args)
         print_training(results["training"])
-    write_json(args.out / "benchmark.json", results)
+    write_json(args.out / "benchmark.json", run_record() | results)
     print(f"\nwritten to {relative(args.out / 'benchmark.json')}")
 
 

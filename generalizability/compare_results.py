@@ -4,12 +4,11 @@
     python generalizability/compare_results.py runs/imagenet-* runs/validate_10crop/*.json --out runs/imagenet
 
 A RUN is the folder of a run of train_s3net.py, or a results file of validate_10crop.py. Runs that differ only in their
-seed become one row (mean ± standard deviation). The table shows the error after the last epoch, because an epoch chosen
-by its error on the test images gives an error that is too low. The lowest error has a column of its own. Prints
-Markdown, and writes table.md, table.csv, comparison.json and scatter.png.
+seed become one row (mean ± standard deviation). A run that has not ended is shown with its epoch. The table shows the
+error after the last epoch, because an epoch chosen by its error on the test images gives an error that is too low. The
+lowest error has a column of its own. Prints Markdown, and writes table.md, table.csv, comparison.json and scatter.png.
 """
 
-import json
 import statistics
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -46,11 +45,22 @@ class Args:
 if __name__ == "__main__":
     answer_flags(Args, __doc__)
 
-from comparison.comparison_table import ADDED, CITED_PAPER, MEASURED, PAPER, Row, csv_text, markdown_section, title
+from comparison.comparison_table import (
+    ADDED,
+    CITED_PAPER,
+    MEASURED,
+    PAPER,
+    Row,
+    csv_text,
+    epochs_cell,
+    markdown_section,
+    title,
+)
 from comparison.error_scatter import Point, draw_scatter
+from comparison.intervals import interval_of_percent
 from comparison.paper_tables import AUGMENTED_ROWS, PAPER_ROWS, PaperRow
+from comparison.runs import Run, read_json, read_run
 from s3net_networks.own_models import models
-from s3net_networks.size import network_size
 
 
 def main(args: Args) -> None:
@@ -75,81 +85,6 @@ def main(args: Args) -> None:
     save_figure(args.out / "scatter.png", figure, figure.dpi)
     print(markdown)
     print(f"written to {relative(args.out)}: table.md, table.csv, comparison.json, scatter.png")
-
-
-# ---- Reading ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """A run as read from its folder: configuration, errors of its finished epochs, and the size of its network."""
-
-    path: Path
-    config: dict
-    history: list[dict]
-    size: dict[str, int]
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run reached its last epoch."""
-        return len(self.history) >= self.config["epochs"]
-
-    def recipe(self) -> str:
-        """Return all settings except the seed as text, which is the same for runs that differ only in the seed."""
-        return json.dumps({key: value for key, value in self.config.items() if key != "seed"}, sort_keys=True)
-
-
-SIZES = ("parameters", "multiply_adds")
-REQUIRED_SETTINGS = {  # in a run's config.json, with their types
-    **dict.fromkeys(("dataset", "model"), str),
-    **dict.fromkeys(("num_classes", "image_size", "epochs", "seed"), int),
-    "model_options": dict,
-}
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run's folder.
-
-    Raises:
-        InputError: the folder is missing, is not a run's, or has a damaged file.
-    """
-    if not folder.exists():
-        raise InputError(f"there is no {relative(folder)}: give the folder of a run")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{relative(folder)} is not the folder of a run: it has no config.json")
-    config = read_json(folder / "config.json")
-    config.pop("environment", None)  # where the data were, the number of workers
-    for name, kind in REQUIRED_SETTINGS.items():
-        if not isinstance(config.get(name), kind):
-            raise InputError(
-                f"{relative(folder / 'config.json')} was not written by train_s3net.py: it has no valid {name}"
-            )
-    metrics = folder / "metrics.jsonl"
-    try:
-        history = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-        history = [{name: float(row[name]) for name in ("val_error", "val_top5_error")} for row in history]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{relative(metrics)} is damaged: resume the run, which writes it again") from error
-    summary = folder / "summary.json"
-    size = read_json(summary) if summary.is_file() else {}
-    if not size.keys() >= set(SIZES):
-        size = network_size(config["model"], config["num_classes"], config["model_options"], config["image_size"])
-    return Run(folder, config, history, {name: size[name] for name in SIZES})
-
-
-def read_json(path: Path) -> dict:
-    """Return the JSON object in a file.
-
-    Raises:
-        InputError: the file is damaged or contains no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{relative(path)} is damaged or not a JSON file") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{relative(path)} contains no JSON object")
-    return content
 
 
 # ---- Rows ---------------------------------------------------------------------------------------------------------
@@ -199,11 +134,13 @@ def run_row(group: list[Run], differing: list[str]) -> Row:
     )
     if first.history:
         last = [run.history[-1] for run in group]
-        best = [min(run.history, key=lambda metrics: metrics["val_error"]) for run in group]
+        best = [run.best for run in group]
         row.last_error, row.last_error_std = mean_and_deviation([metrics["val_error"] for metrics in last])
         row.best_error, row.best_error_std = mean_and_deviation([metrics["val_error"] for metrics in best])
         row.last_top5_error, _ = mean_and_deviation([metrics["val_top5_error"] for metrics in last])
         row.best_top5_error, _ = mean_and_deviation([metrics["val_top5_error"] for metrics in best])
+        if first.finished and len(group) == 1 and (images := config.get("val_images")):
+            row.interval_low, row.interval_high = interval_of_percent(row.last_error, images)
     return row
 
 
@@ -325,15 +262,14 @@ def _epochs(row: Row) -> str:
     """Return how long a network measured here was trained, which may be shorter than the quoted ones were."""
     if row.source != MEASURED or row.epochs is None:
         return ""
-    return (
-        f"({row.epochs} epoch{'s' if row.epochs > 1 else ''})"
-        if row.finished
-        else f"(epoch {row.epochs_done} of {row.epochs})"
-    )
+    epochs = epochs_cell(row) + (f" epoch{'s' if row.epochs > 1 else ''}" if row.finished else "")
+    return f"({epochs}{f', {len(row.seeds)} seeds' if len(row.seeds) > 1 else ''})"
 
 
 def kind_of(row: Row) -> str:
     """Return the row's key in `STYLES`."""
+    if row.source == MEASURED and not row.finished:
+        return "measured here, training not finished"
     if row.source == MEASURED:
         return "measured here" if row.augmented else "measured here, without augmentation"
     return {True: "quoted", False: "quoted, without augmentation", None: "quoted, augmentation unknown"}[row.augmented]

@@ -10,8 +10,9 @@ STYLES = {  # colour and marker by kind of connection
     "sparse": ("#1f5fa8", "o"),
     "dense": ("#27864a", "^"),
     "residual": ("#c0392b", "D"),
-    "sparse, sum": ("#8e44ad", "v"),
+    "sparse, sum": ("#e67e22", "v"),
 }
+DASHES = {"sparse, sum": (0, (3, 3))}  # lies on the curve of "sparse"
 TITLES = {
     "BatchNorm": "with BatchNorm",
     "none": "without BatchNorm",
@@ -34,8 +35,8 @@ def draw_initial(results: dict[str, Any], curves: dict[str, Any]) -> plt.Figure:
             decades = np.array([[row["outputs"]["mean"], *row["outputs"]["ci95"]] for row in selected])
             layers = np.arange(1, deepest + 1)
             if (kind, normalisation) in by_layer:
-                profile.plot(layers, by_layer[kind, normalisation], color=colour, lw=2.2, label=kind)
-            growth.plot(depths, decades[:, 0], color=colour, marker=marker, label=kind)
+                profile.plot(layers, by_layer[kind, normalisation], color=colour, lw=2.2, ls=DASHES.get(kind, "-"))
+            growth.plot(depths, decades[:, 0], color=colour, marker=marker, ls=DASHES.get(kind, "-"), label=kind)
             growth.fill_between(depths, decades[:, 1], decades[:, 2], color=colour, alpha=0.25, lw=0)
         profile.set(title=f"{deepest} layers, {title}", xlabel="layer", xlim=(1, deepest))
         growth.set(xscale="log", xlabel="depth, number of layers", xticks=ends)

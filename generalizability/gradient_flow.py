@@ -85,7 +85,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradient_figures
-from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.cpu_kernels import keep_freed_memory, plain_operations
 from s3net_common.progress import ProgressBar
 from s3net_networks.connections import CONNECTIONS
 from s3net_networks.own_models import models
@@ -174,6 +174,7 @@ def measure_initial(job: Job) -> dict[str, Any]:
     return {"outputs": of_outputs.tolist(), "weights": of_weights.tolist()}
 
 
+@plain_operations()
 def train(job: Job) -> dict[str, Any]:
     """Train a network and return its losses, test error and decades.
 
@@ -184,7 +185,7 @@ def train(job: Job) -> dict[str, Any]:
     """
     torch.manual_seed(job["seed"])
     images, labels, test_images, test_labels = digits()
-    network = build_network(job["kind"], job["depth"], job["growth_rate"])
+    network = build_network(job["kind"], job["depth"], job["growth_rate"]).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), job["peak"], momentum=0.9, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, job["peak"], total_steps=job["steps"], cycle_momentum=False
@@ -247,7 +248,7 @@ def training_jobs(args: Args) -> list[Job]:
         for kind in CONNECTIONS
         if kind != "dense" or depth <= args.dense_depth
     ]
-    return sorted(jobs, key=lambda job: job["kind"] == "dense" and job["depth"] > 50)
+    return sorted(jobs, key=lambda job: job["kind"] == "dense" and job["depth"] > 25)
 
 
 def job_file(folder: Path, job: Job) -> Path:
@@ -424,9 +425,8 @@ def main(args: Args) -> None:
     keep_freed_memory()
     jobs = initial_jobs(args) * ("initial" in args.only) + training_jobs(args) * ("training" in args.only)
     records = run_jobs(out / "jobs", jobs, args.jobs)
-    curves: dict[str, Any] = {}
-    results: dict[str, Any] = {"growth_rate": args.growth_rate, "batch_size": args.batch_size}
-    results["cpu_seconds"] = round(sum(record["cpu_seconds"] for record in records), 1)
+    curves: dict[str, Any] = {"cpu_seconds": round(sum(record["cpu_seconds"] for record in records), 1)}
+    results: dict[str, Any] = curves | {"growth_rate": args.growth_rate, "batch_size": args.batch_size}
     initial = [record for record in records if record["job"]["part"] == "initial"]
     training = [record for record in records if record["job"]["part"] == "training"]
     if initial:

@@ -183,3 +183,9 @@ class RunConfig:
     sync_bn: bool = False
     decode: str = "cpu"
     augment: bool = True
+    norm_decay: bool = True
+    nesterov: bool = False
+    label_smoothing: float = 0.0
+    average_epochs: int = 0
+    early_size: int | None = None
+    early_epochs: int = 0

@@ -70,10 +70,11 @@ from data.image_sets import ImageSet
 from distributed import Ranks
 from lipschitz import linear_layers, spectral_complexity
 from models import create_model, pretrained_file, read_metadata
-from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.cpu_kernels import keep_freed_memory, plain_operations
 from s3net_common.progress import ProgressBar
 from s3net_networks import create_network
-from training.engine import Progress, make_trainer
+from training.engine import Progress
+from training.optimization import make_trainer
 
 CPU = torch.device("cpu")
 
@@ -135,7 +136,7 @@ def train_network(name: str, options: dict, train: ImageSet, seed: int, epochs: 
     options = {"flip": False, "crop_padding": 0.0, "seed": seed}
     batches = TrainingBatches(train, config.batch_size, CPU, config.mean, config.std, **options)
     trainer = make_trainer(model, config, len(batches), compiled=False, ranks=Ranks(0, 1, CPU))
-    with closing(batches):
+    with closing(batches), plain_operations():
         for epoch in range(epochs):
             trainer.train_epoch(batches, Progress(epoch=epoch))
     return model.eval()

@@ -15,6 +15,9 @@ Several nodes (the same on each of them):
 
 Evaluate saved weights:
     python train_s3net.py --eval-only --checkpoint runs/cifar100-s3net_cifar-s0/best.safetensors
+
+Export the last epoch's weights of a run, with a model card:
+    python train_s3net.py --export runs/cifar100-s3net_cifar-s0
 """
 
 import os
@@ -73,6 +76,19 @@ class Args:
     """Momentum of SGD."""
     weight_decay: flag(float, "FLOAT", RECIPE) = None
     """L2 penalty."""
+    norm_decay: bool = True
+    """Apply the L2 penalty also to the parameters of BatchNorm and to biases."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    label_smoothing: flag(float, "FLOAT", "0") = None
+    """Label smoothing of the training loss, 0 to below 1."""
+    average_epochs: flag(int, "N", "0") = None
+    """Average the weights, and BatchNorm's running statistics, over all steps of the last N epochs. The average is what
+    is validated and kept as the best weights."""
+    early_size: flag(int, "INT", "the full size") = None
+    """Height and width in pixels of the training images in the first --early-epochs epochs, smaller to save time."""
+    early_epochs: flag(int, "N", "0") = None
+    """Epochs that train on images of --early-size."""
     schedule: flag(str, f"{{{','.join(SCHEDULES)}}}", RECIPE) = None
     """Learning-rate schedule: step (divide by 10 at each milestone), onecycle or cosine."""
     image_size: flag(int, "INT", RECIPE) = None
@@ -112,14 +128,16 @@ class Args:
     max_pixels: flag(int, "N", f"{MAX_PIXELS:,}") = None
     """Refuse images of more pixels, which could be decompression bombs."""
 
-    out: flag(Path, "DIR", "runs/<dataset>-<model>-s<seed>, or runs/evaluation/<folder>-<checkpoint>") = None
-    """Folder for everything that the run or the evaluation writes."""
+    out: flag(
+        Path, "DIR", "runs/<dataset>-<model>-s<seed>, runs/evaluation/<folder>-<checkpoint> or runs/export/<run>"
+    ) = None
+    """Folder for everything that the run, the evaluation or the export writes."""
     resume: bool = False
     """Resume the run in --out, or start it if it does not exist. The run's folder knows all its flags."""
     checkpoint_every: flag(int, "N", "each epoch only") = None
     """Also save a checkpoint every N steps."""
     overwrite: bool = False
-    """Replace the run or the evaluation in --out, or files of something else with their names."""
+    """Replace the run, the evaluation or the export in --out, or files of something else with their names."""
     tensorboard: bool = False
     """Also write the metrics as TensorBoard events, into <out>/tensorboard."""
 
@@ -127,6 +145,10 @@ class Args:
     """Evaluate --checkpoint on the validation images, without training: errors, also by class, and confusions."""
     checkpoint: flag(Path, "FILE", "none") = None
     """Weights for --eval-only: ours (.safetensors, .pt) or a file that the paper's authors published."""
+    export: flag(Path, "RUN", "none") = None
+    """Export the last epoch's weights of a finished run with a model card, without training, to --out."""
+    unfinished: bool = False
+    """Let --export take a run that has epochs left. The card says so."""
     list_models: bool = False
     """Print the names of all networks and exit."""
     threads: THREADS = None
@@ -160,6 +182,7 @@ from training.config import (
 )
 from training.engine import Precision
 from training.evaluation import check_out, evaluate_trained_network, report_evaluation
+from training.export import export_run
 from training.initial_weights import build_network, complete_flags, open_start, recorded_init
 from training.run_folder import Run
 from training.trained_network import read_trained_network
@@ -177,6 +200,9 @@ def main(args: Args) -> int:
         return 0
     flags = given_flags(args)
     check_flags(flags)
+    if "export" in flags:
+        export_run(flags["export"], flags.get("out"), args.overwrite, args.unfinished)
+        return 0
     if "init" in flags:
         flags["init"] = recorded_init(flags["init"])
     run = Run(flags.get("out") or default_folder(flags))

@@ -88,9 +88,9 @@ if __name__ == "__main__":
     answer_flags(Args, __doc__)
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
+from comparison.intervals import wilson_interval
 from data.batches import DiskEvaluationBatches
 from data.image_sets import DiskImages, open_source
 from data.splits import find_half
@@ -329,12 +329,6 @@ def ten_crop_logits(model: nn.Module, precision: Precision, crops: Tensor) -> Te
 
 
 # ---- Results ------------------------------------------------------------------------------------------------------
-
-
-def wilson_interval(errors: int, count: int) -> tuple[float, float]:
-    """Return the 95% confidence interval of an error rate in percent (Wilson's score interval, 1927)."""
-    low, high = binomtest(errors, count).proportion_ci(method="wilson")
-    return 100 * float(low), 100 * float(high)
 
 
 def describe(args: Args, images: DiskImages, network: Network, confusions: dict[str, ConfusionMatrix]) -> dict:

@@ -193,7 +193,7 @@ def _time(function: Callable, model: nn.Module, images: Tensor, device: torch.de
 # ---- Completeness ---------------------------------------------------------------------------------------------------
 
 
-def measure_completeness(args: Args, device: torch.device, record: dict[str, Any]) -> dict[str, Any]:
+def measure_completeness(args: Args, device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
     """Measure the completeness error of each network. Write completeness.json after each.
 
     Returns:
@@ -214,7 +214,8 @@ def measure_completeness(args: Args, device: torch.device, record: dict[str, Any
             rows[name] = row
             in_order = {name: rows[name] for name in names if name in rows}
             results = {"complete_to": COMPLETE, "summary": completeness_summary(rows), "networks": in_order}
-            write_json(args.out / "completeness.json", record | results)
+            write_json(args.out / "completeness.json", run_record() | settings | results)
+    write_json(args.out / "completeness.json", run_record() | settings | results)  # with the workers' CPU time
     return results
 
 
@@ -309,13 +310,14 @@ def main(args: Args) -> None:
     for name in ("speed", "completeness"):
         if args.only in ("all", name):
             claim_folder(args.out, f"{name}.json", overwrite=args.overwrite)
-    record = run_record() | {"device": str(device), "threads": torch.get_num_threads()}
+    settings = {"device": str(device), "threads": torch.get_num_threads()}
     if args.only != "completeness":
         rows = measure_speed(args, device)
         print_speed(rows)
-        write_json(args.out / "speed.json", record | {"image_size": args.image_size or 224, "rows": rows})
+        results = settings | {"image_size": args.image_size or 224, "rows": rows}
+        write_json(args.out / "speed.json", run_record() | results)
     if args.only != "speed":
-        print_completeness(measure_completeness(args, device, record))
+        print_completeness(measure_completeness(args, device, settings))
     print(f"\nwritten to {args.out}")
 
 

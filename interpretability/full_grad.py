@@ -23,7 +23,7 @@ attention). So (1) also holds where a network has no explicit biases, and `compl
 
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ from explained_model import (
     run_model,
 )
 from module_names import ModuleNames
-from operation_bias import ChangedError, Operations, Record, watched
+from operation_bias import ChangedError, Flow, Operations, watched
 from places import Layout
 from s3net_common.errors import InputError
 
@@ -88,7 +88,8 @@ class FullGrad:
         composites: without effect, accepted for earlier programs.
 
     Raises:
-        InputError: the model holds a scripted module, or parameters that were made in inference mode.
+        InputError: the model is no nn.Module, or holds a scripted or quantized module, or parameters that were made in
+            inference mode.
     """
 
     def __init__(self, model: nn.Module, batch_size: int = 16, composites: object = None) -> None:
@@ -178,7 +179,9 @@ class FullGrad:
         whole = None
         if len(images) == 1 or not self._one_by_one:
             whole = self._pass(images, target, kind)
-            if len(images) == 1 or self._one_by_one is False or self._is_complete(whole):
+            if len(images) == 1 or self._one_by_one is False:
+                return [whole]
+            if self._is_complete(whole) and not self._images_interact(whole):
                 return [whole]
         single = [
             self._pass(images[i : i + 1], None if target is None else target[i : i + 1], kind)
@@ -194,21 +197,21 @@ class FullGrad:
     def _pass(self, images: Tensor, target: Tensor | None, kind: type[Total]) -> "_Pass":
         key = images.shape, images.dtype
         try:
-            result, records = self._run(images, target, kind, self._records.get(key))
+            result, flow = self._run(images, target, kind, self._flows.get(key))
         except ChangedError:  # the model's flow depends on the images
-            result, records = self._run(images, target, kind, None)
-        self._records[key] = records
+            result, flow = self._run(images, target, kind, None)
+        self._flows[key] = flow
         return result
 
     def _run(
-        self, images: Tensor, target: Tensor | None, kind: type[Total], records: list[Record] | None
-    ) -> tuple["_Pass", list[Record]]:
+        self, images: Tensor, target: Tensor | None, kind: type[Total], known: Flow | None
+    ) -> tuple["_Pass", Flow]:
         names = ModuleNames(self.model) if kind is Terms else None
         with prepared(self.model):
-            images = images.detach().clone()
+            images = images.detach().as_subclass(Tensor).clone()
             x = images.clone().requires_grad_()
             copy = x.clone()  # a model may write over its input
-            operations = Operations(copy, records, names)
+            operations = Operations(copy, known, names)
             with nullcontext() if names is None else names.watch(), watched(operations):
                 output = run_model(self.model, copy)
             logits = logits_of(output, len(images))
@@ -225,9 +228,7 @@ class FullGrad:
                 gradients.append(gradient.detach())
         self._tolerance = max(self._tolerance, *(TOLERANCE.get(dtype, 0.0) for dtype in operations.dtypes))
         names = None if names is None else names.names()
-        return _Pass(
-            images, logits.detach(), target, list(zip(sinks, gradients, strict=True)), names
-        ), operations.records
+        return _Pass(images, logits.detach(), target, list(zip(sinks, gradients, strict=True)), names), operations.flow
 
     # ---- What is known about the model ----
 
@@ -235,9 +236,10 @@ class FullGrad:
         """Drop all that was found out about the model: it is new, or has changed."""
         refuse_unusable(self.model)
         self._fingerprint = fingerprint(self.model)
-        self._records: dict[tuple, list[Record]] = {}
+        self._flows: dict[tuple, Flow] = {}
         self._checked = False
         self._one_by_one: bool | None = None
+        self._independent: bool | None = None
         self._tolerance = 0.0
 
     def _is_complete(self, result: "_Pass") -> bool:
@@ -255,9 +257,30 @@ class FullGrad:
             )
         self._checked = True
 
+    def _images_interact(self, whole: "_Pass") -> bool:
+        """Whether the first image has other logits alone than in its batch. Warns if they differ from run to run."""
+        if self._independent is None:
+            self._independent, changing = True, False
+            with prepared(self.model), torch.no_grad(), suppress(Exception):  # a network may need this size of batch
+                outputs = (run_model(self.model, whole.images[:1].clone()) for _ in range(2))
+                first, second = (logits_of(output, 1, constant=True) for output in outputs)
+                changing = self._differ(first, second)
+                self._independent = changing or not self._differ(whole.logits[:1], first)
+            if changing:
+                warnings.warn(
+                    "the network gives the same image other logits each time, because it is random or keeps a state: "
+                    "each map explains one run",
+                    IncompleteWarning,
+                    stacklevel=6,
+                )
+        return not self._independent
+
+    def _differ(self, logits: Tensor, others: Tensor) -> bool:
+        scale = others.abs().amax(dim=1, keepdim=True)
+        return not ((logits - others).abs() <= self._tolerance * scale).all()
+
     def _warn_if_images_interact(self, together: Tensor, separate: Tensor) -> None:
-        scale = separate.abs().amax(dim=1, keepdim=True)
-        if not ((together - separate).abs() <= self._tolerance * scale).all():
+        if self._differ(together, separate):
             warnings.warn(
                 "the images of a batch interact in this network, as in BatchNorm without running statistics: FullGrad "
                 "explains each image by itself",

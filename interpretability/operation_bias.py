@@ -29,7 +29,7 @@ from bias_rules import (
     generic_biases,
 )
 from module_names import ModuleNames
-from places import Layout, Places
+from places import MOVING, Layout, Move, Places
 from s3net_common.errors import InputError
 
 
@@ -73,8 +73,15 @@ class Record(NamedTuple):
     layout: Layout
 
 
+class Flow(NamedTuple):
+    """What a forward pass did: its functions with a bias, and those that move data, each in their order."""
+
+    records: list[Record]
+    moves: list[Move]
+
+
 class ChangedError(Exception):
-    """The model called other functions than in the pass from which the layouts come."""
+    """The model called other functions than in the pass from which the layouts come, or moved its data differently."""
 
 
 class Operations(TorchFunctionMode):
@@ -82,27 +89,27 @@ class Operations(TorchFunctionMode):
 
     Args:
         images: `(N, C, H, W)`, the tensor that the model is called with.
-        records: of an earlier pass with images of this shape. None finds the layouts in this pass.
+        known: an earlier pass with images of this shape. None finds the layouts in this pass.
         names: gives each function its name; None leaves the names out.
 
     Attributes:
         sink: takes the bias-gradients in a backward pass.
-        records: the functions with a bias, in the order of the forward pass.
+        flow: what this pass did.
         dtypes: of their outputs.
         transforms: whether the model used transforms of torch.func, which hide functions from this mode.
         custom_functions: the names of the custom `torch.autograd.Function`s.
     """
 
-    def __init__(self, images: Tensor, records: list[Record] | None = None, names: ModuleNames | None = None) -> None:
+    def __init__(self, images: Tensor, known: Flow | None = None, names: ModuleNames | None = None) -> None:
         super().__init__()
         self.sink: Sink | None = None
-        self.known = records
-        self.records: list[Record] = []
+        self.known = known
+        self.flow = Flow([], [])
         self.names = names
         self.dtypes: set[torch.dtype] = {images.dtype}
         self.transforms = False
         self.custom_functions: set[str] = set()
-        self.places = Places(images) if records is None else None
+        self.places = Places(images) if known is None else None
 
     def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run a function, and note its bias."""
@@ -120,6 +127,8 @@ class Operations(TorchFunctionMode):
             if output.requires_grad:
                 output.register_hook(contiguous)
             return self.note(Call(func, args, kwargs), output)
+        if func is torch.autograd.grad:
+            raise InputError("FullGrad cannot explain this network: it computes a gradient in its forward pass")
         if func in RULES:
             return self.note(Call(func, args, kwargs), func(*args, **kwargs))
         return self.run_unknown(Call(func, args, kwargs))
@@ -148,10 +157,18 @@ class Operations(TorchFunctionMode):
 
     def follow(self, func: Callable, args: tuple, kwargs: dict, output: Any) -> Any:
         """Note where the elements of a function's output come from. Returns the output."""
+        if func in MOVING:
+            self._note_move(Move(func, args, kwargs))
         if self.places is not None:
             with torch.no_grad():
                 self.places.follow(func, args, kwargs, output)
         return output
+
+    def _note_move(self, move: Move) -> None:
+        index = len(self.flow.moves)
+        if self.known is not None and not (index < len(self.known.moves) and move.equals(self.known.moves[index])):
+            raise ChangedError
+        self.flow.moves.append(move)
 
     def note(self, call: Call, output: Any) -> Any:
         """Take the bias of a call, and set a hook for its gradient. Returns the output."""
@@ -206,14 +223,15 @@ class Operations(TorchFunctionMode):
 
     def _layout(self, tensor: Tensor, function: str) -> Layout:
         """Return the layout of an output: from this pass, or from an earlier one, whose functions must be the same."""
-        index = len(self.records)
+        index = len(self.flow.records)
         if self.known is None:
             layout = self.places.layout(tensor)
         else:
-            if index >= len(self.known) or self.known[index][:2] != (function, tensor.shape):
+            records = self.known.records
+            if index >= len(records) or records[index][:2] != (function, tensor.shape):
                 raise ChangedError
-            layout = self.known[index].layout
-        self.records.append(Record(function, tensor.shape, layout))
+            layout = records[index].layout
+        self.flow.records.append(Record(function, tensor.shape, layout))
         return layout
 
 

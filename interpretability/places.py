@@ -1,9 +1,16 @@
 """Follows where in the images each element of a function's output comes from.
 
 Every element of a tensor may have three coordinates: its image, its row and its column, in pixels of the network's
-input. They are followed through functions that move data (views, windows, shifts), and kept by functions that act
-element by element or along the channels. A convolution, a pool or an interpolation starts a fresh grid. A mean over a
-quarter of the image's height or width, or more, has no place. This is done once for each shape of the input.
+input. They are followed through functions that move data (views, windows, shifts, writes into slices), and kept by
+functions that act element by element or along the channels. A convolution, pool or interpolation of the whole image
+starts a fresh grid. If its input is a part of the image, or flipped or shuffled, its output has no place. A mean over a
+quarter of the image's height or width, or more, has no place.
+
+A function that is in no table keeps the places if a backward step shows that each output depends only on inputs at its
+own place. Otherwise (sorting, cumulative sums, Fourier transforms, folding) its outputs have no place. So a term is
+drawn where it belongs, or not at all.
+
+This is done once for each shape of the input, and again when the model moves its data in another way (`Move`).
 """
 
 from collections.abc import Callable
@@ -15,44 +22,57 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bias_rules import (
+    ADDITIONS,
     ATTENTION,
+    BATCH_NORM,
     CONCATENATIONS,
     CONVOLUTIONS,
+    COPIES,
     JOINS,
+    LAYER_NORM,
     LINEAR,
     PERMUTATIONS,
+    QUOTIENTS,
     REDUCTIONS,
     RESAMPLING,
     RESHAPES,
     SELECTIONS,
+    SUBTRACTIONS,
+    SYMMETRIC,
     named,
 )
+from coordinates import (
+    NOWHERE,
+    Coordinates,
+    broadcasts,
+    contracted,
+    equal,
+    half_of_places,
+    line_along,
+    merged,
+    reshape_places,
+    spans,
+    unfold_places,
+    without_repetition,
+)
 
-NOWHERE = float("nan")
 WITHOUT_ROOM = 1 / 4  # of the image's height or width: a mean over more has no place
-GRIDS = CONVOLUTIONS | RESAMPLING | named("grid_sample", "lp_pool2d")
+GRIDS = CONVOLUTIONS | RESAMPLING | named("lp_pool2d")
 MATRIX_PRODUCTS = named("matmul", "__matmul__", "bmm", "mm") | {LINEAR}
-SCRAMBLED = named("sort", "topk", "einsum", "cumsum", "fold")
-PAD, ROLL, UNFOLD = named("pad"), named("roll"), F.unfold
-
-
-class Coordinates(NamedTuple):
-    """Image, row and column of each element of a tensor; NaN where there is none.
-
-    Each of the three broadcasts to the tensor's shape: its size is 1 along axes that it does not depend on.
-    """
-
-    image: Tensor
-    row: Tensor
-    column: Tensor
-
-    def expand(self, shape: torch.Size) -> "Coordinates":
-        """Return coordinates of the full shape."""
-        return Coordinates(*(axis.expand(shape) for axis in self))
-
-    def compact(self) -> "Coordinates":
-        """Reduce the axes that repeat one value in memory to size 1."""
-        return Coordinates(*map(_compact, self))
+SUMS_WITH_PRODUCTS = named("addmm", "baddbmm")
+EXTREMA_ALONG_AXIS = named("max", "min")
+PAD, EINSUM, UNFOLD = named("pad"), named("einsum"), F.unfold
+WRITES = named(
+    "__setitem__", "copy_", "index_copy", "index_copy_", "index_put", "index_put_", "put", "put_", "scatter",
+    "scatter_", "masked_scatter", "masked_scatter_", "select_scatter", "slice_scatter", "diagonal_scatter",
+)  # fmt: skip
+MOVING = RESHAPES | PERMUTATIONS | SELECTIONS | JOINS | WRITES | PAD
+# Also the normalisations, each of whose outputs depends most on the input at its own place.
+ELEMENTWISE = ADDITIONS | SUBTRACTIONS | QUOTIENTS | COPIES | SYMMETRIC | {BATCH_NORM, LAYER_NORM} | named(
+    "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", "relu", "relu_", "leaky_relu", "leaky_relu_", "prelu",
+    "abs", "abs_", "neg", "__neg__", "where", "masked_fill", "masked_fill_", "dropout", "group_norm", "instance_norm",
+    "rms_norm", "log_softmax",
+)  # fmt: skip
 
 
 class Grid(NamedTuple):
@@ -87,6 +107,27 @@ class Layout(NamedTuple):
     grid: Grid | None
 
 
+class Move:
+    """A call of a function that moves data: the function, and all of its arguments but tensors of floating point."""
+
+    def __init__(self, func: Callable, args: tuple, kwargs: dict) -> None:
+        leaves = tree_flatten((args, kwargs))[0]
+        self.func = func
+        self.sizes = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        self.indices = [
+            leaf.clone() for leaf in leaves if isinstance(leaf, Tensor) and not leaf.dtype.is_floating_point
+        ]
+
+    def equals(self, other: "Move") -> bool:
+        """Whether both move elements between the same positions."""
+        return (
+            self.func is other.func
+            and self.sizes == other.sizes
+            and len(self.indices) == len(other.indices)
+            and all(map(torch.equal, self.indices, other.indices))
+        )
+
+
 class Places:
     """The coordinates of all tensors of a forward pass, kept as the attribute `_places` of the tensors.
 
@@ -116,7 +157,7 @@ class Places:
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):  # no function of coordinates
             places = [None] * len(outputs)
         for leaf, coordinates in zip(outputs, places, strict=False):
-            if coordinates is not None and _broadcasts(coordinates, leaf.shape):
+            if coordinates is not None and broadcasts(coordinates, leaf.shape):
                 leaf._places = coordinates
             elif hasattr(leaf, "_places"):
                 del leaf._places
@@ -142,10 +183,8 @@ class Places:
         self, func: Callable, args: tuple, kwargs: dict, known: list[Tensor], outputs: list[Tensor]
     ) -> list[Coordinates | None]:
         first, output = known[0], outputs[0]
-        if func in SCRAMBLED:
-            return [None] * len(outputs)
         if func in RESHAPES and first is args[0]:
-            return [_reshape(first._places, first.shape, output.shape)]
+            return [reshape_places(first._places, first.shape, output.shape)]
         if (func in PERMUTATIONS and first is args[0]) or getattr(func, "__name__", "") == "__get__":
             return [Coordinates(*(func(axis, *args[1:], **kwargs) for axis in first._places))]
         if func in JOINS:
@@ -153,23 +192,61 @@ class Places:
         if func in PAD:
             return [self._padded(first, args, kwargs)]
         if func is UNFOLD:
-            return [Coordinates(*(_unfold(axis, args, kwargs) for axis in first._places.expand(first.shape)))]
+            return [Coordinates(*(unfold_places(axis, args, kwargs) for axis in first._places.expand(first.shape)))]
         if func in SELECTIONS:
             return self._selected(func, args, kwargs)
+        if func in WRITES:
+            return [self._written(func, args, kwargs)]
         if func in GRIDS and output.dim() == 4:
             return [self._sampled(first._places, output)] * len(outputs)
-        if func in REDUCTIONS:
+        if func in CONVOLUTIONS and output.dim() == 3 and output.shape[::2] == first.shape[::2]:
+            return [self._mean(first._places, 1)]
+        if func in REDUCTIONS or (func in EXTREMA_ALONG_AXIS and len(outputs) == 2):
             return [self._reduced(first, *args[1:2], **kwargs)]
         if func in MATRIX_PRODUCTS or func is ATTENTION:
             return [self._product(func, args, output)]
-        return [self._elementwise(known, leaf) for leaf in outputs]
+        if func in SUMS_WITH_PRODUCTS:
+            return [self._product(torch.matmul, args[1:], output)]
+        if func in EINSUM:
+            return [contracted(args[0], [self._places_of(operand) for operand in args[1:]], self._mean)]
+        places = [self._elementwise(known, leaf) for leaf in outputs]
+        return places if func in ELEMENTWISE or self._stay(known, outputs, places) else [None] * len(outputs)
+
+    @staticmethod
+    def _places_of(leaf: Any) -> Coordinates | None:
+        return getattr(leaf, "_places", None) if isinstance(leaf, Tensor) and leaf.requires_grad else None
+
+    @staticmethod
+    def _stay(known: list[Tensor], outputs: list[Tensor], places: list[Coordinates | None]) -> bool:
+        """Whether outputs depend only on inputs of their own place, by the gradients of random halves of the places."""
+        kept = [
+            (output, coordinates)
+            for output, coordinates in zip(outputs, places, strict=True)
+            if output.requires_grad and coordinates is not None and broadcasts(coordinates, output.shape)
+        ]
+        if not kept or any(output is tensor for output in outputs for tensor in known):  # written in place
+            return False
+        for seed in range(4):
+            chosen = [half_of_places(c, seed).expand(output.shape).to(output.dtype) for output, c in kept]
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(
+                    [output for output, _ in kept], known, chosen, retain_graph=True, allow_unused=True
+                )
+            for tensor, gradient in zip(known, gradients, strict=True):
+                others = ~half_of_places(tensor._places, seed).expand(tensor.shape)
+                if gradient is not None and (gradient[others] != 0).any():
+                    return False
+        return True
 
     def _sampled(self, places: Coordinates, output: Tensor) -> Coordinates | None:
         image = places.image.flatten(1)
         low, high = image.nan_to_num(torch.inf).amin(1), image.nan_to_num(-torch.inf).amax(1)  # NaN: padding
         if len(output) != self.n or len(image) != self.n or not torch.equal(low, high):
             return None
-        if places.row.isnan().all():
+        whole = any(places is grid for grid in self._grids.values()) or (
+            spans(line_along(places.row, 2), self.height) and spans(line_along(places.column, 3), self.width)
+        )
+        if places.row.isnan().all() or not whole:
             nowhere = torch.full((1, 1, 1, 1), NOWHERE, device=self.device)
             return Coordinates(low[:, None, None, None], nowhere, nowhere)
         return self.fresh_grid(*output.shape[2:])
@@ -184,7 +261,7 @@ class Places:
             func in CONCATENATIONS
             and len(known) == len(tensors)
             and all(coordinate.shape[axis] == 1 for coordinate in places)
-            and all(_equal(tensor._places, places) for tensor in known[1:])
+            and all(equal(tensor._places, places) for tensor in known[1:])
         ):
             return places
         return self._selected(func, args, kwargs)[0]
@@ -209,16 +286,28 @@ class Places:
         def coordinate(axis: int, leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
                 return leaf
-            if not leaf.requires_grad or not hasattr(leaf, "_places"):
-                return torch.full((), NOWHERE, device=leaf.device).expand(leaf.shape)
-            return leaf._places[axis].expand(leaf.shape)
+            places = self._places_of(leaf)
+            if places is None:
+                return torch.full(leaf.shape, NOWHERE, device=leaf.device)
+            return places[axis].expand(leaf.shape).clone() if func in WRITES else places[axis].expand(leaf.shape)
 
         moved = []
         for axis in range(3):
             axis_args, axis_kwargs = tree_map(lambda leaf, axis=axis: coordinate(axis, leaf), (args, kwargs))
             result = func(*axis_args, **axis_kwargs)
+            result = axis_args[0] if result is None else result  # __setitem__
             moved.append([leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)])
         return [Coordinates(*axes).compact() for axes in zip(*moved, strict=True)]
+
+    def _written(self, func: Callable, args: tuple, kwargs: dict) -> Coordinates | None:
+        """Write the coordinates of what is written. Constants get the places of what they replace."""
+        before = self._places_of(args[0])
+        if all(self._places_of(leaf) is None for leaf in tree_flatten((args[1:], kwargs))[0]):
+            return before
+        (places,) = self._selected(func, args, kwargs)
+        if args[0]._is_view() and hasattr(args[0]._base, "_places"):
+            del args[0]._base._places
+        return places if before is None else merged(places, before.expand(args[0].shape))
 
     def _reduced(self, tensor: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Coordinates | None:
         axes = range(tensor.dim()) if dim is None else dim if isinstance(dim, tuple | list) else [dim]
@@ -248,15 +337,28 @@ class Places:
         if same:
             places = same[0]._places
             for tensor in same[1:]:
-                places = _merged(places, tensor._places)
+                places = self._common(places, tensor._places)
             return places
         for tensor in known:
             if tensor.dim() == output.dim() and tensor.shape[:-1] == output.shape[:-1]:
                 return self._mean(tensor._places, -1)
         for tensor in known:
-            if tensor.dim() == output.dim() and _broadcasts(tensor._places, output.shape):
+            if tensor.dim() == output.dim() and broadcasts(tensor._places, output.shape):
                 return tensor._places
         return None
+
+    def _common(self, places: Coordinates, others: Coordinates) -> Coordinates:
+        """Return the places of a sum of two tensors of the same shape: their mean, if they are near each other."""
+        if equal(places, others):
+            return places
+        image = torch.where(places.image.isnan(), others.image, places.image)
+        gaps = [(a - b).abs() for a, b in zip(places, others, strict=True)]  # NaN where one has no place
+        far = (gaps[0] > 0) | (gaps[1] > self.height * WITHOUT_ROOM) | (gaps[2] > self.width * WITHOUT_ROOM)
+        row, column = (
+            torch.where(far, NOWHERE, torch.where(a.isnan(), b, torch.where(b.isnan(), a, (a + b) / 2)))
+            for a, b in zip(places[1:], others[1:], strict=True)
+        )
+        return Coordinates(image, row, column)
 
     def _mean(self, places: Coordinates, axis: int) -> Coordinates:
         """Return the mean place along an axis, which keeps size 1."""
@@ -282,7 +384,7 @@ class Places:
     def _image_axis(self, places: Coordinates, shape: torch.Size) -> tuple[int | None, int]:
         if self.n == 1 or (places.image.numel() == self.n == shape[0] == places.image.shape[0]):
             return 0, shape[0] // self.n
-        image = _without_repetition(places.image)
+        image = without_repetition(places.image)
         axes = [axis for axis, size in enumerate(image.shape) if size > 1]
         if image.isnan().all():
             return _rows_of_images(shape, self.n)[:2]
@@ -296,18 +398,19 @@ class Places:
         return None, 1
 
     def _grid(self, places: Coordinates) -> Grid | None:
-        places = Coordinates(*map(_without_repetition, places))
+        places = Coordinates(*map(without_repetition, places))
         full = torch.broadcast_shapes(*(coordinate.shape for coordinate in places))
         free = tuple(axis for axis, size in enumerate(full) if size == 1)
         image, row, column = (coordinate.expand(full).flatten() for coordinate in places)
         placed = ~(image.isnan() | row.isnan() | column.isnan())
         rows, columns = row[placed].unique(), column[placed].unique()
-        size = len(rows), len(columns)
-        cells = size[0] * size[1]
-        if cells <= 1 or cells * self.n > int(placed.sum()):
+        if len(rows) * len(columns) <= 1 or len(rows) * len(columns) * self.n > int(placed.sum()):
             return None
+        size, lattice = zip(_lattice(rows, self.height, columns), _lattice(columns, self.width, rows), strict=True)
+        cells = size[0] * size[1]
         index = placed.nonzero()[:, 0]
-        cell = torch.searchsorted(rows, row[index]) * size[1] + torch.searchsorted(columns, column[index])
+        cell = lattice[0][torch.searchsorted(rows, row[index])] * size[1]
+        cell += lattice[1][torch.searchsorted(columns, column[index])]
         cell += image[index].long() * cells
         ordered = len(cell) == len(placed) == self.n * cells and bool((cell == index).all())
         return Grid(free, size, True, None, None) if ordered else Grid(free, size, False, index, cell)
@@ -319,79 +422,13 @@ def _rows_of_images(shape: torch.Size, n: int) -> Layout:
     return Layout(0 if splits else None, shape[0] // n if splits else 1, None)
 
 
-def _broadcasts(places: Coordinates, shape: torch.Size) -> bool:
-    return all(
-        coordinate.dim() == len(shape) and all(c in (1, s) for c, s in zip(coordinate.shape, shape, strict=True))
-        for coordinate in places
-    )
+def _lattice(values: Tensor, length: int, others: Tensor) -> tuple[int, Tensor]:
+    """Return the number of cells in the whole image's height or width, and the cell of each of the sorted values.
 
-
-def _equal(places: Coordinates, others: Coordinates) -> bool:
-    return places is others or all(map(torch.equal, places, others))
-
-
-def _compact(coordinate: Tensor) -> Tensor:
-    for axis in range(coordinate.dim()):
-        if coordinate.stride(axis) == 0 and coordinate.shape[axis] > 1:
-            coordinate = coordinate.narrow(axis, 0, 1)
-    return coordinate
-
-
-def _without_repetition(coordinate: Tensor) -> Tensor:
-    """Reduce the axes that a coordinate does not depend on to size 1."""
-    for axis in range(coordinate.dim()):
-        if coordinate.shape[axis] > 1:
-            first = coordinate.narrow(axis, 0, 1)
-            if ((coordinate == first) | (coordinate.isnan() & first.isnan())).all():
-                coordinate = first
-    return coordinate
-
-
-def _merged(places: Coordinates, others: Coordinates) -> Coordinates:
-    """Fill coordinates that are missing from others of the same tensor shape."""
-    if _equal(places, others) or not any(coordinate.isnan().any() for coordinate in places):
-        return places
-    return Coordinates(*(torch.where(a.isnan(), b, a) for a, b in zip(places, others, strict=True)))
-
-
-def _unfold(coordinate: Tensor, args: tuple, kwargs: dict) -> Tensor:
-    """`F.unfold` of coordinates from 0 on: its padding, which is 0, has none."""
-    patches = F.unfold(coordinate + 1, *args[1:], **kwargs)
-    return torch.where(patches == 0, NOWHERE, patches - 1)
-
-
-def _reshape(places: Coordinates, old: torch.Size, new: torch.Size) -> Coordinates:
-    """Reshape coordinates, keeping size 1 along groups of axes that they do not depend on."""
-    groups = _axis_groups(old, new)
-
-    def reshape(coordinate: Tensor) -> Tensor:
-        full, reshaped = [], []
-        for before, after in groups:
-            depends = any(coordinate.shape[axis] > 1 for axis in before)
-            full += [old[axis] if depends else 1 for axis in before]
-            reshaped += [new[axis] if depends else 1 for axis in after]
-        return coordinate.expand(full).reshape(reshaped)
-
-    return Coordinates(*map(reshape, places))
-
-
-def _axis_groups(old: torch.Size, new: torch.Size) -> list[tuple[list[int], list[int]]]:
-    """Pair the smallest groups of neighbouring axes that hold equally many elements before and after a reshape."""
-    groups = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        before, after = [], []
-        sizes = [1, 1]
-        if i < len(old):
-            before, sizes[0], i = [i], old[i], i + 1
-        if j < len(new) and (not before or old[before[0]] != 1 or new[j] == 1):
-            after, sizes[1], j = [j], new[j], j + 1
-        while sizes[0] != sizes[1]:
-            if sizes[0] < sizes[1]:
-                before.append(i)
-                sizes[0], i = sizes[0] * old[i], i + 1
-            else:
-                after.append(j)
-                sizes[1], j = sizes[1] * new[j], j + 1
-        groups.append((before, after))
-    return groups
+    A single value has the spacing of the values along the other axis.
+    """
+    if spans(values, length):
+        return len(values), torch.arange(len(values), device=values.device)
+    spacing = (values if len(values) > 1 else others).diff().min().item()
+    cells = min(length, max(1, round(length / spacing)))
+    return cells, ((values + 0.5) / length * cells).long().clamp(0, cells - 1)

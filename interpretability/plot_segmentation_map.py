@@ -16,7 +16,6 @@ As for the paper's figures, the whole image is resized to a square; --no-squash 
 """
 
 import csv
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,13 +122,13 @@ def main(args: Args) -> None:
         "interval": intervals(scores),
         "difference": intervals(scores, networks[0].name),
         "dice": {name: mean_dice(method_scores) for name, method_scores in scores.items()},
-        "cpu_seconds": round(time.process_time(), 1),
     }
     write_json(args.out / "scores.json", run_record() | report)
     drawn = pictures if args.images else pictures[:FIGURE_SCENES]
-    shown = [column for column in columns if column[0] not in OUTSIDE_FIGURE]
+    titles = {name: name if name not in errors else f"FullGrad ({name})" for name in scores}
+    shown = [(titles[name], *column) for name, *column in columns if name not in OUTSIDE_FIGURE]
     draw_segmentations(args.out / "segmentation.png", drawn, shown, args.percentile)
-    draw_dice(args.out / "dice.png", {name: dice_curves(method_scores) for name, method_scores in scores.items()})
+    draw_dice(args.out / "dice.png", {titles[name]: dice_curves(scores[name]) for name in scores})
     write_atomically(args.out / "dice.csv", lambda path: write_dice(path, scores))
     write_atomically(args.out / "scores.csv", lambda path: write_scores(path, scores))
     if faithfulness:

@@ -84,7 +84,7 @@ from map_scores import autocorrelation, bootstrap, interval, score_map, sharpnes
 from pictures import Picture
 from rival_maps import gradients
 from s3net_common.checkpoints import load_weights
-from s3net_common.cpu_kernels import keep_freed_memory
+from s3net_common.cpu_kernels import keep_freed_memory, plain_operations
 from s3net_common.progress import ProgressBar
 from s3net_common.weight_files import read_header
 from s3net_networks import create_network
@@ -225,7 +225,8 @@ def train_one(training: Training, args: Args, device: torch.device, bar: Progres
             save_network(equal, training, model, results | measured(model, args, started))
 
     started = time.process_time()
-    model = train(training, device, bar.update, after_epoch)
+    with plain_operations():  # the images are small
+        model = train(training, device, bar.update, after_epoch)
     save_network(weight_file(args, training), training, model, results | measured(model, args, started))
 
 

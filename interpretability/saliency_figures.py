@@ -170,8 +170,9 @@ def draw_faithfulness(path: Path, results: dict[str, dict[str, dict]]) -> None:
         path: PNG to write.
         results: what `measure_faithfulness` returns, for each network by name.
     """
-    figure = Figure(figsize=(9, 3.2 * len(results)), layout="constrained")
+    figure = Figure(figsize=(9, 4.6 * len(results)), layout="constrained")
     rows = figure.subplots(len(results), 2, squeeze=False, sharey="row")
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": 2}
     for axes, (network, methods) in zip(rows, results.items(), strict=True):
         for axis, kind, better in zip(axes, ("insertion", "deletion"), ("higher", "lower"), strict=True):
             for method, values in methods.items():
@@ -180,7 +181,7 @@ def draw_faithfulness(path: Path, results: dict[str, dict[str, dict]]) -> None:
                 axis.plot(np.linspace(0, 100, len(curve)), curve, label=label)
             verb = "revealed" if kind == "insertion" else "removed"
             axis.set(title=f"{network}: {kind} ({better} is better)", xlabel=f"% of pixels {verb}")
-            axis.legend(fontsize=8, title="method (area)", title_fontsize=8)
+            axis.legend(fontsize=8, title="method (area)", title_fontsize=8, **below)
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("probability of the class")
     save_figure(path, figure, DPI)
@@ -212,7 +213,7 @@ def draw_comparison(path: Path, report: dict) -> None:
         for i, name in enumerate(names):
             if score == "accuracy":
                 axis.plot(rows[name]["accuracy"], [i] * len(rows[name]["accuracy"]), "|k")
-                axis.plot(rows[name]["mean_accuracy"], i, "ok", label="seeds and mean" if i == 0 else None)
+                axis.plot(rows[name]["mean_accuracy"], i, "ok", label="accuracy (lines: seeds)" if i == 0 else None)
             elif score == "autocorrelation":
                 _interval(axis, rows[name][score], i, "C1", "gradient" if i == 0 else None)
             else:
@@ -224,7 +225,8 @@ def draw_comparison(path: Path, report: dict) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[len(scores) + 2 :]:
         axis.axis("off")
-    axes[1].legend(fontsize=8)
+    handles = [handle for axis in axes[:2] for handle in axis.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
     save_figure(path, figure, DPI)
 
 

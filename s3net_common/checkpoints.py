@@ -22,6 +22,7 @@ from s3net_common.weight_names import Match, container_rank, match_names, publis
 
 # In a clone the trained weights are in weights/; a wheel installs them beside this package as s3net_weights/.
 WEIGHTS = next((ROOT / name for name in ("s3net_weights", "weights") if (ROOT / name).is_dir()), ROOT / "weights")
+PRETRAINED_FILES = ("last.safetensors", "best.safetensors")  # in a network's folder, the first one has precedence
 # Of a trainer's last.pt, which training/run_folder.py writes: its configuration and its weights.
 RUN_CONFIG, RUN_WEIGHTS = "config", "model"
 _FINITE = ("weight", "bias", "running_mean", "running_var")  # ends of names; other buffers may hold infinity
@@ -33,12 +34,16 @@ Report = Callable[[str], object]  # is called with a line about what was loaded
 def pretrained_file(name: str) -> Path:
     """Return the path of the trained weights of a network that come with this repository.
 
+    They are those of the last epoch of a run or, if there are none, those of its best epoch.
+
     Raises:
         InputError: the network has none.
     """
-    file = WEIGHTS / name / "best.safetensors"
-    if not file.is_file():
-        available = ", ".join(sorted(path.parent.name for path in WEIGHTS.glob("*/best.safetensors")))
+    file = next((file for kind in PRETRAINED_FILES if (file := WEIGHTS / name / kind).is_file()), None)
+    if file is None:
+        available = ", ".join(
+            sorted({path.parent.name for kind in PRETRAINED_FILES for path in WEIGHTS.glob(f"*/{kind}")})
+        )
         scope = f"only for {available}" if available else f"since {WEIGHTS} is missing: get the whole repository"
         raise InputError(
             f"there are no trained weights for {name}, {scope}; or train it with generalizability/train_s3net.py and "
@@ -74,6 +79,23 @@ def load_weights(model: nn.Module, path: str | Path, report: Report | None = Non
     """
     weights = fitting_weights(model, path, report=report)
     model.load_state_dict(weights, strict=False)
+    return model
+
+
+def load_pretrained(model: nn.Module, name: str) -> nn.Module:
+    """Load the trained weights of this repository into a network with this name, and return the network.
+
+    If its number of classes differs from theirs, the classifier keeps its weights.
+
+    Raises:
+        InputError: there are none for this network, or the file is damaged.
+    """
+    file = pretrained_file(name)
+    if "num_classes" not in read_metadata(file):
+        raise InputError(f"{file} does not say how many classes it has: put a file there that the trainer wrote")
+    weights = fitting_weights(model, file, optional=head_names(model))
+    expected = model.state_dict()
+    model.load_state_dict({k: v for k, v in weights.items() if v.shape == expected[k].shape}, strict=False)
     return model
 
 

@@ -15,6 +15,8 @@ These kernels need no compiler.
 
 import ctypes
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from torch.autograd import forward_ad
 
 aten = torch.ops.aten
 CHANNELS_LAST = torch.channels_last
+_kernels_allowed = True  # see plain_operations
 ROW_WIDTH = 384  # target number of elements in a row: several vector registers, with statistics that fit the L1 cache
 
 
@@ -59,6 +62,20 @@ def concatenate(tensors: list[Tensor], training: bool) -> Tensor:
     return torch.cat(tensors, dim=1)
 
 
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """Use PyTorch's operations instead of these kernels, in the whole process.
+
+    They are faster for small inputs: by a factor of 2 for 20,000 elements, and up to about 300,000 elements.
+    """
+    global _kernels_allowed
+    _kernels_allowed = False
+    try:
+        yield
+    finally:
+        _kernels_allowed = True
+
+
 def keep_freed_memory() -> bool:
     """Tell the C library to keep freed memory in the process instead of returning it to the system.
 
@@ -89,7 +106,8 @@ def _is_batched(grad: Tensor) -> bool:
 
 def _use_kernel(x: Tensor, norm: nn.BatchNorm2d) -> bool:
     return (
-        x.device.type == "cpu"
+        _kernels_allowed
+        and x.device.type == "cpu"
         and norm.training
         and _records_plain_gradients()
         and x.dtype in (torch.float32, torch.bfloat16)

@@ -17,10 +17,6 @@ class LocalError(InputError):
     """An InputError that concerns one distributed rank. That rank prints it; all others stay silent."""
 
 
-class ReportedError(InputError):
-    """An InputError that another distributed rank prints. This process ends with its exit code and prints nothing."""
-
-
 def nearest_names(name: str, known: Iterable[str]) -> str:
     """Return "did you mean ...?" with the known names closest to `name`, or a list of all known names."""
     known = list(known)

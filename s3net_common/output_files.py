@@ -221,8 +221,13 @@ def _lock(descriptor: int) -> None:
 
 
 def run_record() -> dict[str, Any]:
-    """Return what is recorded with every result: `command`, `versions` and `machine`."""
-    return {"command": shell_command(), "versions": versions(), "machine": machine()}
+    """Return what is recorded with every result: `command`, `versions`, `machine` and `cpu_seconds` until now."""
+    return {
+        "command": shell_command(),
+        "versions": versions(),
+        "machine": machine(),
+        "cpu_seconds": round(sum(os.times()[:4]), 1),  # of this process and of its children that have ended
+    }
 
 
 def shell_command() -> str:

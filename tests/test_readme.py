@@ -1,4 +1,4 @@
-"""The READMEs: their numbers are those of the recorded results, their commands and links work.
+"""READMEs and CLAIMS.md: their numbers are those of the recorded results, their commands and links work.
 
 A table of results follows a comment `<!-- numbers: FILE FILE ... -->`, with paths relative to the README. Each number
 in the table's body, except in the first column (labels of the rows), must be a number of one of these files after
@@ -33,7 +33,8 @@ from s3net_networks.size import network_size
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ("expressibility", "generalizability", "interpretability")
-ALL_READMES = [ROOT / name / "README.md" for name in ("", *EXPERIMENTS, "weights")]
+ALL_READMES = [*(ROOT / name / "README.md" for name in ("", *EXPERIMENTS, "weights")), ROOT / "CLAIMS.md"]
+ALL_READMES += sorted((ROOT / "weights").glob("*/README.md"))  # the cards of exported weights
 READMES = [readme for readme in ALL_READMES if readme.is_file()]
 UNITS = {"M": 1e6, "G": 1e9, "MB": 1e6, "ms": 1e-3, "%": 0.01}
 
@@ -63,7 +64,9 @@ class Number:
         return any(abs(self.value - recorded / scale) <= self.tolerance * (1 + 1e-6) for scale in scales)
 
 
-NUMBER = re.compile(r"(?<![\w.\-−])([-−+]?)(\d[\d,]*)(\.\d+)?(e[-+]?\d+)?(?: ?(MB|ms|M|G|%)(?![A-Za-z]))?(?![\w])")
+NUMBER = re.compile(
+    r"(?<![\w.\-−])([-−+]?)(\d(?:[\d,]*\d)?)(\.\d+)?(e[-+]?\d+)?(?: ?(MB|ms|M|G|%)(?![A-Za-z]))?(?![\w])"
+)
 
 
 def printed_numbers(text: str) -> list[Number]:

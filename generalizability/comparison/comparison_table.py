@@ -27,6 +27,7 @@ COLUMNS = (
     "top-5 error %",
     "epochs",
     "seeds",
+    "augmentation",
     "source",
 )
 NUMERIC_COLUMNS = slice(2, 9)  # aligned to the right
@@ -46,7 +47,8 @@ class Row:
         last_error, last_top5_error: after the last epoch, mean over seeds; for a quoted network its only error.
         best_error, best_top5_error: at the epoch with the lowest top-1 error.
         last_error_std, best_error_std: standard deviation over seeds, for two or more.
-        interval_low, interval_high: 95% interval of `last_error` over images, of a validate_10crop.py result.
+        interval_low, interval_high: 95% interval of `last_error` over images, of one finished run or of a
+            validate_10crop.py result.
         epochs_done, epochs: finished and planned epochs of a run.
         seeds: seeds of the runs in this row.
         finished: whether the run reached its last epoch.
@@ -122,11 +124,6 @@ FOOTNOTES = [
     ),
     Footnote(
         "error %",
-        lambda row: row.augmented is None,
-        lambda rows: "Whether the training images were augmented was not found.",
-    ),
-    Footnote(
-        "error %",
         lambda row: row.looked_up == "",
         lambda rows: "Not checked: the table of the cited paper could not be looked up.",
     ),
@@ -138,7 +135,7 @@ FOOTNOTES = [
     Footnote(
         "error %",
         lambda row: row.interval_low is not None,
-        lambda rows: "With the 95% interval over the images (Wilson score).",
+        lambda rows: "With the 95% interval over the images (Wilson score). It does not cover another seed.",
     ),
 ]
 
@@ -177,10 +174,18 @@ def row_cells(row: Row) -> dict[str, str]:
         "error %": error,
         "best error %": percent(row.best_error, row.best_error_std),
         "top-5 error %": percent(row.last_top5_error),
-        "epochs": "" if row.epochs is None else f"{row.epochs_done}/{row.epochs}",
+        "epochs": epochs_cell(row),
         "seeds": str(len(row.seeds)) if row.seeds else "",
+        "augmentation": {True: "yes", False: "no", None: "unknown"}[row.augmented],
         "source": row.source if row.finished else f"{row.source}, unfinished",
     }
+
+
+def epochs_cell(row: Row) -> str:
+    """Return the epochs of a run that has ended, or which of its epochs it has reached."""
+    if row.epochs is None:
+        return ""
+    return str(row.epochs) if row.finished else f"epoch {row.epochs_done} of {row.epochs}"
 
 
 def percent(value: float | None, deviation: float | None = None) -> str:

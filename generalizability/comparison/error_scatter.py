@@ -17,6 +17,7 @@ from s3net_common.log_ticks import plain_ticks
 STYLES = {  # by `Point.kind`, which the legend shows
     "measured here": {"marker": "o", "color": "tab:red", "markersize": 8},
     "measured here, without augmentation": {"marker": "s", "color": "tab:red", "markersize": 7, "fillstyle": "none"},
+    "measured here, training not finished": {"marker": "v", "color": "tab:orange", "markersize": 8},
     "quoted": {"marker": "D", "color": "tab:blue", "markersize": 6, "fillstyle": "none"},
     "quoted, without augmentation": {"marker": "x", "color": "gray", "markersize": 7},
     "quoted, augmentation unknown": {"marker": "^", "color": "gray", "markersize": 6, "fillstyle": "none"},

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from types import UnionType
@@ -20,7 +21,8 @@ from s3net_common.errors import InputError, nearest_names, shown
 from s3net_common.limits import check_numbers
 from s3net_common.output_files import relative
 from s3net_networks import fix_options, list_networks
-from training.engine import SCHEDULES, Precision
+from training.engine import Precision
+from training.optimization import SCHEDULES
 
 Flags = dict[str, Any]  # the flags that the user gave, by name; see s3net_common.command_line.given_flags
 
@@ -31,12 +33,14 @@ ENVIRONMENT_FLAGS = {
     **dict.fromkeys(("workers", "checkpoint_every", "max_pixels"), int),
     **dict.fromkeys(("skip_unreadable", "compile", "graphs", "tensorboard"), bool),
 }
+TRAINING_FLAGS = ("norm_decay", "nesterov", "label_smoothing", "average_epochs", "early_size", "early_epochs")
 DATA_FLAGS = ("dataset", "image_size", "hold_out", "limit_train", "limit_val")  # which images, and how they are read
 MINIMUM = {
     **dict.fromkeys(("epochs", "batch_size", "accumulate", "checkpoint_every", "num_classes"), 1),
     **dict.fromkeys(("limit_train", "limit_val"), 1),
-    **dict.fromkeys(("momentum", "weight_decay", "seed", "workers"), 0),
-    "image_size": 4,
+    **dict.fromkeys(("momentum", "weight_decay", "seed", "workers", "label_smoothing"), 0),
+    **dict.fromkeys(("average_epochs", "early_epochs"), 0),
+    **dict.fromkeys(("image_size", "early_size"), 4),
 }
 
 
@@ -65,12 +69,18 @@ def check_flags(flags: Flags) -> None:
         )
     if not 0 < flags.get("lr", 1) < math.inf:
         raise InputError(f"--lr {flags['lr']} is not possible: give a number above 0")
+    if not flags.get("label_smoothing", 0) < 1:
+        raise InputError(f"--label-smoothing {flags['label_smoothing']} is not possible: give a number below 1")
     check_numbers(flags)
     if "checkpoint" in flags and not flags.get("eval_only"):
         raise InputError(
             "--checkpoint is for --eval-only: leave it out, or pass --resume to resume a run, or --init FILE to start "
             "a new one from these weights"
         )
+    if "export" in flags and (others := sorted(flags.keys() - {"export", "out", "overwrite", "unfinished", "threads"})):
+        raise InputError(f"--export takes the run as it is: leave out --{others[0].replace('_', '-')}")
+    if "unfinished" in flags and "export" not in flags:
+        raise InputError("--unfinished is for --export: leave it out")
     if "init" in flags and "eval_only" in flags:
         raise InputError("--init is for training: to evaluate weights, pass them as --checkpoint FILE")
 
@@ -110,6 +120,7 @@ def resolve_config(flags: Flags, data: Halves, device: torch.device, start: dict
         sync_bn=flags.get("sync_bn", False),
         decode=flags.get("decode", "cpu"),
         augment=flags.get("augment", True),
+        **{name: flags[name] for name in TRAINING_FLAGS if name in flags},
     )
     check_sizes(config)
     return RunConfig(**json.loads(json.dumps(asdict(config))))  # tuples become lists, as in config.json
@@ -119,7 +130,8 @@ def check_sizes(config: RunConfig) -> None:
     """Check the settings that depend on each other.
 
     Raises:
-        InputError: there are too few outputs, or more accumulation steps than images in a batch.
+        InputError: there are too few outputs, more accumulation steps than images in a batch, more epochs of one kind
+            than epochs, or one of two flags that belong together.
     """
     if config.num_classes < len(config.classes):
         raise InputError(
@@ -127,6 +139,16 @@ def check_sizes(config: RunConfig) -> None:
         )
     if config.accumulate > config.batch_size:
         raise InputError(f"--accumulate {config.accumulate} is too large: the batch has {config.batch_size} images")
+    for name in ("average_epochs", "early_epochs"):
+        if (epochs := getattr(config, name)) > config.epochs:
+            flag = f"--{name.replace('_', '-')} {epochs}"
+            raise InputError(f"{flag} is too large: the run has {config.epochs} epochs")
+    if (config.early_size is None) != (config.early_epochs == 0):
+        raise InputError("--early-size and --early-epochs belong together: give both, or none")
+    if config.early_size and config.early_size >= config.image_size:
+        raise InputError(f"--early-size {config.early_size} is not smaller than the images, {config.image_size} pixels")
+    if config.nesterov and config.momentum == 0:
+        raise InputError("--nesterov needs a --momentum above 0")
 
 
 def check_device(config: RunConfig, flags: Flags, ranks: Ranks) -> None:
@@ -137,6 +159,8 @@ def check_device(config: RunConfig, flags: Flags, ranks: Ranks) -> None:
     """
     if flags.get("graphs") and (ranks.device.type != "cuda" or ranks.world_size > 1):
         raise InputError("--graphs is for a single process on a CUDA GPU: leave it out")
+    if flags.get("graphs") and config.early_size:
+        raise InputError("--graphs is for images of one size: leave it out, or --early-size")
     if config.sync_bn and ranks.device.type != "cuda":
         raise InputError("--sync-bn is for CUDA GPUs: PyTorch has no BatchNorm over several processes on other devices")
     if config.decode != "cpu" and config.dataset != "imagenet":
@@ -210,6 +234,24 @@ def has_type(value: object, kind: Any) -> bool:
     if kind is float:
         return is_number(value, -1e300, 1e300)
     return type(value) is (type(None) if kind is None else kind)
+
+
+def shell_command_of(config: RunConfig) -> str:
+    """Return the command, in the repository's root, that starts a run with this configuration in the default folder."""
+    words = ["--dataset", config.dataset, "--model", config.model]
+    usual = asdict(recipe_for(config.dataset, config.model)) | {"amp": True, "seed": None, "hold_out": None}
+    usual |= {field.name: field.default for field in fields(RunConfig) if field.default is not MISSING}
+    usual |= dict.fromkeys(("limit_train", "limit_val")) | dict.fromkeys(NETWORK_FLAGS)
+    values = asdict(config) | {name: config.model_options.get(name) for name in NETWORK_FLAGS}
+    if config.num_classes != len(config.classes):
+        usual["num_classes"] = len(config.classes)
+    without_flag = ("dataset", "model", "mean", "std", "milestones", "flip", "crop_padding")
+    for name, default in usual.items():
+        flag, value = name.replace("_", "-"), values[name]
+        if name in without_flag or value == default:
+            continue
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return shlex.join(["python", "generalizability/train_s3net.py", *words])
 
 
 def check_same_recipe(flags: Flags, started: RunConfig, folder: Path) -> None:

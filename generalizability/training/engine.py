@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,10 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from data.batches import DiskEvaluationBatches, DiskTrainingBatches, EvaluationBatches, TrainingBatches, step_part
+from data.batches import DiskEvaluationBatches, DiskTrainingBatches, EvaluationBatches, TrainingBatches
 from distributed import Ranks
-from recipes import RunConfig
 from s3net_common.errors import InputError, LocalError
 from s3net_common.progress import ProgressBar
 from training.cuda_graphs import GraphedStep
@@ -23,6 +22,7 @@ from training.out_of_memory import is_out_of_memory, training_advice
 from training.step_clock import StepClock
 from training.stopping import Agreement, Stopped
 
+AVERAGE = "average"  # key of the averaged weights in last.pt
 VALIDATION = ("val_loss", "val_error", "val_top5_error")
 
 
@@ -126,6 +126,11 @@ class Trainer:
         compiled: the same network, compiled, for the parts of a batch that have `compiled_size` images; None for none.
             Compiling for one size only is faster. The last batch of an epoch may be smaller.
         compiled_size: images.
+        label_smoothing: of the training loss, 0 to below 1.
+        average: the average of the weights and of BatchNorm's statistics over the steps since the epoch
+            `average_from`; None for no average.
+        average_from, early_epochs: finished epochs when the average begins, and when images get their full size.
+        early_size: height and width of the images before that, in pixels; None for the full size.
         learning_rate: on CUDA, a tensor that holds the rate of the current step, as a CUDA graph needs; else None.
         clock: watches the batches, and reports which side limits the speed.
         graphed: replays `_compute` as a CUDA graph; None to call it.
@@ -152,6 +157,13 @@ class Trainer:
     compiled_size: int = 0
     learning_rate: Tensor | None = None
     graphed: GraphedStep | None = None
+    label_smoothing: float = 0.0
+    average: AveragedModel | None = None
+    average_from: int = 0
+    early_size: int | None = None
+    early_epochs: int = 0
+    averages: bool = field(default=False, init=False)  # in the current epoch
+    small_images: bool = field(default=False, init=False)  # in the current epoch
     clock: StepClock = field(init=False)
 
     def __post_init__(self) -> None:
@@ -169,6 +181,8 @@ class Trainer:
             LocalError: the memory is full. The message says which batch fits.
         """
         self.model.train()
+        self.averages = self.average is not None and progress.epoch >= self.average_from
+        self.small_images = self.early_size is not None and progress.epoch < self.early_epochs
         if progress.step == 0:
             progress.lr = self.optimizer.param_groups[0]["lr"]
         bar = progress_bar(self.ranks, f"epoch {progress.epoch + 1}", len(batches), progress.step)
@@ -201,9 +215,19 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
         # Outside of the handler, which keeps the step's tensors alive.
-        module = self.model.module if self.ranks.world_size > 1 else self.model
-        parts, size = self.accumulation_steps, self.ranks.world_size
-        raise LocalError(training_advice(module, images, labels, parts, size, self.precision.autocast()))
+        parts, size, images = self.accumulation_steps, self.ranks.world_size, self._resized(images)
+        raise LocalError(training_advice(self.plain_model, images, labels, parts, size, self.precision.autocast()))
+
+    @property
+    def plain_model(self) -> nn.Module:
+        """The network without the wrapper for several ranks."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The network that is validated: the average once it has begun, else the trained network."""
+        started = self.average is not None and self.average.n_averaged > 0
+        return self.average.module if started else self.plain_model
 
     def check_weights(self, step: int) -> None:
         """Check that the weights are finite, which a loss before the last update does not tell.
@@ -219,9 +243,18 @@ class Trainer:
         """Update the weights once. Return this rank's summed loss and number of errors, as tensors on the device."""
         if self.learning_rate is not None:
             self.learning_rate.fill_(self.optimizer.param_groups[0]["lr"])
-        sums = (self.graphed or self._compute)(images, labels, weights, batch_images)
+        sums = (self.graphed or self._compute)(self._resized(images), labels, weights, batch_images)
         self.scheduler.step()
+        if self.averages:
+            self.average.update_parameters(self.plain_model)
         return sums
+
+    def _resized(self, images: Tensor) -> Tensor:
+        """Return the images, of which the first epochs may use smaller versions."""
+        if not self.small_images:
+            return images
+        size = (self.early_size, self.early_size)
+        return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
 
     def _compute(self, images: Tensor, labels: Tensor, weights: Tensor, batch_images: int) -> tuple[Tensor, Tensor]:
         """Compute `_step` without the learning-rate schedule. The host reads nothing from the device."""
@@ -229,13 +262,14 @@ class Trainer:
         # A rank with fewer images than parts has fewer parts. Every rank exchanges gradients in its last part.
         parts = list(zip(*(t.chunk(self.accumulation_steps) for t in (images, labels, weights)), strict=True))
         sums = [self._add_gradient(*part, batch_images, last=part is parts[-1]) for part in parts]
-        group = self.optimizer.param_groups[0]
-        rate = group["lr"]  # the schedule and the checkpoint keep a number
-        if self.learning_rate is not None:
+        groups = self.optimizer.param_groups
+        rate = groups[0]["lr"]  # the schedule and the checkpoint keep a number
+        for group in groups if self.learning_rate is not None else []:
             group["lr"] = self.learning_rate
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
-        group["lr"] = rate
+        for group in groups:
+            group["lr"] = rate
         total, errors = (torch.stack(column).sum() for column in zip(*sums, strict=True))
         return total, errors
 
@@ -258,7 +292,8 @@ class Trainer:
                     f"this network cannot be trained on a single image at a time ({str(error).splitlines()[0]}): give "
                     "a --batch-size, --limit-train or --accumulate that leaves no single image"
                 ) from error
-            total = (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
+            loss = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing)
+            total = (loss * weights).sum()
             # DDP averages over ranks, whose shares of a batch may differ in size. Scale to the mean over all images.
             self.precision.scaler.scale(total * (self.ranks.world_size / batch_images)).backward()
         return total.detach(), ((logits.detach().argmax(dim=1) != labels) * weights).sum()
@@ -298,8 +333,9 @@ class Trainer:
         }
 
     def state(self) -> dict:
-        """Return the states of the optimizer, the learning-rate schedule and the gradient scaler."""
-        return {
+        """Return the states of the optimizer, the learning-rate schedule, the gradient scaler and the average."""
+        average = {} if self.average is None else {AVERAGE: self.average.state_dict()}
+        return average | {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
@@ -309,79 +345,10 @@ class Trainer:
         """Restore the states that `state` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.average is not None:
+            self.average.load_state_dict(state[AVERAGE])
         if state["scaler"]:  # empty if the run had bfloat16 or float32: the scaler then starts anew
             self.precision.scaler.load_state_dict(state["scaler"])
-
-
-# Each builds the learning-rate schedule of a run of `steps` steps.
-SCHEDULES = {
-    "step": lambda optimizer, config, steps: torch.optim.lr_scheduler.MultiStepLR(
-        optimizer, [max(1, round(share * steps)) for share in config.milestones]
-    ),
-    "onecycle": lambda optimizer, config, steps: torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=max(steps, 4), cycle_momentum=False
-    ),
-    "cosine": lambda optimizer, config, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
-}
-
-
-def make_trainer(
-    model: nn.Module, config: RunConfig, steps: int, compiled: bool, ranks: Ranks, graphs: bool = False
-) -> Trainer:
-    """Wrap the network for training (distributed, compiled), and build its optimizer and schedule.
-
-    Args:
-        model: the network. With `config.sync_bn` and several ranks, its BatchNorms are replaced.
-        config: of the run.
-        steps: number of steps per epoch.
-        compiled: whether to compile the network.
-        ranks: this process among the distributed ranks.
-        graphs: whether to replay a step as a CUDA graph.
-    """
-    if config.sync_bn and ranks.world_size > 1:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        config.lr,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        fused=ranks.device.type in ("cpu", "cuda"),
-    )
-    if ranks.world_size > 1:
-        devices = [ranks.device] if ranks.device.type == "cuda" else None
-        with warnings.catch_warnings():
-            # Running statistics are averaged before each evaluation instead of broadcast at each step. Newer PyTorch
-            # renamed the argument; older versions lack the new name.
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            model = DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-    torch.manual_seed(config.seed + 1_000_003 * (ranks.rank + 1))  # dropout differs between ranks
-    on_cuda = ranks.device.type == "cuda"
-    trainer = Trainer(
-        model=model,
-        optimizer=optimizer,
-        scheduler=SCHEDULES[config.schedule](optimizer, config, config.epochs * steps),
-        precision=Precision(ranks.device, config.amp),
-        ranks=ranks,
-        accumulation_steps=config.accumulate,
-        compiled=torch.compile(model, dynamic=False) if compiled else None,
-        compiled_size=-(-share_of_batch(config, ranks) // config.accumulate),
-        learning_rate=torch.zeros((), device=ranks.device) if on_cuda else None,
-    )
-    if trainer.precision.scaler.is_enabled() and config.momentum:
-        # If the first gradients of float16 overflow, the fused optimizer leaves its new buffers uninitialised.
-        for parameter in model.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    if graphs:
-        trainer.graphed = GraphedStep(trainer._compute, share_of_batch(config, ranks))
-    return trainer
-
-
-def share_of_batch(config: RunConfig, ranks: Ranks) -> int:
-    """Return the number of images of a full batch that this rank computes."""
-    part = step_part(0, config.batch_size, config.train_images, ranks.rank, ranks.world_size)[0]
-    return part.stop - part.start
 
 
 def progress_bar(ranks: Ranks, description: str, total: int, initial: int = 0) -> ProgressBar:

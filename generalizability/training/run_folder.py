@@ -17,6 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from comparison.runs import read_json
 from recipes import RunConfig
 from s3net_common.checkpoints import RUN_CONFIG, RUN_WEIGHTS, save_weights
 from s3net_common.errors import InputError, LocalError
@@ -33,12 +34,13 @@ from s3net_common.output_files import (
 from s3net_common.process_group import place
 from s3net_common.weight_files import read_pickle
 from training.config import config_from_json
-from training.engine import Progress, Trainer
+from training.engine import AVERAGE, Progress, Trainer
 from training.state_check import check_state
 
 CHECKPOINT_FORMAT = 1
 RUN_FILES = ("last.pt", "best.safetensors", "metrics.jsonl", "curves.png", "summary.json", "config.json")
 STOPPED, FAILED = "stopped", "failed.json"  # how the last process ended, for batch scripts and restarts by torchrun
+AVERAGED = "module."  # prefix of the averaged weights in AveragedModel's state
 ENVIRONMENT = "environment"  # in config.json: flags that are no part of the recipe
 LOCK_FILE = ".lock"
 LOCK_SECONDS = 10.0  # DataLoader workers of a killed run hold its lock until they notice, up to 5 s later
@@ -216,11 +218,20 @@ class Run:
         if not lines or (written.is_file() and written.read_bytes() == lines.encode()):
             return
         if progress.step == 0 and progress.best()["epoch"] == progress.epoch:
-            self._save_best(state[RUN_CONFIG], state[RUN_WEIGHTS], progress.history[-1])
+            self._save_best(state[RUN_CONFIG], evaluated_weights(state), progress.history[-1])
         self._write("curves.png", lambda path: draw_curves(progress.history, path, title=self.folder.name))
         self._write(
             "metrics.jsonl", lambda path: path.write_text(lines)
         )  # written last: it shows that all files are up to date
+
+    def summary(self) -> dict:
+        """Return the content of `summary.json`, or {} before the run has ended.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        path = self.folder / "summary.json"
+        return read_json(path) if path.is_file() else {}
 
     def finish(self, summary: dict) -> None:
         """Write `summary.json`."""
@@ -254,13 +265,26 @@ class Run:
         return 2 if (self.folder / FAILED).exists() else None
 
     def _save_best(self, config: dict, weights: dict[str, Tensor], metrics: dict) -> None:
-        names = ("model", "model_options", "num_classes", "classes", "mean", "std", "image_size", "dataset")
-        metadata = {name: config[name] for name in names}
+        metadata = weights_metadata(RunConfig(**config))
         metadata |= {name: metrics[name] for name in ("epoch", "val_error")}
         save_weights(self.folder / "best.safetensors", weights, metadata)
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         write_atomically(self.folder / name, write)
+
+
+def weights_metadata(config: RunConfig) -> dict:
+    """Return what a file of a run's weights says about its network, its classes and the preparation of its images."""
+    names = ("model", "model_options", "num_classes", "classes", "mean", "std", "image_size", "dataset")
+    return {name: getattr(config, name) for name in names}
+
+
+def evaluated_weights(state: dict) -> dict[str, Tensor]:
+    """Return the weights that the last validation used: the average once it has begun, else those of the training."""
+    average = state.get(AVERAGE)
+    if not average or not average["n_averaged"]:
+        return state[RUN_WEIGHTS]
+    return {name.removeprefix(AVERAGED): weight for name, weight in average.items() if name.startswith(AVERAGED)}
 
 
 def load_progress(run: Run, config: RunConfig, model: nn.Module, trainer: Trainer, steps: int) -> Progress:
@@ -302,6 +326,8 @@ def _restore(state: dict, path: Path, model: nn.Module, trainer: Trainer) -> Pro
             per_rank = processes[ranks.rank]
             set_random_state(per_rank["random"], ranks.device)
             model.load_state_dict(per_rank["buffers"], strict=False)
+            if trainer.average is not None:
+                trainer.average.load_state_dict(per_rank["average_buffers"], strict=False)
             progress.losses, progress.errors = per_rank["losses"], per_rank["errors"]
         elif ranks.is_main:
             progress.losses = [loss for process in processes for loss in process["losses"]]
@@ -322,8 +348,10 @@ def save_progress(run: Run, config: RunConfig, model: nn.Module, trainer: Traine
     ranks = trainer.ranks
     trainer.check_weights(trainer.scheduler.last_epoch)
     in_mid_epoch = ranks.world_size > 1 and progress.step > 0  # else all ranks have the same buffers
-    buffers = {name: b.cpu() for name, b in model.named_buffers()} if in_mid_epoch else {}
-    per_rank = {"random": random_state(ranks.device), "buffers": buffers}
+    modules = {"buffers": model} | ({} if trainer.average is None else {"average_buffers": trainer.average})
+    per_rank = {"random": random_state(ranks.device)}
+    for key, module in modules.items():
+        per_rank[key] = {name: b.cpu() for name, b in module.named_buffers()} if in_mid_epoch else {}
     per_rank |= {"losses": progress.losses, "errors": progress.errors}
     state = {
         RUN_CONFIG: asdict(config),

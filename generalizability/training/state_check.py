@@ -11,7 +11,7 @@ from recipes import RunConfig
 from s3net_common.checkpoints import RUN_CONFIG, RUN_WEIGHTS, check_tensors, is_number
 from s3net_common.errors import InputError
 from training.config import config_from_json, has_type
-from training.engine import METRICS, Progress, Trainer
+from training.engine import AVERAGE, METRICS, Progress, Trainer
 
 
 def check_state(state: dict, path: Path, config: RunConfig, model: nn.Module, trainer: Trainer, steps: int) -> None:
@@ -41,6 +41,8 @@ def check_state(state: dict, path: Path, config: RunConfig, model: nn.Module, tr
         raise _unfit(path, "its weights are no tensors")
     check_tensors(path, weights, expected, finite=False)  # training may go on if running statistics are infinite
     _check_processes(state["processes"], path)
+    if trainer.average is not None:
+        _check_average(state, path, trainer.average)
     _check_optimizer(state["optimizer"], path, trainer)
     for name in ("optimizer", "scheduler", "scaler"):
         if not _is_like(state[name], trainer.state()[name]):
@@ -52,6 +54,17 @@ def check_state(state: dict, path: Path, config: RunConfig, model: nn.Module, tr
 
 def _unfit(path: Path, reason: str) -> InputError:
     return InputError(f"{path} does not fit this run, since {reason}: start a new one with another --out")
+
+
+def _check_average(state: dict, path: Path, average: nn.Module) -> None:
+    weights, expected = state.get(AVERAGE), average.state_dict()
+    if not isinstance(weights, dict) or weights.keys() != expected.keys():
+        raise _unfit(path, "its averaged weights are missing or of another network")
+    if not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise _unfit(path, "its averaged weights are no tensors")
+    check_tensors(path, weights, expected, finite=False)
+    if not all(isinstance(process.get("average_buffers"), dict) for process in state["processes"]):
+        raise _unfit(path, "it has no averaged statistics of the processes")
 
 
 def _check_progress(progress: Any, path: Path, config: RunConfig, steps: int) -> None:

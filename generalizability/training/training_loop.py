@@ -18,7 +18,8 @@ from distributed import Ranks
 from recipes import RunConfig
 from s3net_common.output_files import relative
 from training.config import Flags
-from training.engine import NonFiniteError, Progress, Trainer, average_buffers, evaluate, make_trainer
+from training.engine import NonFiniteError, Progress, Trainer, average_buffers, evaluate
+from training.optimization import make_trainer
 from training.out_of_memory import out_of_memory_as_error
 from training.reporting import TensorBoardLog, describe, diverged, epoch_line, large_loss_note, summarize
 from training.run_folder import Run, load_progress, save_progress
@@ -57,7 +58,7 @@ def train(
     try:
         with closing(batches[0]), closing(batches[1]), out_of_memory_as_error(advice):
             while progress.epoch < config.epochs:
-                train_and_evaluate(model, trainer, batches, progress)
+                train_and_evaluate(trainer, batches, progress)
                 if ranks.is_main:
                     row = progress.history[-1]
                     print(
@@ -88,7 +89,7 @@ def train(
     return 0
 
 
-def train_and_evaluate(model: nn.Module, trainer: Trainer, batches: Batches, progress: Progress) -> None:
+def train_and_evaluate(trainer: Trainer, batches: Batches, progress: Progress) -> None:
     """Train the rest of an epoch and evaluate, with a checkpoint after either.
 
     Raises:
@@ -99,7 +100,10 @@ def train_and_evaluate(model: nn.Module, trainer: Trainer, batches: Batches, pro
     if progress.step < len(training_batches):
         trainer.train_epoch(training_batches, progress)
         trainer.checkpoint()
-    average_buffers(model, trainer.ranks)
+    model = trainer.evaluated_model
+    average_buffers(trainer.plain_model, trainer.ranks)
+    if model is not trainer.plain_model:
+        average_buffers(model, trainer.ranks)
     started = time.perf_counter()
     validation = evaluate(model, validation_batches, trainer)
     progress.finish_epoch(trainer.training_metrics(progress), validation, time.perf_counter() - started)

@@ -215,7 +215,8 @@ def run_training(name: str, batch_size: int, size: int, classes: int, accumulate
     from distributed import Ranks
     from recipes import RunConfig, recipe_for
     from s3net_networks import create_network
-    from training.engine import evaluate, make_trainer
+    from training.engine import evaluate
+    from training.optimization import make_trainer
 
     recipe = vars(recipe_for("cifar100", name))
     config = {name: recipe[name] for name in RunConfig.__dataclass_fields__ if name in recipe}

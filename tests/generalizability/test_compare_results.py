@@ -8,41 +8,17 @@ import matplotlib.axes
 import pytest
 from PIL import Image
 from processes import run_forked
+from run_folders import write_run
 
 import compare_results
-from compare_results import Args
+from compare_results import Args, run_row, scatter_points
 from comparison import error_scatter
 from comparison.paper_tables import AUGMENTED_ROWS, PAPER_ROWS
+from comparison.runs import read_run
 from s3net_common.errors import InputError
 from s3net_networks.size import network_size
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "compare_results.py"
-
-
-def write_run(folder, errors=(40.0, 30.0, 31.0), seed=0, dataset="cifar100", epochs=None, **config):
-    """Write a run's folder with the top-1 errors of its epochs. With fewer errors than epochs it is unfinished."""
-    epochs = epochs or len(errors)
-    config = {
-        "dataset": dataset,
-        "model": "s3net_cifar",
-        "model_options": {"growth_rate": 12},
-        "num_classes": 100,
-        "epochs": epochs,
-        "lr": 0.2,
-        "seed": seed,
-        "image_size": 32,
-        "limit_train": None,
-        "limit_val": None,
-        "classes": ["a", "b"],
-        **config,
-    }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    rows = [{"epoch": i + 1, "val_error": error, "val_top5_error": error / 4} for i, error in enumerate(errors)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if len(errors) == epochs:
-        (folder / "summary.json").write_text(json.dumps({"parameters": 272836, "multiply_adds": 42780192}))
-    return folder
 
 
 def compare(tmp_path, *runs):
@@ -75,7 +51,7 @@ def test_seeds_are_aggregated_with_mean_and_deviation(tmp_path, capsys):
     assert (float(row["best_error"]), float(row["best_error_std"])) == (30.0, 0.0)
     assert (float(row["last_top5_error"]), float(row["best_top5_error"])) == (8.25, 7.5)
     assert (row["seeds"], row["epochs_done"], row["epochs"]) == ("0 1 2", "3", "3")
-    cells = "| 0.27M | 42.78M | 33.00 ± 2.00 | 30.00 ± 0.00 | 8.25 | 3/3 | 3 | measured here |"
+    cells = "| 0.27M | 42.78M | 33.00 ± 2.00 | 30.00 ± 0.00 | 8.25 | 3 | 3 | yes | measured here |"
     assert f"| s3net_cifar | k=12, depth=40 {cells}" in markdown.splitlines()
     assert markdown in capsys.readouterr().out
     assert row["runs"].split() == [str(run) for run in runs]
@@ -131,7 +107,25 @@ def test_unfinished_runs_are_listed_last_with_their_epoch(tmp_path):
     ]
     assert all_rows[-2:] == rows[1:]  # at the end, however low the error
     assert (rows[1]["parameters"], rows[1]["multiply_adds"]) == ("272836", "42780192")  # counted without a summary
-    assert markdown.count("| measured here, unfinished |") == 2 and "| 0/2 | 1 |" in markdown
+    assert markdown.count("| measured here, unfinished |") == 2 and "| epoch 0 of 2 | 1 |" in markdown
+
+
+def test_one_finished_run_has_the_interval_of_its_images_and_an_unfinished_one_none(tmp_path):
+    finished = write_run(tmp_path / "finished", (20.0,), val_images=50)
+    unfinished = write_run(tmp_path / "unfinished", (20.0,), seed=1, epochs=2, val_images=50)
+    rows, _, markdown = compare(tmp_path, finished, unfinished)
+    assert [round(float(rows[0][f"interval_{end}"]), 2) for end in ("low", "high")] == [11.24, 33.04]
+    assert rows[1]["interval_low"] == "" and "| 20.00 (11.24 to 33.04) [" in markdown
+    assert "| epoch 1 of 2 | 1 | yes | measured here, unfinished |" in markdown
+    kinds = {point.label: point.kind for point in scatter_points([run_row([read_run(unfinished)], [])])}
+    assert kinds == {"s3net_cifar k=12 d=40 (epoch 1 of 2)": "measured here, training not finished"}
+
+
+def test_runs_of_earlier_versions_lack_settings_and_had_their_defaults(tmp_path):
+    new = write_run(tmp_path / "new", (30.0,), decode="cpu", augment=True, sync_bn=False, init=None)
+    old = write_run(tmp_path / "old", (32.0,), seed=1)
+    (row,), *_ = compare(tmp_path, new, old)
+    assert (row["seeds"], row["last_error"], row["setting"]) == ("0 1", "31.0", "k=12, depth=40")
 
 
 def test_a_data_set_without_rows_in_the_paper(tmp_path):
@@ -153,9 +147,9 @@ def test_results_of_validate_10crop_are_compared_with_the_papers(tmp_path):
         ("k=96, centre crop", "26.0"),
     ]
     assert (rows[0]["interval_low"], rows[0]["interval_high"], rows[0]["last_top5_error"]) == ("24.5", "25.5", "8.0")
-    assert "| 25.00 (24.50 to 25.50) [4] |" in markdown
-    assert "[3] Looked up: DenseNet-121, README of github.com/liuzhuang13/DenseNet: 25.0." in markdown
-    assert "[4] With the 95% interval over the images (Wilson score)." in markdown
+    assert "| 25.00 (24.50 to 25.50) [5] |" in markdown
+    assert "[4] Looked up: DenseNet-121, README of github.com/liuzhuang13/DenseNet: 25.0; " in markdown
+    assert "[5] With the 95% interval over the images (Wilson score). It does not cover another seed." in markdown
     assert len(all_rows) == 2 + sum(row.dataset == "imagenet" for row in PAPER_ROWS)
 
 

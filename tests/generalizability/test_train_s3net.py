@@ -22,7 +22,7 @@ from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
 from s3net_networks import create_network
 from train_s3net import Args
-from training import engine, run_folder
+from training import engine, optimization, run_folder
 from training.training_loop import resume_command
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "train_s3net.py"
@@ -440,7 +440,7 @@ def test_the_paper_recipe_is_the_default():
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr)
     steps = 782
-    schedule = engine.SCHEDULES[recipe.schedule](optimizer, recipe, recipe.epochs * steps)
+    schedule = optimization.SCHEDULES[recipe.schedule](optimizer, recipe, recipe.epochs * steps)
     rates = []
     for _ in range(recipe.epochs):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -108,6 +108,27 @@ def test_sigterm_in_training_in_evaluation_and_in_writing(tmp_path, start, refer
     assert_same_run(folder, reference)
 
 
+def test_averaged_weights_are_resumed_on_both_ranks(tmp_path, start):
+    """Each rank averages its own running statistics; within an epoch they differ."""
+    flags = [*TINY, "--average-epochs", 2, "--label-smoothing", 0.1, "--no-norm-decay", "--resume"]
+    assert start([*flags, "--out", tmp_path / "undisturbed"]).end()[0] == [0, 0]
+    ranks = start([*flags, "--out", tmp_path / "run"], "training")
+    ranks.reach()
+    ranks.send(signal.SIGTERM)
+    codes, output = ranks.end()
+    assert codes == [143, 143], output
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    first, second = (process["average_buffers"] for process in state["processes"])
+    different = [key for key in first if not torch.equal(first[key], second[key])]
+    assert any(key.endswith("running_mean") for key in different)
+    assert start([*flags, "--out", tmp_path / "run"]).end()[0] == [0, 0]
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+    averages = [torch.load(tmp_path / f / "last.pt", weights_only=True)["average"] for f in ("run", "undisturbed")]
+    assert averages[0]["n_averaged"] == 16 and all(
+        torch.equal(averages[0][key], averages[1][key]) for key in averages[0]
+    )
+
+
 def test_a_rank_that_is_killed(tmp_path, start, reference):
     folder = tmp_path / "run"
     flags = [*TINY, "--out", folder, "--resume", "--checkpoint-every", 1]

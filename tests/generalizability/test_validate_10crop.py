@@ -22,7 +22,7 @@ from recipes import RECIPES
 from s3net_common.checkpoints import load_weights
 from s3net_common.errors import InputError
 from s3net_common.framing import Normalization
-from validate_10crop import Args, wilson_interval
+from validate_10crop import Args
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "validate_10crop.py"
 SHARED = Path(__file__).parents[3] / "shared"
@@ -142,14 +142,6 @@ def test_the_results_describe_the_evaluation(folder, tmp_path):
     for crops in ("centre_crop", "ten_crops"):
         low, high = results[crops]["top1_interval"]
         assert low < results[crops]["top1_error"] < high
-
-
-def test_wilson_intervals():
-    # Wilson's equation; without errors the limits are 0 and z^2 / (n + z^2).
-    assert wilson_interval(10, 50) == pytest.approx((11.2435, 33.0364), abs=1e-3)
-    z2 = 1.959963984540054**2
-    assert wilson_interval(0, 60) == pytest.approx((0, 100 * z2 / (60 + z2)))
-    assert wilson_interval(60, 60) == pytest.approx((100 * 60 / (60 + z2), 100))
 
 
 # -- Distributed ranks --

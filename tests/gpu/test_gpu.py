@@ -21,7 +21,8 @@ from full_grad import FullGrad
 from models import create_model
 from recipes import RunConfig, recipe_for
 from s3net_networks import create_network, list_networks
-from training.engine import Precision, Progress, Trainer, evaluate, make_trainer
+from training.engine import Precision, Progress, Trainer, evaluate
+from training.optimization import make_trainer
 
 DEVICE = torch.device(os.environ.get("S3NET_GPU_TESTS", "cuda"))
 ON_GPU = DEVICE.type == "cuda"

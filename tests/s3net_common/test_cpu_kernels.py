@@ -163,3 +163,16 @@ def test_concatenation_hands_back_dense_gradients():
     (out * weight).sum().backward()
     assert torch.equal(parts[0].grad, weight[:, :3]) and torch.equal(parts[1].grad, weight[:, 3:])
     assert parts[1].grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_plain_operations_call_no_kernel(monkeypatch):
+    network, images = create_model("s3net_cifar", growth_rate=4, depth=7).train(), torch.randn(2, 3, 8, 8)
+
+    def refuse(*args):
+        raise AssertionError("a kernel was called")
+
+    monkeypatch.setattr(cpu_kernels, "_apply", refuse)
+    with cpu_kernels.plain_operations():
+        assert network(images).shape == (2, 100)
+    with pytest.raises(AssertionError, match="a kernel was called"):
+        network(images)

@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[2]
 def test_the_files_of_the_same_script_are_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(ROOT / "expressibility" / "benchmark.py")])
     assert claim_folder(tmp_path / "new", "benchmark.json", "benchmark.png") == tmp_path / "new"
-    write_json(tmp_path / "benchmark.json", run_record())
+    write_json(tmp_path / "benchmark.json", record := run_record())
+    assert 0 < record["cpu_seconds"] <= sum(os.times()[:4]) + 0.1
     (tmp_path / "benchmark.png").touch()
     monkeypatch.setattr(sys, "argv", [str(ROOT / "expressibility" / "benchmark.py"), "--repeats", "3"])
     claim_folder(tmp_path, "benchmark.json", "benchmark.png")

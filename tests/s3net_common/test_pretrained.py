@@ -14,12 +14,15 @@ from torch import nn
 
 import models
 from explain_images import load_networks
+from explained_networks import load_network
 from models import create_model
 from network_flags import NetworkArgs
 from s3net_common import checkpoints
-from s3net_common.checkpoints import load_weights, pretrained_file, read_metadata
+from s3net_common.checkpoints import load_weights, pretrained_file, read_metadata, save_weights
 from s3net_common.errors import InputError
+from s3net_networks import create_network
 from s3net_networks.connections import ChainBlock
+from training.initial_weights import open_start
 
 ROOT = Path(__file__).parents[2]
 CLASSES = [f"thing {i}" for i in range(100)]
@@ -91,7 +94,7 @@ def test_error_for_missing_weights(weights, name, options, message):
 
 def test_error_for_weights_without_metadata_and_for_a_damaged_file(weights):
     save_file(create_model("s3net_cifar").state_dict(), weights)
-    with pytest.raises(InputError, match=r"best\.safetensors does not say how many classes it has: put the trainer's"):
+    with pytest.raises(InputError, match=r"best\.safetensors does not say how many classes it has: put a file there"):
         create_model("s3net_cifar", pretrained=True)
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(InputError, match=r"best\.safetensors is damaged or no safetensors file .*: get it again$"):
@@ -144,11 +147,33 @@ def test_torch_hub_from_a_local_clone(weights):
     assert small.classifier.out_features == 3
 
 
+def test_the_last_epoch_has_precedence_over_the_best(weights):
+    other = create_model("s3net_cifar")
+    last = weights.with_name("last.safetensors")
+    save_weights(last, other.state_dict(), read_metadata(weights))
+    assert pretrained_file("s3net_cifar") == last
+    assert same_weights(create_model("s3net_cifar", pretrained=True), other)
+
+
+def test_torch_hub_has_a_resnet_whose_weights_may_be_missing(weights):
+    model = create_network("resnet20_cifar", 100)
+    with pytest.raises(InputError, match="no trained weights for resnet20_cifar, only for s3net_cifar; or train it"):
+        torch.hub.load(str(ROOT), "resnet20_cifar", source="local", pretrained=True)
+    assert torch.hub.load(str(ROOT), "resnet20_cifar", source="local", num_classes=3).classifier.out_features == 3
+    metadata = read_metadata(weights) | {"model": "resnet20_cifar"}
+    save_weights(weights.parents[1] / "resnet20_cifar" / "last.safetensors", model.state_dict(), metadata)
+    assert same_weights(torch.hub.load(str(ROOT), "resnet20_cifar", source="local", pretrained=True), model)
+    small = torch.hub.load(str(ROOT), "resnet20_cifar", source="local", num_classes=3, pretrained=True)
+    assert torch.equal(small.conv.weight, model.conv.weight) and small.classifier.out_features == 3
+    assert open_start("pretrained", "resnet20_cifar")[1]["model"] == "resnet20_cifar"
+    assert same_weights(load_network("resnet20_cifar").model, model)
+
+
 def test_torch_hub_has_every_network_and_nothing_else(weights, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     hubconf = torch.hub._import_module("hubconf", str(ROOT / "hubconf.py"))
     public = [name for name in dir(hubconf) if not name.startswith("_") and callable(getattr(hubconf, name))]
-    assert sorted(public) == sorted(models.list_models())
+    assert sorted(public) == sorted([*models.list_models(), "resnet20_cifar"])
     assert "Build s3net_cifar with random or trained weights" in hubconf.s3net_cifar.__doc__
     assert "name: one of" not in hubconf.s3net_cifar.__doc__  # an argument of create_model only
     assert hubconf.dependencies == ["safetensors", "torch"]

@@ -16,9 +16,10 @@ from distributed import Ranks
 from recipes import RunConfig
 from s3net_common.errors import InputError
 from s3net_networks import create_network
-from training import engine
+from training import optimization
 from training.config import check_device
-from training.engine import Precision, Progress, make_trainer, share_of_batch
+from training.engine import Precision, Progress
+from training.optimization import make_trainer, share_of_batch
 
 CPU = torch.device("cpu")
 
@@ -182,7 +183,7 @@ def test_flags_that_need_a_gpu(settings, flags, ranks, message):
 
 
 def test_sync_bn_replaces_every_batchnorm_and_keeps_the_weights(monkeypatch):
-    monkeypatch.setattr(engine, "DistributedDataParallel", lambda model, **options: model)
+    monkeypatch.setattr(optimization, "DistributedDataParallel", lambda model, **options: model)
     model = create_network("s3net_cifar", 3, growth_rate=4, depth=7)
     images, names = torch.randn(2, 3, 8, 8), list(model.state_dict())
     expected = model.eval()(images)

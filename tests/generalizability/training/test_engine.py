@@ -14,7 +14,7 @@ from data.image_sets import ImageSet
 from distributed import Ranks
 from s3net_common.errors import InputError, LocalError
 from s3net_networks import connections
-from training import engine
+from training import optimization
 from training.engine import NonFiniteError, Precision, Progress, Trainer, top_errors
 from training.run_folder import Run
 
@@ -156,7 +156,7 @@ def test_float16_continues_a_run_of_bfloat16_and_the_other_way_round():
 
 
 def test_the_choices_of_flags_are_those_that_the_code_has():
-    assert tuple(engine.SCHEDULES) == recipes.SCHEDULES
+    assert tuple(optimization.SCHEDULES) == recipes.SCHEDULES
     assert tuple(connections.CONNECTIONS) == recipes.CONNECTIONS
     assert set(recipes.RECIPES) == set(datasets.DATASETS)
     assert recipes.DEFAULT_DATASET in recipes.RECIPES
