@@ -108,11 +108,16 @@ def _axis_groups(old: torch.Size, new: torch.Size) -> list[tuple[list[int], list
 
 
 def line_along(coordinate: Tensor, axis: int) -> Tensor | None:
-    """Return the values of a coordinate along an axis, without NaN. None if it depends on other axes."""
+    """Return the values of a coordinate along an axis, without NaN.
+
+    None if the values along the other axes differ by more than half of a step along this one.
+    """
     others = [other for other in range(coordinate.dim()) if other != axis]
     low, high = coordinate.nan_to_num(torch.inf).amin(others), coordinate.nan_to_num(-torch.inf).amax(others)
     known = low.isfinite()
-    return low[known] if torch.allclose(low[known], high[known], rtol=0, atol=1e-3) else None
+    line, spread = (low[known] + high[known]) / 2, high[known] - low[known]
+    step = line.diff().abs().amin() if len(line) > 1 else 0.0
+    return line if (spread <= step / 2).all() else None
 
 
 def spans(line: Tensor | None, length: int) -> bool:

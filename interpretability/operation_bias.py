@@ -127,6 +127,8 @@ class Operations(TorchFunctionMode):
             if output.requires_grad:
                 output.register_hook(contiguous)
             return self.note(Call(func, args, kwargs), output)
+        if func is torch.autograd.grad:
+            raise InputError("FullGrad cannot explain this network: it computes a gradient in its forward pass")
         if func in RULES:
             return self.note(Call(func, args, kwargs), func(*args, **kwargs))
         return self.run_unknown(Call(func, args, kwargs))

@@ -348,16 +348,13 @@ class Places:
         return None
 
     def _common(self, places: Coordinates, others: Coordinates) -> Coordinates:
-        """Return the places of a sum of two tensors of the same shape: their mean, if they are near each other."""
+        """Return the places of a function of two tensors of one shape: those of the first, if both are near."""
         if equal(places, others):
             return places
-        image = torch.where(places.image.isnan(), others.image, places.image)
         gaps = [(a - b).abs() for a, b in zip(places, others, strict=True)]  # NaN where one has no place
         far = (gaps[0] > 0) | (gaps[1] > self.height * WITHOUT_ROOM) | (gaps[2] > self.width * WITHOUT_ROOM)
-        row, column = (
-            torch.where(far, NOWHERE, torch.where(a.isnan(), b, torch.where(b.isnan(), a, (a + b) / 2)))
-            for a, b in zip(places[1:], others[1:], strict=True)
-        )
+        image, row, column = merged(places, others)
+        row, column = (torch.where(far, NOWHERE, coordinate) for coordinate in (row, column))
         return Coordinates(image, row, column)
 
     def _mean(self, places: Coordinates, axis: int) -> Coordinates:
