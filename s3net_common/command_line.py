@@ -16,7 +16,7 @@ import tyro
 
 from s3net_common import process_group
 from s3net_common.errors import InputError, LocalError, first_line, printable
-from s3net_common.launcher import is_first_rank
+from s3net_common.launcher import is_distributed, is_first_rank
 from s3net_common.limits import check_numbers, limit_threads
 from s3net_common.terminal import OutputError, discard_output, safe_output
 
@@ -141,8 +141,8 @@ def _guarded(run: Callable[[], int | None], resume: str = "") -> int | None:
     except Exception as error:
         if advice := _advice(error):
             code = _report(LocalError(advice))
-        elif process_group.is_joined():
-            _report(error)
+        elif process_group.is_joined() or (is_distributed() and "torch" in sys.modules):
+            _report(error, is_rank=True)
             code = 1
         else:
             raise
@@ -153,9 +153,12 @@ def _guarded(run: Callable[[], int | None], resume: str = "") -> int | None:
     return code
 
 
-def _report(error: Exception) -> int:
-    """Print an error on stderr and return the exit code. Of several ranks, one reports what all of them found."""
-    if process_group.is_joined():
+def _report(error: Exception, is_rank: bool = False) -> int:
+    """Print an error on stderr and return the exit code. Of several ranks, one reports what all of them found.
+
+    `is_rank`: print host and rank also before the ranks have joined.
+    """
+    if process_group.is_joined() or is_rank:
         line = process_group.error_line(error)
     else:
         prints = is_first_rank() or isinstance(error, LocalError)
