@@ -134,7 +134,7 @@ def adopt_and_report(args: Args, networks: list[Network], search: dict[tuple[str
     Runs of the search are taken first: they decide which peaks the runs of the comparison must have.
 
     Raises:
-        InputError: a path holds no run, a run that is named does not fit, or a network has no run of the search.
+        InputError: a path holds no run, a run that is named does not fit, or nothing has finished.
     """
     named, contained = runs_below(args.adopt)
     rest = adopt_runs([*named, *contained], [*search.values()])
@@ -144,6 +144,8 @@ def adopt_and_report(args: Args, networks: list[Network], search: dict[tuple[str
         rest = adopt_runs(rest, [*jobs[part].values()])
     every_job = [job for part in jobs.values() for job in part.values()]
     report_rest(*([run for run in runs if run in rest] for runs in (named, contained)), every_job)
+    if not any(job.finished() for job in every_job):
+        raise InputError("there is no finished run with these flags to report on: run or adopt one first")
     write_report(args.out, jobs, peaks)
 
 
@@ -233,6 +235,7 @@ def comparison_jobs(args: Args, networks: list[Network], peaks: dict[str, float]
         )
         for seed in range(args.seeds)
         for network in networks
+        if network.title in peaks
     }
 
 
@@ -256,18 +259,14 @@ def make_job(args: Args, folder: str, network: Network, peak: float, budget: dic
 def best_peaks(networks: list[Network], search: dict[tuple[str, float], Job]) -> dict[str, float]:
     """Return the peak learning rate of each network with the lowest last error on the held-out images.
 
-    Raises:
-        InputError: a network has no finished run of the search.
+    Networks without a finished run of the search are left out.
     """
     errors = {key: job.summary()["last_val_error"] for key, job in search.items() if job.finished()}
     peaks = {}
     for network in networks:
         tried = [peak for title, peak in errors if title == network.title]
-        if not tried:
-            raise InputError(
-                f"the search has no finished run of {network.title} with these flags: run or adopt it first"
-            )
-        peaks[network.title] = min(tried, key=lambda peak, title=network.title: errors[title, peak])
+        if tried:
+            peaks[network.title] = min(tried, key=lambda peak, title=network.title: errors[title, peak])
     return peaks
 
 

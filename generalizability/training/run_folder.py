@@ -207,7 +207,7 @@ class Run:
             state: configuration and progress (as dicts), weights, and the trainer's states.
         """
         state = {"format": CHECKPOINT_FORMAT, **state}
-        self._write("last.pt", lambda path: torch.save(state, path))
+        self._write("last.pt", lambda path: save_file(state, path))
         self.publish(state)
 
     def publish(self, state: dict) -> None:
@@ -277,6 +277,12 @@ def weights_metadata(config: RunConfig) -> dict:
     """Return what a file of a run's weights says about its network, its classes and the preparation of its images."""
     names = ("model", "model_options", "num_classes", "classes", "mean", "std", "image_size", "dataset")
     return {name: getattr(config, name) for name in names}
+
+
+def save_file(state: dict, path: Path) -> None:
+    """Write a checkpoint. torch.save gets an open file: if it opens one, the system's error is lost (a full disk)."""
+    with path.open("wb") as file:
+        torch.save(state, file)
 
 
 def evaluated_weights(state: dict) -> dict[str, Tensor]:

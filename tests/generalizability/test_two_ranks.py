@@ -169,6 +169,25 @@ def test_a_rank_that_fails_ends_all_and_says_where(tmp_path, start, place, event
     assert output.count("Traceback") == (event == "crash")
 
 
+def test_an_error_of_the_program_on_both_ranks_has_one_traceback(tmp_path, start):
+    codes, output = start([*TINY, "--out", tmp_path / "run"], "training", "crash").end()
+    assert codes == [1, 1] and output.count("Traceback") == 1, output
+    lines = [line for line in output.splitlines() if line.startswith("error: RuntimeError: CUDA error")]
+    assert 1 <= len(lines) <= 2 and all(f"on {socket.gethostname()})" in line for line in lines)
+
+
+def test_an_error_of_the_program_before_the_ranks_have_joined(tmp_path):
+    program = (
+        "import torch, dataclasses\nfrom s3net_common.command_line import run_script\n"
+        "@dataclasses.dataclass\nclass Args:\n    n: int = 0\n"
+        "run_script(lambda args: [][args.n], Args, '')"
+    )
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = run_python("-c", program, env=variables)
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1
+    assert done.stderr.endswith(f"error: IndexError: list index out of range (rank 1 on {socket.gethostname()})\n")
+
+
 def test_a_restart_after_an_error_that_stays_ends_at_once(tmp_path, monkeypatch):
     flags = {"dataset": "digits", "growth_rate": 4, "depth": 7, "device": "cpu", "epochs": 1, "limit_train": 40}
     flags |= {"limit_val": 20, "out": tmp_path / "run"}

@@ -1,5 +1,7 @@
 """The order of words on a command line, and errors of the system."""
 
+import ast
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +58,11 @@ def test_a_path_that_the_system_refuses_is_an_error_of_one_line(monkeypatch, cap
     )
 
 
-FOLDERS = [ROOT, *(ROOT / name for name in ("expressibility", "generalizability", "interpretability"))]
 SCRIPTS = sorted(
-    str(path) for folder in FOLDERS for path in folder.glob("*.py") if "\n    answer_flags(Args" in path.read_text()
+    path
+    for path in ROOT.rglob("*.py")
+    if re.search(r"^if __name__ == .__main__.:", path.read_text(encoding="utf-8"), re.MULTILINE)
+    and not path.relative_to(ROOT).parts[0].startswith((".", "tests", "runs", "data", "build"))
 )
 HELP_OF_ALL = """
 import contextlib, io, runpy, sys
@@ -72,6 +76,16 @@ for script in sys.argv[1:]:
 
 
 def test_help_imports_no_slow_package():
-    assert len(SCRIPTS) >= 16
+    assert len(SCRIPTS) >= 19
     done = run_python("-c", HELP_OF_ALL, *SCRIPTS, env={"PYTHONPATH": str(ROOT)}, check=True)
     assert done.stdout.splitlines() == [f"{script} True []" for script in SCRIPTS]
+
+
+def test_every_script_answers_flags_before_its_imports_and_is_run_by_run_script():
+    """So that --help takes no time, and every error is one line. Without slow imports, `run_script` does both."""
+    for script in SCRIPTS:
+        blocks = [node for node in ast.parse(script.read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
+        blocks = [block for block in blocks if "__name__" in ast.unparse(block.test)]
+        calls = [ast.unparse(block.body[0]).partition("(")[0] for block in blocks]
+        assert calls in (["answer_flags", "run_script"], ["run_script"]), script
+        assert all(len(block.body) == 1 for block in blocks), script

@@ -72,6 +72,12 @@ def test_the_comparison_is_paired_by_seed(elsewhere, tmp_path):
     assert [run["fastest_epoch_seconds"] for run in results["comparison"]] == 4 * [3600.0]
 
 
+def test_networks_whose_search_has_not_begun_are_left_out(tmp_path):
+    results = adopt(tmp_path, write(tmp_path / "run", "resnet20_cifar", 40.0, 0.4))
+    assert results["peaks"] == {"ResNet-20": 0.4} and results["peaks_to_add"] == {"ResNet-20": 0.8}
+    assert len(results["search"]) == 1
+
+
 def test_what_does_not_fit_is_left_out_of_a_folder_and_refused_by_name(elsewhere, tmp_path, capsys):
     other = write(elsewhere / "other", "s3net_cifar", 1.0, 0.4, weight_decay=5e-4, augment=False)
     started = write(elsewhere / "started", "s3net_cifar", 30.0, 0.4, seed=1, done=2)
@@ -102,5 +108,5 @@ def test_errors_of_paths(elsewhere, tmp_path):
     write(elsewhere / "twice", "s3net_cifar", 40.0, 0.4)
     with pytest.raises(InputError, match="are the same run: leave one of them out"):
         adopt(tmp_path, elsewhere)
-    with pytest.raises(InputError, match=r"the search has no finished run of S3-Net k=12, depth=40 with these flags"):
+    with pytest.raises(InputError, match="there is no finished run with these flags to report on"):
         adopt(tmp_path / "new", elsewhere, hold_out=4000)
