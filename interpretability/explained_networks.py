@@ -101,7 +101,12 @@ def load_network(
             fitting_weights(build().model, checkpoint)
     network = build()
     if checkpoint:
-        load_weights(network.model, checkpoint, report=print)
+        try:
+            load_weights(network.model, checkpoint, report=print)
+        except InputError as error:
+            if not in_repository or metadata or options:
+                raise
+            raise InputError(f"{error}; if the network has other options, pass --model-options") from error
     network.preparation = stored_preparation(metadata) or network.preparation
     network.classes = metadata.get("classes", network.classes)
     network.model.eval()
