@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from s3net_common.limits import check_numbers, limit_threads
 from s3net_common.terminal import OutputError, discard_output, safe_output
 
 Args = TypeVar("Args")
+NARROWEST = 40  # columns of a terminal that --help is laid out for
 
 
 def flag(kind: type, metavar: str | None, default: str) -> Any:
@@ -72,6 +74,8 @@ def _report_import_error(kind: type[BaseException], error: BaseException, trace:
     if issubclass(kind, ImportError) or (issubclass(kind, ValueError) and re.search(r"\bjax_\w+|\bJAX_\w+", text)):
         missing = issubclass(kind, ModuleNotFoundError)
         advice = ": install the packages with pip install -r requirements.txt" if missing else ""
+        if getattr(sys.flags, "safe_path", False):
+            advice = ": unset PYTHONSAFEPATH and leave out -P, which hide the modules beside the script"
         _report(InputError(f"{text}{advice}"))
         os._exit(2)  # an exception hook cannot choose the exit code otherwise
     sys.__excepthook__(kind, error, trace)
@@ -206,6 +210,8 @@ def parse_flags(
         SystemExit: after --help.
     """
     message, help_text = io.StringIO(), io.StringIO()
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)  # tyro needs some room for its columns, else it never ends
     try:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(help_text):
             words = positional_first(sys.argv[1:], arguments, is_positional)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,3 +90,18 @@ def test_every_script_answers_flags_before_its_imports_and_is_run_by_run_script(
         calls = [ast.unparse(block.body[0]).partition("(")[0] for block in blocks]
         assert calls in (["answer_flags", "run_script"], ["run_script"]), script
         assert all(len(block.body) == 1 for block in blocks), script
+
+
+def test_help_fits_any_terminal():
+    script = next(path for path in SCRIPTS if path.name == "ntk_comparison.py")
+    for columns in ("1", "0", "many"):
+        done = run_python(script, "--help", env={"PYTHONPATH": str(ROOT), "COLUMNS": columns}, check=True)
+        assert "--finite-width" in done.stdout
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no safe path")
+def test_a_safe_path_is_named():
+    script = next(path for path in SCRIPTS if path.name == "one_neuron_approximation.py")
+    done = run_python(script, env={"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"})
+    assert done.returncode == 2 and done.stderr.startswith("error: No module named ")
+    assert "unset PYTHONSAFEPATH and leave out -P" in done.stderr and done.stderr.count("\n") == 1
