@@ -396,7 +396,7 @@ def draw_curves(history: list[dict], path: Path, title: str) -> None:
     style = {"marker": "o" if len(epochs) < 40 else None, "markersize": 3}
     for axes, quantity, unit in ((loss, "loss", "cross-entropy"), (error, "error", "top-1 error (%)")):
         axes.plot(epochs, [row[f"train_{quantity}"] for row in history], label="training", **style)
-        axes.plot(epochs, [row[f"val_{quantity}"] for row in history], label="validation", **style)
+        axes.plot(epochs, [row[f"val_{quantity}"] for row in history], "--", label="validation", **style)
         axes.set(xlabel="epoch", ylabel=unit, yscale="log" if quantity == "loss" else "linear")
         axes.legend()
     plain_ticks(loss.yaxis)
