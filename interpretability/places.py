@@ -13,7 +13,7 @@ drawn where it belongs, or not at all.
 This is done once for each shape of the input, and again when the model moves its data in another way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -184,9 +184,9 @@ class Places:
         if func in REDUCTIONS or (func in EXTREMA_ALONG_AXIS and len(outputs) == 2):
             return [self._reduced(first, *args[1:2], **kwargs)]
         if func in MATRIX_PRODUCTS or func is ATTENTION:
-            return [self._product(func, args, output)]
+            return [self._product(func, [*args, *kwargs.values()])]
         if func in SUMS_WITH_PRODUCTS:
-            return [self._product(torch.matmul, args[1:], output)]
+            return [self._product(torch.matmul, args[1:])]
         if func in EINSUM:
             return [contracted(args[0], [self._places_of(operand) for operand in args[1:]], self._mean)]
         if func in RECURRENT:  # the states that follow the outputs have no place
@@ -314,7 +314,7 @@ class Places:
                 places = Coordinates(*(coordinate.squeeze(axis) for coordinate in places))
         return places
 
-    def _product(self, func: Callable, args: tuple, output: Tensor) -> Coordinates | None:
+    def _product(self, func: Callable, args: Sequence) -> Coordinates | None:
         """Rows of a matrix product have the places of the first factor's rows, else columns those of the second's.
 
         If the sum is over the tokens of a window, as of the values of an attention, a row outside of the window has no

@@ -185,6 +185,10 @@ NEARLY_FOLLOWED = {
     "conv2d": lambda x: F.conv2d(x, weight(5, C, 3, 3), padding=1),
     "conv1d of tokens": lambda x: F.conv1d(x.flatten(2), weight(5, C, 3), padding=1),
     "linear of the channels": lambda x: F.linear(x.movedim(1, -1), weight(5, C)),
+    "linear with keywords": lambda x: F.linear(x.movedim(1, -1), weight=weight(5, C), bias=weight(5)),
+    "attention with keywords": lambda x: F.scaled_dot_product_attention(
+        query=x[:, 0, :, :1], key=x[:, 0, :, :1], value=x[:, 0, :, :1]
+    ),
     "einsum of the channels": lambda x: torch.einsum("nchw,cd->nhwd", x, weight(C, 5)),
     "einsum of queries and keys": lambda x: torch.einsum("nchw,nchv->nhwv", x, x),
     "addmm": lambda x: torch.addmm(zeros(1, 5), x[0].flatten(1).mT, weight(C, 5)),
