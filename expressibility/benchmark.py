@@ -53,6 +53,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import tabular
+from jax_backend import jax_backend
 from kernel_regression import mean_squared_error
 from kernels import B_STD, PAPER_TOPOLOGIES, W_STD, Topology, kernel_row_blocks
 from ntk_comparison import DIAG_REG, compare
@@ -243,6 +244,7 @@ def main(args: Args) -> None:
         raise InputError(f"--repeats is {args.repeats}: it must be at least 1")
     if not args.points or min(args.points) < 1:
         raise InputError("--points must be one or more numbers of at least 1, such as --points 500 1000")
+    jax_backend()  # raises InputError before the folder is made
     out = claim_folder(args.out, "benchmark.json", "benchmark.png", overwrite=args.overwrite)
     results = {
         "figure_3": measure_figure_3(depths, args.repeats),

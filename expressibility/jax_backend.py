@@ -4,20 +4,24 @@ import os
 
 import jax
 
-from s3net_common.errors import InputError, first_line
+from s3net_common.errors import InputError
+
+DEVICE_VARIABLES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_DEFAULT_DEVICE", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
 
 
 def jax_backend() -> str:
     """Return "cpu", "gpu" or "tpu".
 
     Raises:
-        InputError: JAX cannot use the devices that the environment variable JAX_PLATFORMS names.
+        InputError: JAX cannot use the devices that environment variables such as JAX_PLATFORMS name.
     """
     try:
+        jax.numpy.zeros(()).block_until_ready()
         return jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # AssertionError: JAX was installed without CUDA
-        platforms = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME", "")
+        values = [f"{name}={os.environ[name]}" for name in DEVICE_VARIABLES if os.environ.get(name)]
+        reason = " ".join(str(error).split()) or "JAX was installed without it"
         raise InputError(
-            f"JAX cannot use the device that JAX_PLATFORMS={platforms} asks for ({first_line(error)}): unset "
-            'JAX_PLATFORMS, or install JAX for that device, such as with pip install "jax[cuda12]"'
+            f"JAX cannot use the device that {' and '.join(values) or 'it has chosen'} asks for ({reason[:200]}): "
+            'unset the variable, or install JAX for that device, such as with pip install "jax[cuda12]"'
         ) from error

@@ -62,6 +62,7 @@ import numpy as np
 
 import finite_width
 import tabular
+from jax_backend import jax_backend
 from kernel_regression import NtkMatrices, mean_squared_error, ntk_matrices, predict
 from kernels import DENSE_LAYERS_BESIDE_DEPTH, PAPER_TOPOLOGIES, TOPOLOGIES, Topology, stax_network
 from s3net_common.progress import ProgressBar
@@ -243,6 +244,7 @@ def format_table(results: dict[str, Any]) -> str:
 def main(args: Args) -> None:
     """Compute Figure 3, print its table and write the results."""
     depths = check_depths(args.depths)
+    jax_backend()  # raises InputError before the folder is made
     out = claim_folder(args.out, "ntk_results.json", "ntk_results.png", overwrite=args.overwrite)
     if args.finite_width:
         claim_folder(args.out, *finite_width.FILES, overwrite=args.overwrite)

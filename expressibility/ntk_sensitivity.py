@@ -75,6 +75,7 @@ from scipy import stats
 import sensitivity_figures
 import tabular
 from baseline_regressors import BASELINES
+from jax_backend import jax_backend
 from kernel_regression import mean_squared_error, ntk_matrices, predict
 from kernels import DENSE_LAYERS_BESIDE_DEPTH, TOPOLOGIES
 from ntk_comparison import DIAG_REG
@@ -421,6 +422,7 @@ def format_report(results: dict[str, Any]) -> str:
 def main(args: Args) -> None:
     """Run or continue the study, print the report and write the results."""
     tables, settings = check_args(args)
+    jax_backend()  # raises InputError before the folder is made
     out = claim_folder(args.out, "sensitivity.json", *PICTURES, overwrite=args.overwrite)
     partial = out / "sensitivity.partial.jsonl"
     records = list(evaluate_splits(tables, settings, partial, args.overwrite))

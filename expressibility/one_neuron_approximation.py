@@ -260,7 +260,7 @@ def draw(results: dict[str, Any], function: Function, sparse: Chain, plain: Chai
 
     graphs.plot(x, function(x), color="0.75", lw=5, label=results["function"])
     graphs.plot(x, apply(sparse, x), color="#1f5fa8", lw=1.5, label=f"with shortcuts, {results['depth']} layers")
-    graphs.plot(x, apply(plain, x), color="#c0392b", lw=1.5, label="without shortcuts, best approximation")
+    graphs.plot(x, apply(plain, x), "--", color="#c0392b", lw=1.5, label="without shortcuts, best approximation")
     graphs.set(title="Networks with one neuron per layer", xlabel="x")
     graphs.legend(frameon=False, fontsize=9, loc="best")
 

@@ -75,7 +75,7 @@ def draw_training(results: dict[str, Any], curves: dict[str, Any]) -> plt.Figure
             best = {"kind": kind, "depth": shown, "peak": row["best_peak"]}
             runs = [curve["losses"] for curve in curves["training"] if best.items() <= curve.items()]
             if row["depth"] == shown and len({len(run) for run in runs}) == 1:
-                losses.plot(np.mean(runs, axis=0), color=colour, label=kind)
+                losses.plot(np.mean(runs, axis=0), color=colour, marker=marker, markevery=15, label=kind)
         for row in selected:
             if row["depth"] == shown:
                 steps = [int(step) for step in row["decades"]["outputs"]]

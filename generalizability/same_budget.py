@@ -3,6 +3,7 @@
     python generalizability/same_budget.py --jobs 2         # everything, on CIFAR-100: about 10 hours on 2 cores
     python generalizability/same_budget.py --only search comparison --seeds 1
     python generalizability/same_budget.py --dataset digits --hold-out 300 --seeds 1
+    python generalizability/same_budget.py --adopt runs/elsewhere --search-epochs 30 --search-images None
 
 The three parts consist of runs of train_s3net.py. Interrupted runs are resumed and finished runs are not repeated. A
 finished run with other flags in the same folder is an error. On Ctrl-C and SIGTERM the runs save themselves and end.
@@ -69,6 +70,8 @@ class Args:
     """Device to train on: cpu, cuda or mps."""
     out: Path = field(default_factory=lambda: default_out("same_budget"))
     """Folder for the runs and the results. The results of an earlier call are replaced; finished runs are kept."""
+    adopt: flag(tuple[Path, ...], "DIR...", "none") = ()
+    """Train nothing: copy finished runs with these flags from DIR (a run, or a folder of runs) to --out, and report."""
     overwrite: OVERWRITE = False
     threads: THREADS = None
 
@@ -76,6 +79,7 @@ class Args:
 if __name__ == "__main__":
     answer_flags(Args, __doc__)
 
+from comparison.adoption import adopt_runs, report_rest, runs_below
 from comparison.budget_report import REPORT_FILES, write_report
 from comparison.jobs import Job, flag_name, run_jobs
 from s3net_networks.size import count_parameters
@@ -104,8 +108,13 @@ def main(args: Args) -> None:
     claim_folder(args.out, *REPORT_FILES, overwrite=args.overwrite)
     networks = compared_networks(args)
     jobs = {"search": search_jobs(args, networks)}
+    if args.adopt:
+        adopt_and_report(args, networks, jobs["search"])
+        return
     if "search" in args.only:
         run_jobs(jobs["search"].values(), args.jobs, "search")
+    if any(not job.finished() for job in jobs["search"].values()):
+        raise InputError("the search for the learning rates is not finished: run it first, with --only search")
     peaks = best_peaks(networks, jobs["search"])
     jobs["comparison"] = comparison_jobs(args, networks, peaks)
     jobs["ablation"] = ablation_jobs(args)
@@ -116,6 +125,27 @@ def main(args: Args) -> None:
         run_jobs(jobs["ablation"].values(), args.jobs, "ablation")
     if "comparison" in args.only:
         run_jobs(jobs["comparison"].values(), args.jobs, "comparison, other seeds")
+    write_report(args.out, jobs, peaks)
+
+
+def adopt_and_report(args: Args, networks: list[Network], search: dict[tuple[str, float], Job]) -> None:
+    """Take the runs of --adopt into --out, and report on all finished runs. No network is trained.
+
+    Runs of the search are taken first: they decide which peaks the runs of the comparison must have.
+
+    Raises:
+        InputError: a path holds no run, a run that is named does not fit, or nothing has finished.
+    """
+    named, contained = runs_below(args.adopt)
+    rest = adopt_runs([*named, *contained], [*search.values()])
+    peaks = best_peaks(networks, search)
+    jobs = {"search": search, "comparison": comparison_jobs(args, networks, peaks), "ablation": ablation_jobs(args)}
+    for part in ("comparison", "ablation"):
+        rest = adopt_runs(rest, [*jobs[part].values()])
+    every_job = [job for part in jobs.values() for job in part.values()]
+    report_rest(*([run for run in runs if run in rest] for runs in (named, contained)), every_job)
+    if not any(job.finished() for job in every_job):
+        raise InputError("there is no finished run with these flags to report on: run or adopt one first")
     write_report(args.out, jobs, peaks)
 
 
@@ -205,6 +235,7 @@ def comparison_jobs(args: Args, networks: list[Network], peaks: dict[str, float]
         )
         for seed in range(args.seeds)
         for network in networks
+        if network.title in peaks
     }
 
 
@@ -228,19 +259,15 @@ def make_job(args: Args, folder: str, network: Network, peak: float, budget: dic
 def best_peaks(networks: list[Network], search: dict[tuple[str, float], Job]) -> dict[str, float]:
     """Return the peak learning rate of each network with the lowest last error on the held-out images.
 
-    Raises:
-        InputError: a run of the search is not finished.
+    Networks without a finished run of the search are left out.
     """
-    if any(not job.finished() for job in search.values()):
-        raise InputError("the search for the learning rates is not finished: run it first, with --only search")
-    errors = {key: job.summary()["last_val_error"] for key, job in search.items()}
-    return {
-        network.title: min(
-            (peak for title, peak in search if title == network.title),
-            key=lambda peak, title=network.title: errors[title, peak],
-        )
-        for network in networks
-    }
+    errors = {key: job.summary()["last_val_error"] for key, job in search.items() if job.finished()}
+    peaks = {}
+    for network in networks:
+        tried = [peak for title, peak in errors if title == network.title]
+        if tried:
+            peaks[network.title] = min(tried, key=lambda peak, title=network.title: errors[title, peak])
+    return peaks
 
 
 if __name__ == "__main__":

@@ -214,14 +214,12 @@ def line(row: dict) -> str:
 
 
 def draw(rows: list[dict], pretrained: dict | None) -> Figure:
-    """Draw the gap against the bound, a colour for each kind of network."""
+    """Draw the gap against the bound, a colour and a marker for each kind of network."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    for i, title in enumerate(NETWORKS):
+    for title, marker in zip(NETWORKS, "os^DvP", strict=False):
         chosen = [row for row in rows if row["network"] == title]
-        axes.plot(
-            [row["log10_bound"] for row in chosen], [row["gap"] for row in chosen], "o", color=f"C{i}", label=title
-        )
+        axes.plot([row["log10_bound"] for row in chosen], [row["gap"] for row in chosen], marker, label=title)
     if pretrained:
         label = f"{pretrained['network']} (CIFAR-100)"
         axes.plot(pretrained["log10_bound"], pretrained["gap"], "k*", markersize=10, label=label)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -331,7 +332,7 @@ def first_argument_bias(call: Call, output: Tensor) -> Bias:
 def symmetric_bias(call: Call, output: Tensor) -> Bias:
     """The Jacobian is symmetric, so one backward step along z gives Df(z)[z]."""
     z = call.leaves[0]
-    if call.moving != [0] or output.shape != z.shape or output.dtype != z.dtype:
+    if call.moving != [0] or output.shape != z.shape or output.dtype != z.dtype or z.is_complex():
         return NotImplemented
     z = z.detach().requires_grad_()
     with torch.enable_grad():
@@ -373,8 +374,8 @@ def generic_biases(call: Call) -> list[Tensor]:
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # fused kernels: no forward mode
         warnings.simplefilter("ignore")  # of torch about its own code
         try:
-            values, along = torch.func.jvp(run, z, direction)
-        except (RuntimeError, NotImplementedError, TypeError):  # no forward mode
+            values, along = _forward_mode(run, z, direction)
+        except (RuntimeError, NotImplementedError, TypeError):
             try:
                 values, along = torch.autograd.functional.jvp(run, z, direction)
             except RuntimeError as error:
@@ -383,6 +384,21 @@ def generic_biases(call: Call) -> list[Tensor]:
                     f"({first_line(error)}). Replace it by functions of torch"
                 ) from error
     return [without_rounding(value.detach(), d.detach()) for value, d in zip(values, along, strict=True)]
+
+
+def _forward_mode(run: Callable, z: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> tuple[list[Tensor], ...]:
+    """Return a function's outputs, and their derivatives along a direction.
+
+    Raises:
+        NotImplementedError: an output has no derivative in forward mode, as of torch.library's custom operators. (There
+            `torch.func.jvp` returns 0.)
+    """
+    with forward_ad.dual_level():
+        outputs = run(*map(forward_ad.make_dual, z, direction))
+        pairs = [forward_ad.unpack_dual(output) for output in outputs]
+    if any(pair.tangent is None for pair in pairs):
+        raise NotImplementedError
+    return [pair.primal for pair in pairs], [pair.tangent for pair in pairs]
 
 
 def differentiable_tensors(tree: object) -> list[Tensor]:

@@ -61,7 +61,7 @@ class Inspection(Operations):
             return f"a custom torch.autograd.Function whose apply was stored: call {name}.apply in the forward pass"
         if self.transforms:
             return "torch.vmap or another transform of torch.func"
-        return "a scripted function, an extension or compiled code"
+        return "a scripted function, an extension, compiled code or another thread"
 
     def _see(self, tree: object) -> None:
         for tensor in _tensors_with_gradients(tree):

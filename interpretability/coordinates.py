@@ -1,6 +1,7 @@
 """Coordinates of the elements of a tensor, and how functions of shapes change them."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -108,22 +109,38 @@ def _axis_groups(old: torch.Size, new: torch.Size) -> list[tuple[list[int], list
 
 
 def line_along(coordinate: Tensor, axis: int) -> Tensor | None:
-    """Return the values of a coordinate along an axis, without NaN. None if it depends on other axes."""
+    """Return the values of a coordinate along an axis, without NaN.
+
+    None if the values along the other axes differ by more than half of a step along this one, or if more than a quarter
+    is padding at one end, which is no border but fills up windows.
+    """
     others = [other for other in range(coordinate.dim()) if other != axis]
     low, high = coordinate.nan_to_num(torch.inf).amin(others), coordinate.nan_to_num(-torch.inf).amax(others)
     known = low.isfinite()
-    return low[known] if torch.allclose(low[known], high[known], rtol=0, atol=1e-3) else None
+    positions = known.nonzero()[:, 0].tolist()
+    if not positions or abs(positions[0] - (len(known) - 1 - positions[-1])) > max(1, len(known) / 4):
+        return None
+    line, spread = (low[known] + high[known]) / 2, high[known] - low[known]
+    step = line.diff().abs().amin() if len(line) > 1 else 0.0
+    return line if (spread <= step / 2).all() else None
 
 
 def spans(line: Tensor | None, length: int) -> bool:
-    """Return whether places increase from one end of the image's height or width to the other."""
+    """Return whether places increase from one end of the image's height or width to the other.
+
+    A border that repeats or reflects the image is left out.
+    """
     if line is None or len(line) == 0:
         return False
     if len(line) == 1:
         return abs(line.item() - (length - 1) / 2) < 1e-3
-    steps = line.diff()
-    margin = 1.5 * steps.max() - 0.5  # a row of the grid may be missing, as without padding
-    return bool((steps > 0).all() and line[0] <= margin and length - 1 - line[-1] <= margin)
+    values = line.tolist()
+    starts = [0] + [i for i in range(1, len(values)) if values[i] <= values[i - 1]]
+    run = max((values[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)), key=len)
+    if len(run) == 1:
+        return False
+    margin = 1.5 * max(b - a for a, b in pairwise(run)) - 0.5  # a row of the grid may be missing, as without padding
+    return run[0] <= margin and length - 1 - run[-1] <= margin
 
 
 def half_of_places(places: Coordinates, seed: int) -> Tensor:

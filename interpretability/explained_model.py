@@ -15,13 +15,21 @@ CONSTANT = (
     "detach, or a rounding on the way"
 )
 
+QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+
 
 def refuse_unusable(model: nn.Module) -> None:
-    """Raise InputError if the model has scripted modules, or parameters that were made in inference mode."""
+    """Raise InputError for scripted or quantized modules, parameters made in inference mode, or what is no module."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"FullGrad explains an nn.Module, and this is a {type(model).__name__}")
     for path, module in model.named_modules():
+        place = f"its module {path}" if path else "it"
         if isinstance(module, torch.jit.ScriptModule):
-            place = f"its module {path}" if path else "it"
             raise InputError(f"FullGrad cannot look inside this network: {place} is scripted. Give the plain nn.Module")
+        if type(module).__module__.startswith(QUANTIZED):
+            raise InputError(
+                f"FullGrad cannot differentiate this network: {place} is quantized. Give the plain nn.Module"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_inference():
             raise InputError(
@@ -40,13 +48,21 @@ def _modules_and_tensors(model: nn.Module) -> tuple[list[nn.Module], list[Tensor
 
 
 def check_images(images: Tensor) -> None:
-    """Raise InputError for images that are not `(N, C, H, W)` in floating point."""
+    """Raise InputError for images that are not `(N, C, H, W)` in floating point, with values."""
     if not isinstance(images, Tensor):
         raise InputError(f"images are a {type(images).__name__}: give a tensor of shape (N, channels, height, width)")
     if images.dim() != 4 or len(images) == 0:
         raise InputError(f"images have shape {tuple(images.shape)}: give (N, channels, height, width), N above 0")
     if not images.is_floating_point():
         raise InputError(f"images have type {images.dtype}: convert them to floating point and normalise them")
+    if images.layout != torch.strided:
+        raise InputError(f"images have layout {images.layout}: give a dense tensor")
+    _check_values("images", images)
+
+
+def _check_values(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor):
+        raise InputError(f"{name}: these tensors hold no values (meta or fake): give a tensor on a real device")
 
 
 def class_columns(target: object, images: int) -> Tensor | None:
@@ -61,6 +77,9 @@ def class_columns(target: object, images: int) -> Tensor | None:
         target = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"target is {shown(target)}: give whole class indices") from None
+    _check_values("target", target)
+    if target.numel() == 0:
+        raise InputError("target names no class: give at least one")
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise InputError(f"target has type {target.dtype}: give whole class indices")
     if target.dim() == 0:
@@ -75,16 +94,19 @@ def check_classes(target: Tensor | None, logits: Tensor) -> Tensor:
     classes = logits.shape[1]
     if target is None:
         return logits.detach().argmax(dim=1, keepdim=True)
-    if target.shape[1] == 0:
-        raise InputError("target names no class: give at least one")
     outside = target[(target < 0) | (target >= classes)]
     if len(outside):
         raise InputError(f"there is no class {outside[0].item()}: this network has the classes 0 to {classes - 1}")
     return target.to(logits.device)
 
 
-def logits_of(output: object, images: int) -> Tensor:
+def logits_of(output: object, images: int, constant: bool = False) -> Tensor:
     """Return the logits `(N, classes)` in a model's output: a tensor, or in a tuple, a dictionary or `.logits`.
+
+    Args:
+        output: what the model returned.
+        images: N.
+        constant: whether the logits may be independent of the images, as under `torch.no_grad`.
 
     Raises:
         InputError: there are none, or they do not depend on the images.
@@ -99,17 +121,21 @@ def logits_of(output: object, images: int) -> Tensor:
         candidates = list(output) if isinstance(output, Sequence) and not isinstance(output, str) else []
     for tensor in candidates:
         if isinstance(tensor, Tensor) and tensor.dim() == 2 and len(tensor) == images and tensor.is_floating_point():
-            if not tensor.requires_grad:
+            if not (tensor.requires_grad or constant):
                 raise InputError(CONSTANT)
             return tensor
-    shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in candidates] or [
-        type(output).__name__
-    ]
+    shapes = [
+        f"{tuple(t.shape)} of type {t.dtype}" if isinstance(t, Tensor) else type(t).__name__ for t in candidates
+    ] or [type(output).__name__]
     raise InputError(f"the model gave {', '.join(map(str, shapes))}: FullGrad explains logits of shape (N, classes)")
 
 
 def run_model(model: nn.Module, images: Tensor) -> object:
-    """Return the model's output. Raises InputError if images and model have different devices or types."""
+    """Return the model's output.
+
+    Raises:
+        InputError: images and model have different devices or types, or the model uses a tensor of inference mode.
+    """
     try:
         return model(images)
     except (RuntimeError, NotImplementedError) as error:
@@ -119,6 +145,11 @@ def run_model(model: nn.Module, images: Tensor) -> object:
             device = devices.pop()
             raise InputError(
                 f"images are on {images.device}, and the network is on {device}: move one of them"
+            ) from error
+        if "Inference tensors cannot be saved for backward" in str(error):
+            raise InputError(
+                "FullGrad cannot differentiate this network: a tensor that it uses, no parameter or buffer, was made "
+                "in torch.inference_mode"
             ) from error
         types = {tensor.dtype for tensor in tensors}
         if len(types) == 1 and images.dtype not in types:
@@ -146,7 +177,10 @@ def prepared(model: nn.Module) -> Iterator[None]:
     with ExitStack() as undo:
         undo.callback(_set_modes, modules, [module.training for module in modules])
         undo.callback(_set_requires_grad, tensors, [tensor.requires_grad for tensor in tensors])
-        model.eval()
+        try:
+            model.eval()
+        except NotImplementedError:  # torch.export has fixed the mode
+            _set_modes(modules, [False] * len(modules))
         _set_requires_grad(tensors, [False] * len(tensors))  # only grad_x is needed: half of a backward pass
         _use_full_float32(undo)
         if "torch._dynamo" in sys.modules:  # functions of a compiled model cannot be seen

@@ -101,7 +101,12 @@ def load_network(
             fitting_weights(build().model, checkpoint)
     network = build()
     if checkpoint:
-        load_weights(network.model, checkpoint, report=print)
+        try:
+            load_weights(network.model, checkpoint, report=print)
+        except InputError as error:
+            if not in_repository or metadata or options:
+                raise
+            raise InputError(f"{error}; if the network has other options, pass --model-options") from error
     network.preparation = stored_preparation(metadata) or network.preparation
     network.classes = metadata.get("classes", network.classes)
     network.model.eval()
@@ -159,17 +164,26 @@ def _from_timm(name: str, num_classes: int | None, published: bool) -> Network:
             hint = "see s3net_networks, torchvision and timm"
         raise InputError(f"there is no network {name!r}: {hint}")
     options = {} if num_classes is None else {"num_classes": num_classes}
+    create = partial(timm.create_model, plain, pretrained=published, **options)
     offline = constants.HF_HUB_OFFLINE
-    reason = _unreachable(constants.ENDPOINT) if published and not offline else None
     try:
-        constants.HF_HUB_OFFLINE = offline or reason is not None  # only cached files: a download has many retries
-        model = timm.create_model(plain, pretrained=published, **options)
+        try:
+            constants.HF_HUB_OFFLINE = True  # cached files need no network
+            model = create()
+        except Exception as error:
+            if not published:
+                raise
+            if offline:
+                raise ConnectionError(f"HF_HUB_OFFLINE is set: {_reason(error)}") from None
+            if reason := _unreachable(constants.ENDPOINT):  # a download has many retries
+                raise ConnectionError(reason) from None
+            constants.HF_HUB_OFFLINE = False
+            model = create()
     except Exception as error:  # each of timm's ways of downloading raises its own
         if not published:
             raise
-        reason = reason or _reason(error)
         raise InputError(
-            f"the weights of {name} cannot be downloaded ({reason}): on a machine with internet access, save "
+            f"the weights of {name} cannot be downloaded ({_reason(error)}): on a machine with internet access, save "
             f"the state dict of timm.create_model({plain!r}, pretrained=True), and pass --checkpoint {name}=FILE"
         ) from error
     finally:

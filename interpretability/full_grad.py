@@ -23,7 +23,7 @@ attention). So (1) also holds where a network has no explicit biases, and `compl
 
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import NamedTuple
 
 import torch
@@ -88,7 +88,8 @@ class FullGrad:
         composites: without effect, accepted for earlier programs.
 
     Raises:
-        InputError: the model holds a scripted module, or parameters that were made in inference mode.
+        InputError: the model is no nn.Module, or holds a scripted or quantized module, or parameters that were made in
+            inference mode.
     """
 
     def __init__(self, model: nn.Module, batch_size: int = 16, composites: object = None) -> None:
@@ -178,7 +179,9 @@ class FullGrad:
         whole = None
         if len(images) == 1 or not self._one_by_one:
             whole = self._pass(images, target, kind)
-            if len(images) == 1 or self._one_by_one is False or self._is_complete(whole):
+            if len(images) == 1 or self._one_by_one is False:
+                return [whole]
+            if self._is_complete(whole) and not self._images_interact(whole):
                 return [whole]
         single = [
             self._pass(images[i : i + 1], None if target is None else target[i : i + 1], kind)
@@ -205,7 +208,7 @@ class FullGrad:
     ) -> tuple["_Pass", Flow]:
         names = ModuleNames(self.model) if kind is Terms else None
         with prepared(self.model):
-            images = images.detach().clone()
+            images = images.detach().as_subclass(Tensor).clone()
             x = images.clone().requires_grad_()
             copy = x.clone()  # a model may write over its input
             operations = Operations(copy, known, names)
@@ -236,6 +239,7 @@ class FullGrad:
         self._flows: dict[tuple, Flow] = {}
         self._checked = False
         self._one_by_one: bool | None = None
+        self._independent: bool | None = None
         self._tolerance = 0.0
 
     def _is_complete(self, result: "_Pass") -> bool:
@@ -253,9 +257,30 @@ class FullGrad:
             )
         self._checked = True
 
+    def _images_interact(self, whole: "_Pass") -> bool:
+        """Whether the first image has other logits alone than in its batch. Warns if they differ from run to run."""
+        if self._independent is None:
+            self._independent, changing = True, False
+            with prepared(self.model), torch.no_grad(), suppress(Exception):  # a network may need this size of batch
+                outputs = (run_model(self.model, whole.images[:1].clone()) for _ in range(2))
+                first, second = (logits_of(output, 1, constant=True) for output in outputs)
+                changing = self._differ(first, second)
+                self._independent = changing or not self._differ(whole.logits[:1], first)
+            if changing:
+                warnings.warn(
+                    "the network gives the same image other logits each time, because it is random or keeps a state: "
+                    "each map explains one run",
+                    IncompleteWarning,
+                    stacklevel=6,
+                )
+        return not self._independent
+
+    def _differ(self, logits: Tensor, others: Tensor) -> bool:
+        scale = others.abs().amax(dim=1, keepdim=True)
+        return not ((logits - others).abs() <= self._tolerance * scale).all()
+
     def _warn_if_images_interact(self, together: Tensor, separate: Tensor) -> None:
-        scale = separate.abs().amax(dim=1, keepdim=True)
-        if not ((together - separate).abs() <= self._tolerance * scale).all():
+        if self._differ(together, separate):
             warnings.warn(
                 "the images of a batch interact in this network, as in BatchNorm without running statistics: FullGrad "
                 "explains each image by itself",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_flatten
 
 from bias_rules import (
     BATCH_NORM,
@@ -29,7 +30,7 @@ from bias_rules import (
     generic_biases,
 )
 from module_names import ModuleNames
-from places import MOVING, Layout, Move, Places
+from places import MOVING, Layout, Places
 from s3net_common.errors import InputError
 
 
@@ -71,6 +72,27 @@ class Record(NamedTuple):
     function: str
     shape: torch.Size
     layout: Layout
+
+
+class Move:
+    """A call of a function that moves data: the function, and all of its arguments but tensors of floating point."""
+
+    def __init__(self, func: Callable, args: tuple, kwargs: dict) -> None:
+        leaves = tree_flatten((args, kwargs))[0]
+        self.func = func
+        self.sizes = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        self.indices = [
+            leaf.clone() for leaf in leaves if isinstance(leaf, Tensor) and not leaf.dtype.is_floating_point
+        ]
+
+    def equals(self, other: "Move") -> bool:
+        """Whether both move elements between the same positions."""
+        return (
+            self.func is other.func
+            and self.sizes == other.sizes
+            and len(self.indices) == len(other.indices)
+            and all(map(torch.equal, self.indices, other.indices))
+        )
 
 
 class Flow(NamedTuple):
@@ -127,6 +149,8 @@ class Operations(TorchFunctionMode):
             if output.requires_grad:
                 output.register_hook(contiguous)
             return self.note(Call(func, args, kwargs), output)
+        if func is torch.autograd.grad:
+            raise InputError("FullGrad cannot explain this network: it computes a gradient in its forward pass")
         if func in RULES:
             return self.note(Call(func, args, kwargs), func(*args, **kwargs))
         return self.run_unknown(Call(func, args, kwargs))

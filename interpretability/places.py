@@ -2,18 +2,18 @@
 
 Every element of a tensor may have three coordinates: its image, its row and its column, in pixels of the network's
 input. They are followed through functions that move data (views, windows, shifts, writes into slices), and kept by
-functions that act element by element or along the channels. A convolution, pool or interpolation of the whole image
-starts a fresh grid. If its input is a part of the image, or flipped or shuffled, its output has no place. A mean over a
-quarter of the image's height or width, or more, has no place.
+functions that act element by element or along the channels. So are they by a convolution or pool that keeps the size.
+One of another size, and an interpolation, start a fresh grid; if the input is a part of the image, or flipped or
+shuffled, the output has no place. A mean over a quarter of the image's height or width, or more, has no place.
 
 A function that is in no table keeps the places if a backward step shows that each output depends only on inputs at its
 own place. Otherwise (sorting, cumulative sums, Fourier transforms, folding) its outputs have no place. So a term is
 drawn where it belongs, or not at all.
 
-This is done once for each shape of the input, and again when the model moves its data in another way (`Move`).
+This is done once for each shape of the input, and again when the model moves its data in another way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +61,7 @@ GRIDS = CONVOLUTIONS | RESAMPLING | named("lp_pool2d")
 MATRIX_PRODUCTS = named("matmul", "__matmul__", "bmm", "mm") | {LINEAR}
 SUMS_WITH_PRODUCTS = named("addmm", "baddbmm")
 EXTREMA_ALONG_AXIS = named("max", "min")
+RECURRENT = named("lstm", "gru", "rnn_tanh", "rnn_relu")
 PAD, EINSUM, UNFOLD = named("pad"), named("einsum"), F.unfold
 WRITES = named(
     "__setitem__", "copy_", "index_copy", "index_copy_", "index_put", "index_put_", "put", "put_", "scatter",
@@ -105,27 +106,6 @@ class Layout(NamedTuple):
     axis: int | None
     inner: int
     grid: Grid | None
-
-
-class Move:
-    """A call of a function that moves data: the function, and all of its arguments but tensors of floating point."""
-
-    def __init__(self, func: Callable, args: tuple, kwargs: dict) -> None:
-        leaves = tree_flatten((args, kwargs))[0]
-        self.func = func
-        self.sizes = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-        self.indices = [
-            leaf.clone() for leaf in leaves if isinstance(leaf, Tensor) and not leaf.dtype.is_floating_point
-        ]
-
-    def equals(self, other: "Move") -> bool:
-        """Whether both move elements between the same positions."""
-        return (
-            self.func is other.func
-            and self.sizes == other.sizes
-            and len(self.indices) == len(other.indices)
-            and all(map(torch.equal, self.indices, other.indices))
-        )
 
 
 class Places:
@@ -198,17 +178,19 @@ class Places:
         if func in WRITES:
             return [self._written(func, args, kwargs)]
         if func in GRIDS and output.dim() == 4:
-            return [self._sampled(first._places, output)] * len(outputs)
+            return [self._sampled(first._places, first.shape, output)] * len(outputs)
         if func in CONVOLUTIONS and output.dim() == 3 and output.shape[::2] == first.shape[::2]:
-            return [self._mean(first._places, 1)]
+            return [self._mean_of_channels(first._places)]
         if func in REDUCTIONS or (func in EXTREMA_ALONG_AXIS and len(outputs) == 2):
             return [self._reduced(first, *args[1:2], **kwargs)]
         if func in MATRIX_PRODUCTS or func is ATTENTION:
-            return [self._product(func, args, output)]
+            return [self._product(func, [*args, *kwargs.values()])]
         if func in SUMS_WITH_PRODUCTS:
-            return [self._product(torch.matmul, args[1:], output)]
+            return [self._product(torch.matmul, args[1:])]
         if func in EINSUM:
             return [contracted(args[0], [self._places_of(operand) for operand in args[1:]], self._mean)]
+        if func in RECURRENT:  # the states that follow the outputs have no place
+            return [self._elementwise(known, output), *[None] * (len(outputs) - 1)]
         places = [self._elementwise(known, leaf) for leaf in outputs]
         return places if func in ELEMENTWISE or self._stay(known, outputs, places) else [None] * len(outputs)
 
@@ -238,18 +220,30 @@ class Places:
                     return False
         return True
 
-    def _sampled(self, places: Coordinates, output: Tensor) -> Coordinates | None:
+    def _sampled(self, places: Coordinates, size: torch.Size, output: Tensor) -> Coordinates | None:
+        """Return the places of a convolution, pool or interpolation of a tensor `(N, C, H, W)` of the given size."""
         image = places.image.flatten(1)
         low, high = image.nan_to_num(torch.inf).amin(1), image.nan_to_num(-torch.inf).amax(1)  # NaN: padding
         if len(output) != self.n or len(image) != self.n or not torch.equal(low, high):
             return None
-        whole = any(places is grid for grid in self._grids.values()) or (
-            spans(line_along(places.row, 2), self.height) and spans(line_along(places.column, 3), self.width)
-        )
-        if places.row.isnan().all() or not whole:
-            nowhere = torch.full((1, 1, 1, 1), NOWHERE, device=self.device)
-            return Coordinates(low[:, None, None, None], nowhere, nowhere)
-        return self.fresh_grid(*output.shape[2:])
+        if any(places is grid for grid in self._grids.values()):
+            return self.fresh_grid(*output.shape[2:])
+        if size[2:] == output.shape[2:]:
+            return self._mean_of_channels(places)
+        if spans(line_along(places.row, 2), self.height) and spans(line_along(places.column, 3), self.width):
+            return self.fresh_grid(*output.shape[2:])
+        nowhere = torch.full((1, 1, 1, 1), NOWHERE, device=self.device)
+        return Coordinates(low[:, None, None, None], nowhere, nowhere)
+
+    def _mean_of_channels(self, places: Coordinates) -> Coordinates:
+        """Return the mean place along axis 1, of those channels that have a place."""
+        low = Coordinates(*(c.nan_to_num(torch.inf).amin(1, keepdim=True) for c in places))
+        high = Coordinates(*(c.nan_to_num(-torch.inf).amax(1, keepdim=True) for c in places))
+        near = (high.row - low.row).abs() <= self.height * WITHOUT_ROOM  # infinite without a place
+        near = near & ((high.column - low.column).abs() <= self.width * WITHOUT_ROOM)
+        image = torch.where(low.image == high.image, low.image, NOWHERE)
+        row, column = (torch.where(near, (a + b) / 2, NOWHERE) for a, b in zip(low[1:], high[1:], strict=True))
+        return Coordinates(image, row, column)
 
     def _joined(
         self, func: Callable, args: tuple, kwargs: dict, known: list[Tensor], output: Tensor
@@ -320,16 +314,29 @@ class Places:
                 places = Coordinates(*(coordinate.squeeze(axis) for coordinate in places))
         return places
 
-    def _product(self, func: Callable, args: tuple, output: Tensor) -> Coordinates | None:
-        """Rows of a matrix product have the places of the first factor's rows, else columns those of the second's."""
-        places = getattr(args[0], "_places", None)
-        places = None if places is None or not args[0].requires_grad else self._mean(places, -1)
-        if func not in MATRIX_PRODUCTS - {LINEAR} or not (places is None or places.row.isnan().all()):
+    def _product(self, func: Callable, args: Sequence) -> Coordinates | None:
+        """Rows of a matrix product have the places of the first factor's rows, else columns those of the second's.
+
+        If the sum is over the tokens of a window, as of the values of an attention, a row outside of the window has no
+        place.
+        """
+        places = None if self._places_of(args[0]) is None else self._mean(self._places_of(args[0]), -1)
+        second = self._places_of(args[2 if func is ATTENTION else 1])
+        if second is None or func is LINEAR or second.row.dim() < 2:
             return places
-        second = args[1]
-        if getattr(second, "_places", None) is not None and second.requires_grad and second.dim() > 1:
-            return self._mean(second._places, -2)
-        return places
+        if func is not ATTENTION and (places is None or places.row.isnan().all()):
+            return self._mean(second, -2)
+        if places is None or all(coordinate.shape[-2] == 1 for coordinate in second):
+            return places
+        far = torch.zeros((), dtype=torch.bool, device=self.device)
+        for axis, length in ((1, self.height), (2, self.width)):
+            low, high = (second[axis].nan_to_num(c * torch.inf) for c in (1, -1))
+            low, high = low.amin((-2, -1), keepdim=True), high.amax((-2, -1), keepdim=True)
+            margin = 1 + (high - low) / 8
+            outside = (places[axis] < low - margin) | (places[axis] > high + margin)
+            far = far | (outside & (high - low < length / 2))
+        row, column = (torch.where(far, NOWHERE, coordinate) for coordinate in places[1:])
+        return places._replace(row=row, column=column)
 
     def _elementwise(self, known: list[Tensor], output: Tensor) -> Coordinates | None:
         """Keep the places of inputs of the output's shape, else of those that differ in the last axis or broadcast."""
@@ -348,16 +355,13 @@ class Places:
         return None
 
     def _common(self, places: Coordinates, others: Coordinates) -> Coordinates:
-        """Return the places of a sum of two tensors of the same shape: their mean, if they are near each other."""
+        """Return the places of a function of two tensors of one shape: those of the first, if both are near."""
         if equal(places, others):
             return places
-        image = torch.where(places.image.isnan(), others.image, places.image)
         gaps = [(a - b).abs() for a, b in zip(places, others, strict=True)]  # NaN where one has no place
         far = (gaps[0] > 0) | (gaps[1] > self.height * WITHOUT_ROOM) | (gaps[2] > self.width * WITHOUT_ROOM)
-        row, column = (
-            torch.where(far, NOWHERE, torch.where(a.isnan(), b, torch.where(b.isnan(), a, (a + b) / 2)))
-            for a, b in zip(places[1:], others[1:], strict=True)
-        )
+        image, row, column = merged(places, others)
+        row, column = (torch.where(far, NOWHERE, coordinate) for coordinate in (row, column))
         return Coordinates(image, row, column)
 
     def _mean(self, places: Coordinates, axis: int) -> Coordinates:

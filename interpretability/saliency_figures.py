@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from itertools import count, takewhile
+from itertools import count, cycle, takewhile
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +21,7 @@ CELL = 2.1  # width of an image in a figure, in inches
 PAGE_ROWS = 6  # images on a page of a figure
 CAPTION = 24  # characters of a class name or a file name in a figure
 DPI = 110
+MARKERS = "os^DvPX*<>"  # of curves, which are not told apart by colour only
 
 
 def overlay(pixels: np.ndarray, saliency: np.ndarray) -> np.ndarray:
@@ -149,9 +150,10 @@ def draw_dice(path: Path, curves: dict[str, np.ndarray]) -> None:
     """
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
+    markers = cycle(MARKERS)
     for name, values in curves.items():
         mean, spread = values.mean(0), values.std(0)
-        (line,) = axes.plot(PERCENTILES, mean, marker=".", label=f"{name} ({mean.mean():.2f})")
+        (line,) = axes.plot(PERCENTILES, mean, marker=next(markers), ms=4, label=f"{name} ({mean.mean():.2f})")
         axes.fill_between(PERCENTILES, mean - spread, mean + spread, color=line.get_color(), alpha=0.12, linewidth=0)
     axes.invert_xaxis()
     axes.set_xticks([99, 95, 90, 85, 80])
@@ -175,10 +177,10 @@ def draw_faithfulness(path: Path, results: dict[str, dict[str, dict]]) -> None:
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": 2}
     for axes, (network, methods) in zip(rows, results.items(), strict=True):
         for axis, kind, better in zip(axes, ("insertion", "deletion"), ("higher", "lower"), strict=True):
-            for method, values in methods.items():
+            for (method, values), marker in zip(methods.items(), cycle(MARKERS), strict=False):
                 curve = values[kind]
                 label = f"{method} ({values[f'{kind}_area']:.3f})"
-                axis.plot(np.linspace(0, 100, len(curve)), curve, label=label)
+                axis.plot(np.linspace(0, 100, len(curve)), curve, marker=marker, ms=4, lw=1, label=label)
             verb = "revealed" if kind == "insertion" else "removed"
             axis.set(title=f"{network}: {kind} ({better} is better)", xlabel=f"% of pixels {verb}")
             axis.legend(fontsize=8, title="method (area)", title_fontsize=8, **below)
@@ -233,7 +235,8 @@ def draw_comparison(path: Path, report: dict) -> None:
 def _interval(axes: Axes, score: dict, y: float, colour: str, label: str | None) -> None:
     low, high = score["interval"]
     axes.plot([low, high], [y, y], color=colour, linewidth=1.5)
-    axes.plot(score["mean"], y, "o", color=colour, markersize=4, label=label or None)
+    marker = {"C0": "o", "C1": "s"}[colour]
+    axes.plot(score["mean"], y, marker, color=colour, markersize=4, label=label or None)
 
 
 def pages(path: Path, pictures: int) -> Iterator[tuple[Path, range]]:

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,11 +17,12 @@ import tyro
 
 from s3net_common import process_group
 from s3net_common.errors import InputError, LocalError, first_line, printable
-from s3net_common.launcher import is_first_rank
+from s3net_common.launcher import is_distributed, is_first_rank
 from s3net_common.limits import check_numbers, limit_threads
 from s3net_common.terminal import OutputError, discard_output, safe_output
 
 Args = TypeVar("Args")
+NARROWEST = 40  # columns of a terminal that --help is laid out for
 
 
 def flag(kind: type, metavar: str | None, default: str) -> Any:
@@ -53,8 +55,8 @@ def answer_flags(
     """Answer --help and refuse wrong flags, before the script imports PyTorch or JAX, which takes seconds.
 
     Call it between the dataclass of flags and these imports, if the script is run, and `run_script` at the end. It
-    sets the number of threads, which the packages read when they are imported. Until `run_script` is called, Ctrl-C
-    ends the process without a traceback.
+    sets the number of threads, which the packages read when they are imported. Until `run_script` is called, Ctrl-C, a
+    missing package and a variable JAX_... with an impossible value end the process without a traceback.
     """
     os.environ["MPLBACKEND"] = "agg"  # Jupyter exports a backend that may be missing here; pictures go to files
     with safe_output():
@@ -63,6 +65,20 @@ def answer_flags(
         sys.exit(code)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_import)
+    sys.excepthook = _report_import_error
+
+
+def _report_import_error(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """Report a package that cannot be imported in one line and exit with 2. Other errors keep their traceback."""
+    text = str(error)
+    if issubclass(kind, ImportError) or (issubclass(kind, ValueError) and re.search(r"\bjax_\w+|\bJAX_\w+", text)):
+        missing = issubclass(kind, ModuleNotFoundError)
+        advice = ": install the packages with pip install -r requirements.txt" if missing else ""
+        if getattr(sys.flags, "safe_path", False):
+            advice = ": unset PYTHONSAFEPATH and leave out -P, which hide the modules beside the script"
+        _report(InputError(f"{text}{advice}"))
+        os._exit(2)  # an exception hook cannot choose the exit code otherwise
+    sys.__excepthook__(kind, error, trace)
 
 
 def _end_import(number: int, frame: object) -> None:
@@ -89,6 +105,7 @@ def run_script(
     A distributed rank that fails ends at once, and prints its host and rank with the error.
     """
     os.environ["MPLBACKEND"] = "agg"
+    sys.excepthook = sys.__excepthook__
     if "matplotlib" in sys.modules:
         sys.modules["matplotlib"].use("agg")
     if signal.getsignal(signal.SIGINT) == _end_import:
@@ -128,8 +145,8 @@ def _guarded(run: Callable[[], int | None], resume: str = "") -> int | None:
     except Exception as error:
         if advice := _advice(error):
             code = _report(LocalError(advice))
-        elif process_group.is_joined():
-            _report(error)
+        elif process_group.is_joined() or (is_distributed() and "torch" in sys.modules):
+            _report(error, is_rank=True)
             code = 1
         else:
             raise
@@ -140,9 +157,12 @@ def _guarded(run: Callable[[], int | None], resume: str = "") -> int | None:
     return code
 
 
-def _report(error: Exception) -> int:
-    """Print an error on stderr and return the exit code. Of several ranks, one reports what all of them found."""
-    if process_group.is_joined():
+def _report(error: Exception, is_rank: bool = False) -> int:
+    """Print an error on stderr and return the exit code. Of several ranks, one reports what all of them found.
+
+    `is_rank`: print host and rank also before the ranks have joined.
+    """
+    if process_group.is_joined() or is_rank:
         line = process_group.error_line(error)
     else:
         prints = is_first_rank() or isinstance(error, LocalError)
@@ -190,6 +210,8 @@ def parse_flags(
         SystemExit: after --help.
     """
     message, help_text = io.StringIO(), io.StringIO()
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)  # tyro needs some room for its columns, else it never ends
     try:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(help_text):
             words = positional_first(sys.argv[1:], arguments, is_positional)

@@ -97,13 +97,32 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         rename_durably(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        if getattr(error, "errno", None) == errno.EMFILE:
+    except (OSError, RuntimeError) as error:
+        refusal = _system_error(error)
+        if getattr(refusal, "errno", None) == errno.EMFILE:
             raise InputError(f"{path} cannot be written: {TOO_MANY_FILES}") from error
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"{path} cannot be written ({reason}): make room, or pass another --out") from error
+        reason = getattr(refusal, "strerror", None) or first_line(refusal)
+        advice = _WRITE_ADVICE.get(getattr(refusal, "errno", None), "make room, or pass another --out")
+        raise InputError(f"{path} cannot be written ({reason}): {advice}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_WRITE_ADVICE = {
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG), "pass another --out"),
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f unlimited)",
+}
+
+
+def _system_error(error: BaseException) -> BaseException:
+    """Return the system's error behind an error, or the error itself.
+
+    torch.save ends with a RuntimeError about its own state after the file that it writes to was refused.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
 
 
 def rename_durably(temporary: Path, path: Path) -> None:

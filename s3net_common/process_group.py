@@ -54,7 +54,10 @@ def end_alone(code: int) -> NoReturn:
 
 
 def error_line(error: BaseException) -> str | None:
-    """Return the line that this rank prints about an error, or None if another rank has reported it."""
+    """Return the line that this rank prints about an error, or None if another rank has reported it.
+
+    An error in the program comes with its traceback, unless another rank has printed one.
+    """
     first = _reports_first()
     if is_lost_connection(error):
         text = "the connection to another rank is lost: it was killed, its node failed, or it has stalled; --resume"
@@ -63,7 +66,7 @@ def error_line(error: BaseException) -> str | None:
         return f"error: {printable(' '.join(str(error).split()))} ({place()})"
     if isinstance(error, InputError | ImportError):
         return f"error: {printable(' '.join(str(error).split()))}" if first else None
-    text = "".join(traceback.format_exception(error))
+    text = "".join(traceback.format_exception(error)) if first else ""
     return f"{text}error: {type(error).__name__}: {first_line(error)} ({place()})"
 
 

@@ -1,7 +1,9 @@
 import os
 import signal
 
+import matplotlib.figure
 import pytest
+from figure_styles import check_styles
 
 # The tests run in several processes (pyproject.toml), and many start others: one thread each does not make them wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +19,18 @@ def environment():
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def figures(monkeypatch):
+    """Check every figure that the tests' process saves."""
+    save = matplotlib.figure.Figure.savefig
+
+    def check_and_save(figure, *args, **options):
+        check_styles(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", check_and_save)
 
 
 @pytest.fixture(autouse=True)

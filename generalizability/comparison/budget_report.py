@@ -4,13 +4,15 @@ import json
 import shlex
 import statistics
 from collections.abc import Iterable
-from itertools import cycle
+from itertools import combinations, cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from comparison.adoption import torch_version
+from comparison.intervals import mean_interval
 from comparison.jobs import ENVIRONMENT_SETTINGS, TRAINER, Job
 from s3net_common.output_files import ROOT, save_figure, shell_command, write_atomically, write_json
 
@@ -52,10 +54,12 @@ def write_report(out: Path, jobs: dict[str, dict[tuple, Job]], peaks: dict[str, 
         for part, part_jobs in jobs.items()
     }
     unfinished = sum(not job.finished() for part_jobs in jobs.values() for job in part_jobs.values())
-    record = {"command": shell_command(), "peaks": peaks, "unfinished_runs": unfinished, **rows}
-    write_json(out / "results.json", record)
+    facts = {"peaks": peaks, "peaks_to_add": peaks_to_add(rows["search"]), "unfinished_runs": unfinished}
+    facts |= {"differences": seed_differences(rows["comparison"]), "torch": versions_by_part(rows)}
+    write_json(out / "results.json", {"command": shell_command(), **facts, **rows})
     writers = {"search": search_table, "comparison": comparison_table, "ablation": ablation_table}
     tables = "\n".join(f"{HEADINGS[part]}\n\n{write(rows[part])}" for part, write in writers.items() if rows[part])
+    tables += "".join(f"\n{line}\n" for line in notes(facts))
     write_atomically(out / "tables.md", lambda path: path.write_text(tables, encoding="utf-8"))
     figures = {
         "search": ("search.png", draw_search),
@@ -80,9 +84,65 @@ def result_row(network: str, job: Job) -> dict:
         **{name: summary[name] for name in RECORDED},
         "images_per_second": round(statistics.median(line["images_per_second"] for line in history), 1),
         "command": shlex.join(command),
+        "fastest_epoch_seconds": round(min(line["seconds"] for line in history), 2),
         "val_error": [round(line["val_error"], 3) for line in history],
         "train_error": [round(line["train_error"], 3) for line in history],
     }
+
+
+# ---- What follows from the runs -----------------------------------------------------------------------------------
+
+
+def peaks_to_add(search: list[dict]) -> dict[str, float]:
+    """Return the next peak, by a factor of 2, of each network whose best one is at the edge of those tried."""
+    following = {}
+    for name, runs in by_network(search):
+        best = min(runs, key=lambda run: run["last_val_error"])["peak_lr"]
+        tried = [run["peak_lr"] for run in runs]
+        if best in (min(tried), max(tried)):
+            following[name] = best / 2 if best == min(tried) and len(tried) > 1 else 2 * best
+    return following
+
+
+def seed_differences(comparison: list[dict]) -> list[dict]:
+    """Return the mean difference of the last errors of every two networks over their common seeds, in percent points.
+
+    The 95% interval is Student's; it is None for a single seed.
+    """
+    errors = {name: {run["seed"]: run["last_val_error"] for run in runs} for name, runs in by_network(comparison)}
+    rows = []
+    for first, second in combinations(errors, 2):
+        seeds = sorted(errors[first].keys() & errors[second].keys())
+        differences = [errors[first][seed] - errors[second][seed] for seed in seeds]
+        if differences:
+            pair = {"first": first, "second": second, "seeds": seeds, "mean": statistics.mean(differences)}
+            rows.append(pair | {"interval": mean_interval(differences)})
+    return rows
+
+
+def versions_by_part(rows: dict[str, list[dict]]) -> dict[str, list[str]]:
+    """Return the minor versions of PyTorch with which the runs of each part were made."""
+    return {part: sorted({torch_version(run) for run in runs}) for part, runs in rows.items()}
+
+
+def notes(facts: dict) -> list[str]:
+    """Return lines under the tables: intervals of the differences, peaks to add, and mixed versions."""
+    lines = [
+        f"{row['first']} minus {row['second']}: {row['mean']:+.2f} points over {len(row['seeds'])} "
+        f"seed{'s' if len(row['seeds']) > 1 else ''}"
+        + (" (95% interval {:+.2f} to {:+.2f})".format(*row["interval"]) if row["interval"] else " (no interval)")
+        for row in facts["differences"]
+    ]
+    lines += [
+        f"{name}: the best peak is at the edge of those that were tried; add {peak:g}."
+        for name, peak in facts["peaks_to_add"].items()
+    ]
+    lines += [
+        f"The runs of the {part} have different versions of PyTorch: {', '.join(versions)}."
+        for part, versions in facts["torch"].items()
+        if len(versions) > 1
+    ]
+    return lines
 
 
 # ---- Tables -------------------------------------------------------------------------------------------------------
@@ -109,16 +169,18 @@ def errors_by_peak(runs: list[dict], peaks: list[float]) -> list[str]:
 def comparison_table(rows: list[dict]) -> str:
     """Return a Markdown table of the error, size, cost and speed of each network, over its seeds."""
     lines = [
-        "| network | peak lr | seeds | error, % | top-5 error, % | parameters | multiply-adds | images/s | hours |",
-        table_rule(8),
+        "| network | peak lr | seeds | error, % | top-5 error, % | parameters | multiply-adds | images/s | hours | "
+        "hours at the speed of the fastest epoch |",
+        table_rule(9),
     ]
     for name, runs in by_network(rows):
         images_per_second = statistics.median(run["images_per_second"] for run in runs)
         hours = statistics.median(run["total_seconds"] for run in runs) / 3600
+        undisturbed = statistics.median(run["epochs"] * run["fastest_epoch_seconds"] for run in runs) / 3600
         lines.append(
             f"| {name} | {runs[0]['peak_lr']:g} | {len(runs)} | {mean_and_deviation(runs, 'last_val_error')} | "
             f"{mean_and_deviation(runs, 'last_val_top5_error')} | {' | '.join(size_cells(runs[0]))} | "
-            f"{images_per_second:.0f} | {hours:.2f} |"
+            f"{images_per_second:.0f} | {hours:.2f} | {undisturbed:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -178,19 +240,26 @@ def draw_search(rows: list[dict]) -> Figure:
     return figure
 
 
-def draw_comparison(rows: list[dict]) -> Figure:
-    """Draw the test and training error of each network by epoch, one line for each seed."""
+def draw_comparison(
+    rows: list[dict],
+    title: str = "Comparison, each network with its best peak learning rate",
+    images: str = "test images",
+) -> Figure:
+    """Draw the validation and training error of each network by epoch, one line for each seed.
+
+    `images`: what the networks were validated on.
+    """
     figure = Figure(figsize=(10, 3.9), layout="constrained")
-    for axes, quantity, title in zip(
+    for axes, quantity, name in zip(
         figure.subplots(1, 2, sharey=True),
         ("val_error", "train_error"),
-        ("test images", "training images"),
+        (images, "training images"),
         strict=True,
     ):
         draw_curves(axes, by_network(rows), quantity)
-        axes.set_title(title, fontsize="medium")
+        axes.set_title(name, fontsize="medium")
         axes.set_xlabel("epoch")
-    figure.suptitle("Comparison, each network with its best peak learning rate")
+    figure.suptitle(title)
     figure.axes[0].set_ylabel("top-1 error (%)")
     figure.axes[0].legend()
     return figure

@@ -12,7 +12,7 @@ def wilson_interval(errors: int, count: int) -> tuple[float, float]:
     It is about the choice of the images. It says nothing about another seed.
     """
     low, high = binomtest(errors, count).proportion_ci(method="wilson")
-    return 100 * low, 100 * high
+    return 100 * float(low), 100 * float(high)
 
 
 def interval_of_percent(error: float, count: int) -> tuple[float, float]:
@@ -24,6 +24,6 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return the 95% interval of a mean (Student's t, values taken as normal); None for fewer than two values."""
     if len(values) < 2:
         return None
-    margin = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    margin = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     mean = statistics.mean(values)
     return mean - margin, mean + margin

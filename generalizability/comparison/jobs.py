@@ -6,9 +6,10 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
+from recipes import RunConfig, recipe_for
 from s3net_common.command_line import sigterm_as_exit
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT
@@ -16,6 +17,7 @@ from s3net_common.progress import ProgressBar
 
 TRAINER = ROOT / "generalizability" / "train_s3net.py"
 ENVIRONMENT_SETTINGS = {"data_dir", "device"}  # they do not change what a run computes
+UNCOMPARED = ENVIRONMENT_SETTINGS | {"mean", "std", "milestones"}  # the latter have no flags
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,18 @@ class Job:
     """
 
     folder: Path
-    settings: dict[str, str | int | float | Path | None]
+    settings: dict[str, str | int | float | bool | Path | None]
 
     def flags(self, excluded: Collection[str] = ()) -> list[str]:
         """Return the flags for these settings, without the excluded ones."""
         given = {name: value for name, value in self.settings.items() if value is not None and name not in excluded}
-        return [word for name, value in given.items() for word in (flag_name(name), str(value))]
+        words = []
+        for name, value in given.items():
+            if isinstance(value, bool):
+                words.append(flag_name(name) if value else flag_name(f"no_{name}"))
+            else:
+                words += [flag_name(name), str(value)]
+        return words
 
     def finished(self) -> bool:
         """Return whether the run has reached its last epoch.
@@ -50,13 +58,27 @@ class Job:
             raise InputError(
                 f"{self.folder} holds a summary.json but no config.json of the trainer: pass another --out"
             ) from error
-        for name, value in self.settings.items():
-            if name not in ENVIRONMENT_SETTINGS and config.get(name) != value:
-                raise InputError(
-                    f"{self.folder} holds a finished run with {flag_name(name)} {config.get(name)} instead of {value}: "
-                    "pass another --out"
-                )
+        if different := self.differences(config):
+            raise InputError(f"{self.folder} holds a finished run with {', '.join(different)}: pass another --out")
         return True
+
+    def differences(self, config: dict) -> list[str]:
+        """Return in which flags a run differs from this one, as "--lr 0.1 instead of 0.4".
+
+        `config`: content of its `config.json` with the network's options at the top. Settings of this job that are not
+        given have the values of the data set's recipe; `config` lacks those that later versions added.
+        """
+        expected = {field.name: field.default for field in fields(RunConfig) if field.default is not MISSING}
+        if "dataset" in self.settings:
+            expected |= asdict(recipe_for(self.settings["dataset"], self.settings.get("model")))
+        expected |= dict.fromkeys(("limit_train", "limit_val", "growth_rate", "depth", "drop_rate", "connections"))
+        expected |= self.settings
+        compared = {name: value for name, value in expected.items() if name not in UNCOMPARED}
+        return [
+            f"{flag_name(name)} {config.get(name, value)} instead of {value}"
+            for name, value in compared.items()
+            if config.get(name, None if name in self.settings else value) != value
+        ]
 
     def finished_epochs(self) -> int:
         """Return the number of epochs that the run has finished."""

@@ -207,7 +207,7 @@ class Run:
             state: configuration and progress (as dicts), weights, and the trainer's states.
         """
         state = {"format": CHECKPOINT_FORMAT, **state}
-        self._write("last.pt", lambda path: torch.save(state, path))
+        self._write("last.pt", lambda path: save_file(state, path))
         self.publish(state)
 
     def publish(self, state: dict) -> None:
@@ -277,6 +277,12 @@ def weights_metadata(config: RunConfig) -> dict:
     """Return what a file of a run's weights says about its network, its classes and the preparation of its images."""
     names = ("model", "model_options", "num_classes", "classes", "mean", "std", "image_size", "dataset")
     return {name: getattr(config, name) for name in names}
+
+
+def save_file(state: dict, path: Path) -> None:
+    """Write a checkpoint. torch.save gets an open file: if it opens one, the system's error is lost (a full disk)."""
+    with path.open("wb") as file:
+        torch.save(state, file)
 
 
 def evaluated_weights(state: dict) -> dict[str, Tensor]:
@@ -390,7 +396,7 @@ def draw_curves(history: list[dict], path: Path, title: str) -> None:
     style = {"marker": "o" if len(epochs) < 40 else None, "markersize": 3}
     for axes, quantity, unit in ((loss, "loss", "cross-entropy"), (error, "error", "top-1 error (%)")):
         axes.plot(epochs, [row[f"train_{quantity}"] for row in history], label="training", **style)
-        axes.plot(epochs, [row[f"val_{quantity}"] for row in history], label="validation", **style)
+        axes.plot(epochs, [row[f"val_{quantity}"] for row in history], "--", label="validation", **style)
         axes.set(xlabel="epoch", ylabel=unit, yscale="log" if quantity == "loss" else "linear")
         axes.legend()
     plain_ticks(loss.yaxis)

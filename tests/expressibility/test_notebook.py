@@ -30,31 +30,36 @@ def number_of_pictures(notebook):
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-def check_outputs(notebook):
+def check_outputs(notebook, splits):
     text = printed_text(notebook)
     assert float(re.search(r"disagreement of the two ways: (\S+)", text)[1]) < 1e-6
     assert "K = 4, residual: 0.78061 here, 0.78054 there" in text
     assert "K = 5, proposed: 0.74947 here, 0.74940 there" in text
     assert "The chain's error is smaller than both by" in text
-    assert re.search(r"is ahead on \d+ of 30 splits", text)
+    assert re.search(rf"is ahead on \d+ of {splits} splits", text)
     assert number_of_pictures(notebook) == 5
 
 
 def test_the_notebook_alone_runs_from_top_to_bottom_in_an_empty_folder(tmp_path):
     notebook = read_notebook()
+    fewer = {"seeds=30": "seeds=2", "range(100, 130)": "range(100, 102)"}  # repetitions, in less time
     for cell in notebook.cells:
         cell.pop("outputs", None)
         if cell.cell_type == "code":
             cell.outputs = []
+            for text in [text for text in fewer if text in cell.source]:
+                cell.source = cell.source.replace(text, fewer.pop(text))
+    assert not fewer
     resources = {"metadata": {"path": str(tmp_path)}}
-    check_outputs(NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute())
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources)
+    check_outputs(client.execute(), splits=2)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_committed_notebook_is_valid_and_contains_its_outputs():
     notebook = read_notebook()
     nbformat.validate(notebook)
-    check_outputs(notebook)
+    check_outputs(notebook, splits=30)
     assert "Traceback" not in printed_text(notebook)
 
 

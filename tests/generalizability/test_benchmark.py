@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import torch
-from processes import run_python
 from torch import nn
 
 from models import create_model
@@ -50,8 +49,10 @@ def test_the_published_formulation_computes_the_same_function():
     torch.testing.assert_close(model.eval()(images), published.eval()(images), atol=1e-4, rtol=1e-4)
 
 
-def test_the_data_benchmark_writes_its_rates(tmp_path):
-    done = run_python(FOLDER / "benchmark.py", "--only", "data", "--rounds", 1, "--out", tmp_path, check=True)
+def test_the_data_benchmark_writes_its_rates(tmp_path, monkeypatch, capsys):
+    benchmark = benchmark_module()
+    monkeypatch.setattr(benchmark, "BATCH", 4)  # of 100 batches
+    benchmark.main(benchmark.Args(only="data", rounds=1, out=tmp_path))
     rates = json.loads((tmp_path / "benchmark.json").read_text())["data"]["images_per_second"]
     assert len(rates) == 3 and all(rate > 0 for rate in rates.values())
-    assert f"{rates['ours']:,.0f} images/s" in done.stdout
+    assert f"{rates['ours']:,.0f} images/s" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib.axes
 import pytest
 from PIL import Image
-from processes import run_python
+from processes import run_forked
 from run_folders import write_run
 
 import compare_results
@@ -309,7 +309,7 @@ def test_the_same_run_counts_once(tmp_path):
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):
-    done = run_python(SCRIPT, "absent", cwd=tmp_path)
+    done = run_forked(SCRIPT, "absent", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (
         2,
         "",

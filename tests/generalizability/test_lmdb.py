@@ -13,7 +13,7 @@ import lmdb
 import numpy as np
 import pytest
 from PIL import Image
-from processes import run_python, started_python
+from processes import run_forked, started_python
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -415,7 +415,7 @@ def test_verify_finds_a_changed_byte(built_file, tmp_path, capsys):
 
 
 def test_the_script_prints_one_line_and_exits_with_2(tmp_path):
-    process = run_python(FOLDER / "folder2lmdb.py", "--out", tmp_path / "a.lmdb", "--images", tmp_path / "none")
+    process = run_forked(FOLDER / "folder2lmdb.py", "--out", tmp_path / "a.lmdb", "--images", tmp_path / "none")
     assert process.returncode == 2 and process.stdout == ""
     assert (
         process.stderr

@@ -38,6 +38,7 @@ def trained(monkeypatch):
         error += {"chain": 9, "dense": -4}.get(settings.get("connections"), 0)
         rows = [
             {"val_error": error + 5 - i, "train_error": error - i, "images_per_second": images_per_second}
+            | {"seconds": 1200.0 - i, "val_top5_error": 1.0}
             for i in range(6)
         ]
         (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -47,9 +48,12 @@ def trained(monkeypatch):
             "parameters": 272_836,
             "multiply_adds": 63_000_000,
             "total_seconds": 7200,
+            "epochs": 6,
+            "seed": settings["seed"],
+            "versions": {"torch": "2.14.1"},
         }
         (job.folder / "summary.json").write_text(json.dumps(summary))
-        (job.folder / "config.json").write_text(json.dumps(settings | {"model_options": {}}))
+        (job.folder / "config.json").write_text(json.dumps(settings | {"model_options": {}}, default=str))
 
     monkeypatch.setattr(jobs, "run_training", train)
     return folders
@@ -88,7 +92,7 @@ def test_every_run_is_made_once_and_reported(trained, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith((tmp_path / "tables.md").read_text())
     assert "| S3-Net k=12, depth=40 | 62.00 | **60.00** | 64.00 |" in printed
-    assert "| ResNet-20 | 0.4 | 2 | 60.50 ± 0.71 | 30.25 ± 0.35 | 272,836 | 63.0M | 20 | 2.00 |" in printed
+    assert "| ResNet-20 | 0.4 | 2 | 60.50 ± 0.71 | 30.25 ± 0.35 | 272,836 | 63.0M | 20 | 2.00 | 1.99 |" in printed
     assert "| connections | parameters | multiply-adds | test error, %, peak 0.2 | test error, %, peak 1.6 |" in printed
     assert "| no shortcuts, k=12 | 272,836 | 63.0M | **71.00** | 81.00 |" in printed
     for name in ("curves", "search", "ablation"):

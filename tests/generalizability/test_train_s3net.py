@@ -3,7 +3,6 @@
 import json
 import random
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import pytest
 import torch
 from image_trees import digit_photos, make_imagenet
 from PIL import Image
-from processes import TORCHRUN, run_python, started_python
+from processes import ForkedScript, run_forked
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -36,16 +35,12 @@ def command(*flags):
     return [str(SCRIPT), *map(str, flags)]
 
 
-def torchrun(processes, *flags):
-    return [*TORCHRUN, f"--nproc_per_node={processes}", *command(*flags)]
-
-
 def run(arguments, **options):
-    return run_python(*arguments, **options)
+    return run_forked(*arguments, **options)
 
 
 def completed(arguments, **options):
-    return run_python(*arguments, check=True, **options)
+    return run_forked(*arguments, check=True, **options)
 
 
 def metrics(folder):
@@ -114,10 +109,8 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(reference, tmp_
     arguments = command(*SMALL, "--epochs", 4, "--out", folder, "--resume")
     while kills < 3:
         before = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
-        with started_python(*arguments, stdout=subprocess.PIPE) as process:
-            for line in process.stdout:  # three lines describe the run, then training begins
-                if "resuming" in line or "starting" in line:
-                    break
+        with ForkedScript(*arguments) as process:
+            process.wait_for("resuming", "starting")  # then training begins
             time.sleep(moments.uniform(0, 0.8))
         kills += 1
         if (folder / "metrics.jsonl").exists():
@@ -139,15 +132,15 @@ def test_the_run_folder_alone_says_what_to_resume(reference, tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_the_command_that_resumes_it(tmp_path, number):
-    flags = [*TINY, "--limit-train", "800", "--epochs", "2", "--out", str(tmp_path / "run"), "--batch-size", "4"]
-    with started_python(*command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        for line in process.stdout:
-            if "starting" in line:
-                break
+    flags = [*TINY, "--limit-train", "800", "--limit-val", "60", "--epochs", "1", "--out", str(tmp_path / "run")]
+    flags += ["--batch-size", "4"]
+    with ForkedScript(*command(*flags)) as process:
+        process.wait_for("starting")
         time.sleep(0.3)
-        process.send_signal(number)
-        printed, errors = process.communicate()
-    assert process.returncode == 128 + number and errors == ""
+        process.kill(number)
+        done = process.wait()
+    assert done.returncode == 128 + number and done.stderr == ""
+    printed = done.stdout
     assert printed.splitlines()[-2] == "stopped; resume with"
     progress = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]
     assert progress["epoch"] == 0 and 0 < progress["step"] < 200
@@ -155,7 +148,7 @@ def test_a_signal_ends_the_run_with_the_command_that_resumes_it(tmp_path, number
         resume = printed.splitlines()[-1].split()
         assert resume[0] == "python"
         completed(resume[1:])
-        completed(command(*flags[:-3], tmp_path / "whole", *flags[-2:]))
+        completed(command(*flags, "--out", tmp_path / "whole"))
         assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
@@ -197,94 +190,6 @@ def test_a_kill_between_checkpoint_and_metrics_is_repaired(reference, tmp_path):
     assert [row["epoch"] for row in metrics(folder)] == [1, 2]
     with safe_open(folder / "best.safetensors", "pt") as file:
         assert file.metadata()["epoch"] == "2"
-
-
-def test_two_processes_count_every_image_once_and_agree_with_one(tmp_path):
-    flags = [*TINY, "--limit-train", "310", "--limit-val", "101", "--epochs", "2"]
-    done = completed(torchrun(2, *flags, "--out", tmp_path / "two"))
-    assert "2 processes on cpu" in done.stdout and done.stdout.count("epoch   1/2") == 1
-    evaluated = completed(
-        command("--eval-only", "--checkpoint", tmp_path / "two" / "best.safetensors", "--limit-val", 101)
-    )
-    measured, row = (
-        json.loads(evaluated.stdout.splitlines()[-1]),
-        min(metrics(tmp_path / "two"), key=lambda r: r["val_error"]),
-    )
-    assert measured["val_error"] == row["val_error"] and measured["images"] == 101
-    assert measured["val_loss"] == pytest.approx(row["val_loss"], rel=1e-5)
-
-
-def test_two_processes_killed_in_mid_epoch_resume_exactly_under_torchrun_and_by_hand(tmp_path):
-    flags = [*TINY, "--limit-train", "310", "--limit-val", "60", "--epochs", "2", "--batch-size", "8"]
-    completed(torchrun(2, *flags, "--out", tmp_path / "whole"))
-    folder = tmp_path / "parts"
-    arguments = torchrun(2, *flags, "--checkpoint-every", 2, "--out", folder)
-    words = [*TORCHRUN, "--max-restarts=1", *arguments[len(TORCHRUN) :]]
-    with started_python(*words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        while not (folder / "last.pt").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        subprocess.run(["pkill", "-KILL", "--newest", "-f", str(folder)], check=True)  # torchrun restarts both ranks
-        assert any("resuming after epoch 0 and" in line for line in process.stdout)
-        subprocess.run(["pkill", "-KILL", "-f", str(folder)], check=True)  # torchrun and its two processes
-    progress = torch.load(folder / "last.pt", weights_only=True)["progress"]
-    assert progress["epoch"] == 0 and progress["step"] % 2 == 0 and 0 < progress["step"] < 39
-    completed([*arguments, "--resume"])
-    assert_same_run(folder, tmp_path / "whole")
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux only")
-def test_no_thread_of_the_process_group_is_left_when_the_interpreter_shuts_down(tmp_path):
-    listing = tmp_path / "listing.py"
-    listing.write_text(LISTING)
-    flags = [*TINY, "--limit-train", "20", "--limit-val", "20", "--epochs", "1", "--out", tmp_path / "run"]
-    arguments = torchrun(2, *flags)
-    completed([str(listing) if part == str(SCRIPT) else part for part in arguments], cwd=tmp_path)
-    for rank in "01":
-        training, at_the_end = json.loads((tmp_path / f"threads{rank}.json").read_text())
-        assert any("gloo" in name for name in training)
-        assert not any("gloo" in name for name in at_the_end)
-
-
-# Runs the trainer and lists the names of the process's threads, in training and at its end. Linux lists a thread for a
-# moment after it was joined, and forgets it at any time.
-LISTING = f"""
-import atexit, contextlib, json, os, runpy, sys, time
-from pathlib import Path
-
-def names():
-    thread_names = []
-    for thread in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            thread_names.append((thread / "comm").read_text().strip())
-    return thread_names
-
-def save():
-    deadline = time.monotonic() + 5
-    while any("gloo" in name for name in names()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    Path(f"threads{{os.environ['RANK']}}.json").write_text(json.dumps([training, names()]))
-
-sys.argv[0] = {str(SCRIPT)!r}
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-from training import engine
-
-def evaluate(*arguments, evaluate=engine.evaluate):
-    training.extend(names())
-    return evaluate(*arguments)
-
-training = []
-engine.evaluate = evaluate
-atexit.register(save)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_two_processes_say_an_error_once_and_none_waits_forever(tmp_path):
-    done = run(torchrun(2, "--dataset", "folder", "--data-dir", tmp_path / "absent", "--out", tmp_path / "run"))
-    assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1 and f"error: {tmp_path}/absent has no images: it needs" in done.stderr
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -3,22 +3,24 @@
 import json
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import TORCHRUN, run_forked, run_python, started_python
 from safetensors.torch import load_file
-from two_ranks import TwoRanks
+from two_ranks import SCRIPT, TwoRanks
 
 import train_s3net
 from s3net_common.errors import InputError
 from train_s3net import Args
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--dataset", "digits", "--growth-rate", 4, "--depth", 7, "--device", "cpu", "--drop-rate", 0.1]
-TINY += ["--limit-train", 64, "--limit-val", 40, "--batch-size", 8, "--epochs", 2]
+NETWORK = ["--dataset", "digits", "--growth-rate", 4, "--depth", 7, "--device", "cpu", "--drop-rate", 0.1]
+TINY = [*NETWORK, "--limit-train", 64, "--limit-val", 40, "--batch-size", 8, "--epochs", 2]
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups and no fork")
 
@@ -51,9 +53,19 @@ def start(tmp_path):
 def reference(tmp_path_factory):
     """The files of a run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("reference")
-    codes, output = TwoRanks(folder / "ranks", [*TINY, "--out", folder / "run"]).end()
-    assert codes == [0, 0], output
+    on_two_ranks(folder / "ranks", *TINY, "--out", folder / "run")
     return folder / "run"
+
+
+def on_two_ranks(folder, *flags):
+    """Run the trainer on two undisturbed ranks. Return what they printed."""
+    codes, output = TwoRanks(folder, flags).end()
+    assert codes == [0, 0], output
+    return output
+
+
+def torchrun(*flags):
+    return [*TORCHRUN, "--nproc_per_node=2", SCRIPT, *flags]
 
 
 def progress(folder):
@@ -91,8 +103,7 @@ def test_sigterm_in_training_in_evaluation_and_in_writing(tmp_path, start, refer
     assert steps[0][0] == 0 and 2 < steps[0][1] < 8  # in the epoch
     assert steps[1] == (0, 8)  # before the evaluation
     assert steps[2][0] == 1 and steps[2][1] > 0  # what was being written is complete, and the next look stopped
-    codes, output = start(flags).end()
-    assert codes == [0, 0], output
+    on_two_ranks(tmp_path / "resumed", *flags)
     assert not (folder / "stopped").exists()
     assert_same_run(folder, reference)
 
@@ -131,8 +142,7 @@ def test_a_rank_that_is_killed(tmp_path, start, reference):
     assert len(lines) == 1 and f"(rank 0 on {socket.gethostname()})" in lines[0]
     assert "the connection to another rank is lost" in lines[0] and "Traceback" not in output
     assert progress(folder)["step"] == 2
-    codes, output = start(flags).end()
-    assert codes == [0, 0], output
+    on_two_ranks(tmp_path / "resumed", *flags)
     assert_same_run(folder, reference)
 
 
@@ -159,6 +169,25 @@ def test_a_rank_that_fails_ends_all_and_says_where(tmp_path, start, place, event
     assert output.count("Traceback") == (event == "crash")
 
 
+def test_an_error_of_the_program_on_both_ranks_has_one_traceback(tmp_path, start):
+    codes, output = start([*TINY, "--out", tmp_path / "run"], "training", "crash").end()
+    assert codes == [1, 1] and output.count("Traceback") == 1, output
+    lines = [line for line in output.splitlines() if line.startswith("error: RuntimeError: CUDA error")]
+    assert 1 <= len(lines) <= 2 and all(f"on {socket.gethostname()})" in line for line in lines)
+
+
+def test_an_error_of_the_program_before_the_ranks_have_joined(tmp_path):
+    program = (
+        "import torch, dataclasses\nfrom s3net_common.command_line import run_script\n"
+        "@dataclasses.dataclass\nclass Args:\n    n: int = 0\n"
+        "run_script(lambda args: [][args.n], Args, '')"
+    )
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = run_python("-c", program, env=variables)
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1
+    assert done.stderr.endswith(f"error: IndexError: list index out of range (rank 1 on {socket.gethostname()})\n")
+
+
 def test_a_restart_after_an_error_that_stays_ends_at_once(tmp_path, monkeypatch):
     flags = {"dataset": "digits", "growth_rate": 4, "depth": 7, "device": "cpu", "epochs": 1, "limit_train": 40}
     flags |= {"limit_val": 20, "out": tmp_path / "run"}
@@ -173,3 +202,90 @@ def test_a_restart_after_an_error_that_stays_ends_at_once(tmp_path, monkeypatch)
     monkeypatch.undo()
     assert train_s3net.main(Args(**flags)) == 0  # the user has mended the flag
     assert not (tmp_path / "run" / "failed.json").exists()
+
+
+# -- torchrun itself --
+
+
+def test_two_processes_count_every_image_once_and_agree_with_one(tmp_path):
+    flags = [*NETWORK, "--limit-train", "310", "--limit-val", "101", "--epochs", "2"]
+    output = on_two_ranks(tmp_path / "ranks", *flags, "--out", tmp_path / "two")
+    assert "2 processes on cpu" in output and output.count("epoch   1/2") == 1
+    checkpoint = tmp_path / "two" / "best.safetensors"
+    evaluated = run_forked(SCRIPT, "--eval-only", "--checkpoint", checkpoint, "--limit-val", 101, check=True)
+    measured = json.loads(evaluated.stdout.splitlines()[-1])
+    row = min(progress(tmp_path / "two")["history"], key=lambda row: row["val_error"])
+    assert measured["val_error"] == row["val_error"] and measured["images"] == 101
+    assert measured["val_loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+
+
+def test_two_processes_killed_in_mid_epoch_resume_exactly_under_torchrun_and_by_hand(tmp_path):
+    flags = [*NETWORK, "--limit-train", "310", "--limit-val", "60", "--epochs", "2", "--batch-size", "8"]
+    on_two_ranks(tmp_path / "ranks", *flags, "--out", tmp_path / "whole")
+    folder = tmp_path / "parts"
+    arguments = torchrun(*flags, "--checkpoint-every", 2, "--out", folder)
+    words = [*TORCHRUN, "--max-restarts=1", *arguments[len(TORCHRUN) :]]
+    with started_python(*words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        while not (folder / "last.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        subprocess.run(["pkill", "-KILL", "--newest", "-f", str(folder)], check=True)  # torchrun restarts both ranks
+        assert any("resuming after epoch 0 and" in line for line in process.stdout)
+        subprocess.run(["pkill", "-KILL", "-f", str(folder)], check=True)  # torchrun and its two processes
+    progress = torch.load(folder / "last.pt", weights_only=True)["progress"]
+    assert progress["epoch"] == 0 and progress["step"] % 2 == 0 and 0 < progress["step"] < 39
+    on_two_ranks(tmp_path / "ranks", *flags, "--checkpoint-every", 2, "--out", folder, "--resume")
+    assert_same_run(folder, tmp_path / "whole")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux only")
+def test_no_thread_of_the_process_group_is_left_when_the_interpreter_shuts_down(tmp_path):
+    listing = tmp_path / "listing.py"
+    listing.write_text(LISTING)
+    flags = [*NETWORK, "--limit-train", "20", "--limit-val", "20", "--epochs", "1", "--out", tmp_path / "run"]
+    run_python(*TORCHRUN, "--nproc_per_node=2", listing, *flags, check=True, cwd=tmp_path)
+    for rank in "01":
+        training, at_the_end = json.loads((tmp_path / f"threads{rank}.json").read_text())
+        assert any("gloo" in name for name in training)
+        assert not any("gloo" in name for name in at_the_end)
+
+
+# Runs the trainer and lists the names of the process's threads, in training and at its end. Linux lists a thread for a
+# moment after it was joined, and forgets it at any time.
+LISTING = f"""
+import atexit, contextlib, json, os, runpy, sys, time
+from pathlib import Path
+
+def names():
+    thread_names = []
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            thread_names.append((thread / "comm").read_text().strip())
+    return thread_names
+
+def save():
+    deadline = time.monotonic() + 5
+    while any("gloo" in name for name in names()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    Path(f"threads{{os.environ['RANK']}}.json").write_text(json.dumps([training, names()]))
+
+sys.argv[0] = {str(SCRIPT)!r}
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+from training import engine
+
+def evaluate(*arguments, evaluate=engine.evaluate):
+    training.extend(names())
+    return evaluate(*arguments)
+
+training = []
+engine.evaluate = evaluate
+atexit.register(save)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_two_processes_say_an_error_once_and_none_waits_forever(tmp_path):
+    done = run_python(*torchrun("--dataset", "folder", "--data-dir", tmp_path / "absent", "--out", tmp_path / "run"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1 and f"error: {tmp_path}/absent has no images: it needs" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -111,6 +111,10 @@ FOLLOWED = {
     "writing into slices": write(lambda y, x: y.__setitem__((..., slice(1, 3)), x[..., 0:2])),
     "writing by a list": write(lambda y, x: y.__setitem__((..., list(range(W))), x.flip(3)), constant),
     "einsum as a permutation": lambda x: torch.einsum("nchw->nwhc", x),
+    "conv2d of a transposed image": lambda x: F.conv2d(x.mT, weight(5, C, 1, 1)),
+    "conv2d of a flipped image": lambda x: F.conv2d(x.flip(3), weight(5, C, 1, 1)),
+    "conv2d of a shifted image": lambda x: F.conv2d(x.roll(3, 3), weight(5, C, 1, 1)),
+    "conv2d of a part": lambda x: F.conv2d(x[..., :3], weight(5, C, 1, 1)),
     "sort of the channels": lambda x: x.sort(1)[0],
 }  # fmt: skip
 # Some or all elements have no place, because they come from several, from constants, or by an order of the values.
@@ -159,10 +163,12 @@ PARTLY_FOLLOWED = {
     "linear of the columns": lambda x: F.linear(x, weight(W, W)),
     "linear of the tokens": lambda x: F.linear(x.flatten(2), weight(24, 24)),
     "conv1d that mixes tokens": lambda x: F.conv1d(x.flatten(2).mT, weight(24, 24, 1)),
-    "conv2d of a transposed image": lambda x: F.conv2d(x.mT, weight(5, C, 1, 1)),
-    "conv2d of a flipped image": lambda x: F.conv2d(x.flip(3), weight(5, C, 1, 1)),
-    "conv2d of a shifted image": lambda x: F.conv2d(x.roll(3, 3), weight(5, C, 1, 1)),
-    "conv2d of a part": lambda x: F.conv2d(x[..., :3], weight(5, C, 1, 1)),
+    "max_pool2d of a flipped image": lambda x: F.max_pool2d(x.flip(3), 2),
+    "conv2d with a step of a shifted image": lambda x: F.conv2d(x.roll(3, 3), weight(5, C, 1, 1), stride=2),
+    "max_pool2d of a padded window": lambda x: F.max_pool2d(F.pad(x, (0, 6, 0, 4)), 2),
+    "attention to another part": lambda x: F.scaled_dot_product_attention(
+        x[..., 0].mT, x[..., 5].mT * torch.ones(4, 1).double(), x[..., 5].mT
+    ),
     "interpolate of a part": lambda x: F.interpolate(x[..., 3:], size=(H, W)),
     "grid_sample": lambda x: F.grid_sample(x, weight(N, H, W, 2), align_corners=False),
     "fft": lambda x: torch.fft.irfft2(torch.fft.rfft2(x) * weight(H, W // 2 + 1), s=(H, W)),
@@ -174,9 +180,15 @@ NEARLY_FOLLOWED = {
     "pixel_unshuffle": lambda x: F.pixel_unshuffle(x, 2),
     "interpolate": lambda x: F.interpolate(x, scale_factor=2.0),
     "max_pool2d": lambda x: F.max_pool2d(x, 2),
+    "avg_pool2d after a reflected border": lambda x: F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "reflect"), 3, 2),
+    "avg_pool2d after a border around": lambda x: F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "circular"), 3, 1),
     "conv2d": lambda x: F.conv2d(x, weight(5, C, 3, 3), padding=1),
     "conv1d of tokens": lambda x: F.conv1d(x.flatten(2), weight(5, C, 3), padding=1),
     "linear of the channels": lambda x: F.linear(x.movedim(1, -1), weight(5, C)),
+    "linear with keywords": lambda x: F.linear(x.movedim(1, -1), weight=weight(5, C), bias=weight(5)),
+    "attention with keywords": lambda x: F.scaled_dot_product_attention(
+        query=x[:, 0, :, :1], key=x[:, 0, :, :1], value=x[:, 0, :, :1]
+    ),
     "einsum of the channels": lambda x: torch.einsum("nchw,cd->nhwd", x, weight(C, 5)),
     "einsum of queries and keys": lambda x: torch.einsum("nchw,nchv->nhwv", x, x),
     "addmm": lambda x: torch.addmm(zeros(1, 5), x[0].flatten(1).mT, weight(C, 5)),

@@ -183,6 +183,8 @@ def test_a_file_without_metadata_takes_options_from_the_command_line(tmp_path):
 
 def test_the_authors_file_takes_its_options_from_the_command_line():
     file = DATA / "authors_cifar_k4_d13.pt"
+    with pytest.raises(InputError, match=r"does not fit this network.*has other options, pass --model-options"):
+        load_networks(NetworkArgs(checkpoint=(f"s3net_cifar={file}",)), CPU)
     options = '{"growth_rate": 4, "depth": 13}'
     arguments = NetworkArgs(checkpoint=(f"s3net_cifar={file}",), model_options=options, num_classes=10)
     (network,) = load_networks(arguments, CPU)

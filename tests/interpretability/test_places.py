@@ -212,6 +212,21 @@ def test_a_convolution_after_padding_starts_a_fresh_grid():
     assert rows[1, 1, :, 0].tolist() == [0.5, 2.5]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_convolution_after_a_shortcut_by_subsampling_has_its_places(order):
+    """The shortcuts of ResNets for CIFAR: every second pixel, and channels of zeros."""
+    weight = torch.ones(5, 3, 3, 3)
+
+    def function(x: Tensor) -> Tensor:
+        shortcut = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))
+        first, second = (nn.functional.conv2d(x, weight, None, 2, 1), shortcut)[::order]
+        return nn.functional.conv2d(first + second, torch.ones(4, 5, 1, 1))
+
+    rows, columns = followed(function, 4, 6)
+    torch.testing.assert_close(rows[1, 1, :, 0], torch.tensor([0.5, 2.5]), rtol=0, atol=0.5)
+    torch.testing.assert_close(columns[1, 1, 0], torch.tensor([0.5, 2.5, 4.5]), rtol=0, atol=0.5)
+
+
 def test_a_pool_starts_a_fresh_grid_and_a_wide_mean_has_no_place():
     pooled = followed(lambda x: nn.functional.avg_pool2d(x, 2), 4, 6)
     assert pooled[0, 0, 0, :, 0].tolist() == [0.5, 2.5] and pooled[1, 0, 0, 0].tolist() == [0.5, 2.5, 4.5]

@@ -13,7 +13,7 @@ import pytest
 import torch
 import tyro
 from PIL import Image
-from processes import run_python
+from processes import run_forked
 
 import interpret_fullgrad
 import plot_segmentation_map
@@ -28,7 +28,7 @@ FOLDER = ROOT / "interpretability"
 
 def run(script: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return run_python(FOLDER / script, *arguments, cwd=cwd, env={"PYTHONPATH": path} | environment)
+    return run_forked(FOLDER / script, *arguments, cwd=cwd, env={"PYTHONPATH": path} | environment)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def copy(tmp_path_factory) -> Path:
 
 
 def run_copy(copy: Path, script: str, cwd: Path) -> subprocess.CompletedProcess:
-    return run_python(copy / "interpretability" / script, cwd=cwd, env={"PYTHONPATH": str(copy)})
+    return run_forked(copy / "interpretability" / script, cwd=cwd, env={"PYTHONPATH": str(copy)})
 
 
 def test_interpret_fullgrad_without_arguments_explains_photographs_by_s3net(copy, tmp_path):
@@ -317,6 +317,6 @@ def test_benchmark_writes_times_and_completeness_errors(tmp_path):
 
 @pytest.mark.parametrize("script", ["benchmark.py", "interpret_fullgrad.py", "plot_segmentation_map.py"])
 def test_an_unknown_flag_is_reported_in_one_line(script):
-    process = run_python(FOLDER / script, "--nope", 2)
+    process = run_forked(FOLDER / script, "--nope", 2)
     assert process.returncode == 2
     assert process.stderr.startswith("error: Unrecognized options: --nope") and len(process.stderr.splitlines()) == 1

@@ -1,5 +1,8 @@
 """The order of words on a command line, and errors of the system."""
 
+import ast
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +59,11 @@ def test_a_path_that_the_system_refuses_is_an_error_of_one_line(monkeypatch, cap
     )
 
 
-FOLDERS = [ROOT, *(ROOT / name for name in ("expressibility", "generalizability", "interpretability"))]
 SCRIPTS = sorted(
-    str(path) for folder in FOLDERS for path in folder.glob("*.py") if "\n    answer_flags(Args" in path.read_text()
+    path
+    for path in ROOT.rglob("*.py")
+    if re.search(r"^if __name__ == .__main__.:", path.read_text(encoding="utf-8"), re.MULTILINE)
+    and not path.relative_to(ROOT).parts[0].startswith((".", "tests", "runs", "data", "build"))
 )
 HELP_OF_ALL = """
 import contextlib, io, runpy, sys
@@ -72,6 +77,31 @@ for script in sys.argv[1:]:
 
 
 def test_help_imports_no_slow_package():
-    assert len(SCRIPTS) >= 16
+    assert len(SCRIPTS) >= 19
     done = run_python("-c", HELP_OF_ALL, *SCRIPTS, env={"PYTHONPATH": str(ROOT)}, check=True)
     assert done.stdout.splitlines() == [f"{script} True []" for script in SCRIPTS]
+
+
+def test_every_script_answers_flags_before_its_imports_and_is_run_by_run_script():
+    """So that --help takes no time, and every error is one line. Without slow imports, `run_script` does both."""
+    for script in SCRIPTS:
+        blocks = [node for node in ast.parse(script.read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
+        blocks = [block for block in blocks if "__name__" in ast.unparse(block.test)]
+        calls = [ast.unparse(block.body[0]).partition("(")[0] for block in blocks]
+        assert calls in (["answer_flags", "run_script"], ["run_script"]), script
+        assert all(len(block.body) == 1 for block in blocks), script
+
+
+def test_help_fits_any_terminal():
+    script = next(path for path in SCRIPTS if path.name == "ntk_comparison.py")
+    for columns in ("1", "0", "many"):
+        done = run_python(script, "--help", env={"PYTHONPATH": str(ROOT), "COLUMNS": columns}, check=True)
+        assert "--finite-width" in done.stdout
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no safe path")
+def test_a_safe_path_is_named():
+    script = next(path for path in SCRIPTS if path.name == "one_neuron_approximation.py")
+    done = run_python(script, env={"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"})
+    assert done.returncode == 2 and done.stderr.startswith("error: No module named ")
+    assert "unset PYTHONSAFEPATH and leave out -P" in done.stderr and done.stderr.count("\n") == 1

@@ -1,7 +1,9 @@
 """Scripts replace files of their own only. Files are written and locked as well on Windows, which a test imitates."""
 
 import ctypes
+import errno
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -9,12 +11,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from s3net_common import output_files
 from s3net_common.errors import InputError
-from s3net_common.output_files import claim_folder, figure_text, lock_exclusively, run_record, write_json
+from s3net_common.output_files import (
+    claim_folder,
+    figure_text,
+    lock_exclusively,
+    run_record,
+    write_atomically,
+    write_json,
+)
 
 try:
     import fcntl
@@ -43,6 +53,41 @@ def test_a_record_of_something_else_is_not_replaced(tmp_path, record):
     (tmp_path / "results.json").write_text(record, encoding="latin-1")
     with pytest.raises(InputError, match=r"already holds results.json, not written by this script: pass another --out"):
         claim_folder(tmp_path, "results.json")
+
+
+class RefusingFile(io.BytesIO):
+    """A file that takes 1000 bytes."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def write(self, data):
+        if self.tell() + len(data) > 1000:
+            raise OSError(self.number, os.strerror(self.number))
+        return super().write(data)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "(No space left on device): make room, or pass another --out"),
+        (errno.EDQUOT, "(Disk quota exceeded): make room, or pass another --out"),
+        (errno.EROFS, "(Read-only file system): pass another --out"),
+        (errno.EFBIG, "(File too large): raise the limit of a file's size (ulimit -f unlimited)"),
+        (errno.EIO, "(Input/output error): make room, or pass another --out"),
+        (errno.EMFILE, ": too many open files: raise their limit (ulimit -n 65536), or use fewer workers"),
+    ],
+)
+def test_what_the_system_refuses_while_torch_saves_is_named(tmp_path, number, message):
+    """torch.save ends with a RuntimeError about a position in its archive."""
+    (tmp_path / "last.pt").write_text("earlier")
+    state = {"weights": torch.zeros(1000)}
+    with pytest.raises(InputError) as error:
+        write_atomically(tmp_path / "last.pt", lambda path: torch.save(state, RefusingFile(number)))
+    assert str(error.value).endswith(f"last.pt cannot be written{' ' if message[0] == '(' else ''}{message}")
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert (tmp_path / "last.pt").read_text() == "earlier"
 
 
 def test_a_figure_without_a_record_is_not_replaced(tmp_path):

@@ -145,12 +145,35 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
         assert (end.value.code, capsys.readouterr().err) == (130, line)
 
 
+IMPORTING = """
+import dataclasses, time
+from s3net_common.command_line import answer_flags
+@dataclasses.dataclass
+class Args:
+    pass
+answer_flags(Args, '')
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "import absent.part",
+            "error: No module named 'absent': install the packages with pip install -r requirements.txt\n",
+        ),
+        ("from os import absent", "error: cannot import name 'absent' from 'os'"),
+        ("raise ValueError('a bug')", "Traceback"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_is_one_line_and_a_bug_keeps_its_traceback(line, message):
+    done = run_python("-c", IMPORTING + line, env={"PYTHONPATH": str(ROOT)})
+    assert done.stderr.startswith(message)
+    assert (done.returncode, done.stderr.count("\n") == 1) == ((1, False) if message == "Traceback" else (2, True))
+
+
 def test_ctrl_c_while_packages_are_imported(tmp_path):
-    program = (
-        "import dataclasses, time\nfrom s3net_common.command_line import answer_flags\n"
-        "@dataclasses.dataclass\nclass Args:\n    pass\n"
-        "answer_flags(Args, '')\nprint('importing', flush=True)\ntime.sleep(60)"
-    )
+    program = IMPORTING + "print('importing', flush=True)\ntime.sleep(60)"
     with started_python(
         "-c", program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PYTHONPATH": str(ROOT)}
     ) as process:

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from processes import run_python
+from processes import run_forked, run_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +21,8 @@ def users_folder(request, tmp_path) -> Path:
 
 def run(*command, first_on_path: Path) -> subprocess.CompletedProcess:
     environment = {"PYTHONPATH": os.pathsep.join([str(first_on_path), str(ROOT)])}
-    return run_python(*command, env=environment, cwd=first_on_path.parent)
+    start = run_python if command[0] == "-c" else run_forked
+    return start(*command, env=environment, cwd=first_on_path.parent)
 
 
 @pytest.mark.parametrize(

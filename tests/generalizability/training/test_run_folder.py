@@ -3,10 +3,14 @@
 import errno
 import json
 import os
+import signal
 import stat
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
+from processes import run_python
 
 import train_s3net
 from s3net_common import output_files
@@ -118,6 +122,25 @@ def test_edited_flags_of_a_wrong_type_are_left_out(finished_run, tmp_path):
 def test_a_flag_that_is_switched_off_is_not_given(finished_run, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_s3net.py", "--no-overwrite", "--no-compile", "--no-resume"])
     assert "already holds a run" in refusal(out=finished_run)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of a file's size")
+def test_a_checkpoint_that_the_system_refuses_is_one_line(tmp_path):
+    """The limit of a file's size acts like a full disk: config.json fits, last.pt does not."""
+    import resource
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    flags = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", value)]
+    script = Path(train_s3net.__file__)
+    done = run_python(script, *flags, "--out", tmp_path / "run", preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.endswith(
+        "last.pt cannot be written (File too large): raise the limit of a file's size (ulimit -f unlimited)\n"
+    )
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json"]
 
 
 # -- Locks --
