@@ -90,7 +90,8 @@ def draw_training(results: dict[str, Any], curves: dict[str, Any]) -> plt.Figure
     losses.set(xlabel="step", ylabel="training loss, mean of the runs", title=f"{shown} layers: training loss")
     decades.axhline(0, color="0.4", lw=0.8, ls=":")
     decades.set(xlabel="step", ylabel="decades between first and last layer", title=f"{shown} layers: gradients")
-    decades.set_ylim(-20, 20)  # a gradient that is exactly 0 lies far outside
+    if max(map(abs, decades.get_ylim())) > 20:
+        decades.set_ylim(-20, 20)  # a gradient that is exactly 0 lies far outside
     errors.legend(frameon=False)
     for axes in (errors, losses, decades):
         axes.grid(alpha=0.25)
