@@ -13,6 +13,7 @@ The interval of an error is about the choice of the test images. It does not cov
 ended is never compared with the paper's error.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +111,7 @@ def copy_run(run: Run, folder: Path) -> None:
 
 def relative_name(folder: Path, start: Path) -> str:
     """Return the path of a folder as seen from another one, for a link."""
-    return Path(folder).resolve().relative_to(start.resolve()).as_posix()
+    return Path(os.path.relpath(folder.resolve(), start.resolve())).as_posix()
 
 
 # ---- Numbers ------------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def adopt_and_report(args: Args, networks: list[Network], search: dict[tuple[str
     for part in ("comparison", "ablation"):
         rest = adopt_runs(rest, [*jobs[part].values()])
     every_job = [job for part in jobs.values() for job in part.values()]
-    report_rest(*([run for run in runs if run in rest] for runs in (named, contained)), every_job)
+    report_rest(rest, named, every_job)
     if not any(job.finished() for job in every_job):
         raise InputError("there is no finished run with these flags to report on: run or adopt one first")
     write_report(args.out, jobs, peaks)

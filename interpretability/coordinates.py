@@ -31,6 +31,7 @@ class Coordinates(NamedTuple):
 
 
 def broadcasts(places: Coordinates, shape: torch.Size) -> bool:
+    """Return whether each coordinate has an axis of size 1, or of the full size, for each axis of the shape."""
     return all(
         coordinate.dim() == len(shape) and all(c in (1, s) for c, s in zip(coordinate.shape, shape, strict=True))
         for coordinate in places
@@ -38,6 +39,7 @@ def broadcasts(places: Coordinates, shape: torch.Size) -> bool:
 
 
 def equal(places: Coordinates, others: Coordinates) -> bool:
+    """Return whether both are one object, or have the same values and no NaN."""
     return places is others or all(map(torch.equal, places, others))
 
 

@@ -2,9 +2,10 @@
 
 Every element of a tensor may have three coordinates: its image, its row and its column, in pixels of the network's
 input. They are followed through functions that move data (views, windows, shifts, writes into slices), and kept by
-functions that act element by element or along the channels. So are they by a convolution or pool that keeps the size.
-One of another size, and an interpolation, start a fresh grid; if the input is a part of the image, or flipped or
-shuffled, the output has no place. A mean over a quarter of the image's height or width, or more, has no place.
+functions that act element by element or along the channels, and by a convolution or pool that keeps the size. A
+convolution or pool that changes the size, and an interpolation, start a fresh grid; if the input is a part of the
+image, or flipped or shuffled, the output has no place. A mean over a quarter of the image's height or width, or more,
+has no place.
 
 A function that is in no table keeps the places if a backward step shows that each output depends only on inputs at its
 own place. Otherwise (sorting, cumulative sums, Fourier transforms, folding) its outputs have no place. So a term is

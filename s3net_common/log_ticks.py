@@ -13,7 +13,7 @@ def plain_ticks(axis: Axis) -> None:
     """
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
-    multiples = (1,) if decades > 3 else (1, 2, 5) if decades > 0.9 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    multiples = (1,) if decades > 3 else (1, 2, 5) if decades > 1.05 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
     axis.set_major_locator(LogLocator(subs=multiples))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())

@@ -27,7 +27,7 @@ def run_python(*words: object, check: bool = False, **options: object) -> subpro
         check: whether the exit code must be 0.
         options: of subprocess.run. `env` is added to the environment of the tests.
     """
-    done = subprocess.run(*_command(words, options), timeout=LIMIT_SECONDS, capture_output=True, **options)
+    done = subprocess.run(_command(words), timeout=LIMIT_SECONDS, capture_output=True, **_completed(options))
     assert not check or done.returncode == 0, f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -35,7 +35,7 @@ def run_python(*words: object, check: bool = False, **options: object) -> subpro
 @contextmanager
 def started_python(*words: object, **options: object) -> Iterator[subprocess.Popen]:
     """Start `python words...` for a `with` statement. The process is killed at its end, or after the time limit."""
-    with subprocess.Popen(*_command(words, options), **options) as process:
+    with subprocess.Popen(_command(words), **_completed(options)) as process:
         limit = threading.Timer(LIMIT_SECONDS, process.kill)
         limit.start()
         try:
@@ -65,8 +65,8 @@ class ForkedScript:
     """
 
     def __init__(self, script: Path, *flags: object, cwd: Path | None = None, env: dict[str, str] | None = None):
-        options = {"env": env or {}}
-        ((python, *self.command),) = _command((script, *flags), options)
+        options = _completed({"env": env or {}})
+        python, *self.command = _command((script, *flags))
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
         for file in self._files:
@@ -125,8 +125,12 @@ def _script_server() -> subprocess.Popen:
     return server
 
 
-def _command(words: tuple[object, ...], options: dict[str, object]) -> tuple[list[str]]:
-    """Return the command, and complete the options of subprocess for it."""
-    options["env"] = os.environ | THREADS | {"S3NET_PROGRESS_SECONDS": "9999"} | options.get("env", {})
-    options.setdefault("text", True)
-    return ([sys.executable, *map(str, words)],)
+def _command(words: tuple[object, ...]) -> list[str]:
+    """Return the command `python words...`."""
+    return [sys.executable, *map(str, words)]
+
+
+def _completed(options: dict[str, object]) -> dict[str, object]:
+    """Return options of subprocess with the variables of the tests, and for output as text."""
+    environment = os.environ | THREADS | {"S3NET_PROGRESS_SECONDS": "9999"} | options.get("env", {})
+    return {"text": True} | options | {"env": environment}

@@ -13,7 +13,7 @@ COPIED = ("config.json", "metrics.jsonl", "summary.json", "last.pt", "best.safet
 
 
 def runs_below(paths: Iterable[Path]) -> tuple[list[Run], list[Run]]:
-    """Return the runs that are named, and those in folders that are named.
+    """Return the runs whose folders are given, and the runs one level below the other folders.
 
     Raises:
         InputError: a path holds no run.
@@ -35,8 +35,11 @@ def runs_below(paths: Iterable[Path]) -> tuple[list[Run], list[Run]]:
 def adopt_runs(runs: list[Run], jobs: list[Job]) -> list[Run]:
     """Copy the finished runs whose flags are those of a job into the job's folder. Return the other runs.
 
+    A job that has finished keeps its own run.
+
     Raises:
-        InputError: two runs fit one job, the runs have different minor versions of PyTorch, or a run cannot be copied.
+        InputError: two runs have the flags of one job, the runs have different minor versions of PyTorch, or a run
+            cannot be copied.
     """
     chosen: dict[Path, Run] = {}
     rest = []
@@ -45,7 +48,7 @@ def adopt_runs(runs: list[Run], jobs: list[Job]) -> list[Run]:
         if job is None or not (run.finished and run.summary):
             rest.append(run)
         elif job.folder in chosen:
-            raise InputError(f"{chosen[job.folder].path} and {run.path} are the same run: leave one of them out")
+            raise InputError(f"{chosen[job.folder].path} and {run.path} have the same flags: leave one of them out")
         else:
             chosen[job.folder] = run
     known = {job.folder: read_run(job.folder) for job in jobs if job.finished()}
@@ -56,13 +59,13 @@ def adopt_runs(runs: list[Run], jobs: list[Job]) -> list[Run]:
     return rest
 
 
-def report_rest(named: list[Run], contained: list[Run], jobs: list[Job]) -> None:
-    """Print why runs were not adopted.
+def report_rest(rest: list[Run], named: list[Run], jobs: list[Job]) -> None:
+    """Print why the runs in `rest` were not adopted.
 
     Raises:
-        InputError: a run that is named has not finished, or has other flags; the message has each of them.
+        InputError: one of them is in `named`; the message says which flags differ, or that it has not finished.
     """
-    for run in [*named, *contained]:
+    for run in rest:
         different = min((job.differences(all_settings(run)) for job in jobs), key=len)
         reason = ", ".join(different) or f"it has reached epoch {len(run.history)} of {run.config['epochs']}"
         if run in named:

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from recipes import RunConfig, recipe_for
+from comparison.runs import DEFAULTS
+from recipes import recipe_for
 from s3net_common.command_line import sigterm_as_exit
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT
@@ -66,18 +67,19 @@ class Job:
         """Return in which flags a run differs from this one, as "--lr 0.1 instead of 0.4".
 
         `config`: content of its `config.json` with the network's options at the top. Settings of this job that are not
-        given have the values of the data set's recipe; `config` lacks those that later versions added.
+        given have the values of the data set's recipe. Settings that `config` lacks have their defaults.
         """
-        expected = {field.name: field.default for field in fields(RunConfig) if field.default is not MISSING}
+        config, expected = DEFAULTS | config, dict(DEFAULTS)
         if "dataset" in self.settings:
             expected |= asdict(recipe_for(self.settings["dataset"], self.settings.get("model")))
         expected |= dict.fromkeys(("limit_train", "limit_val", "growth_rate", "depth", "drop_rate", "connections"))
         expected |= self.settings
         compared = {name: value for name, value in expected.items() if name not in UNCOMPARED}
+        actual = {name: config.get(name, None if name in self.settings else compared[name]) for name in compared}
         return [
-            f"{flag_name(name)} {config.get(name, value)} instead of {value}"
+            f"{flag_name(name)} {actual[name]} instead of {value}"
             for name, value in compared.items()
-            if config.get(name, None if name in self.settings else value) != value
+            if actual[name] != value
         ]
 
     def finished_epochs(self) -> int:

@@ -226,5 +226,5 @@ def trained_line(record: dict[str, Any]) -> str:
     packages = ", ".join(
         f"{name} `{versions[name]}`" for name in ("python", "torch", "torchvision") if name in versions
     )
-    words = [record["device"], record["precision"], packages, f"{record['training_hours']:.2g} hours"]
+    words = [record["device"], record["precision"], packages, f"{record['training_hours']:.2f} hours"]
     return ", ".join(filter(None, words))

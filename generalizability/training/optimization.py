@@ -43,14 +43,7 @@ def make_trainer(
     optimizer = make_optimizer(model, config, fused=ranks.device.type in ("cpu", "cuda"))
     average = make_average(model) if config.average_epochs else None
     if ranks.world_size > 1:
-        devices = [ranks.device] if ranks.device.type == "cuda" else None
-        with warnings.catch_warnings():
-            # Running statistics are averaged before each evaluation instead of broadcast at each step. Newer PyTorch
-            # renamed the argument; older versions lack the new name.
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            model = DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+        model = distribute(model, ranks)
     torch.manual_seed(config.seed + 1_000_003 * (ranks.rank + 1))  # dropout differs between ranks
     on_cuda = ranks.device.type == "cuda"
     trainer = Trainer(
@@ -76,6 +69,18 @@ def make_trainer(
     if graphs:
         trainer.graphed = GraphedStep(trainer._compute, share_of_batch(config, ranks))
     return trainer
+
+
+def distribute(model: nn.Module, ranks: Ranks) -> DistributedDataParallel:
+    """Wrap the network so that its gradients are averaged over the ranks.
+
+    Running statistics are averaged before each evaluation instead of broadcast at each step.
+    """
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    with warnings.catch_warnings():
+        # Newer PyTorch renamed the argument; older versions lack the new name.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def make_optimizer(model: nn.Module, config: RunConfig, fused: bool) -> torch.optim.SGD:

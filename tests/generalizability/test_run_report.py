@@ -72,6 +72,14 @@ def test_a_second_report_replaces_the_first(tmp_path):
     assert "epoch 2 of 3" in report(tmp_path, run, page=page)[1]
 
 
+def test_a_report_outside_of_the_folder_of_the_page(tmp_path):
+    page = tmp_path / "pages" / "README.md"
+    page.parent.mkdir()
+    page.write_text(PAGE)
+    main(Args((write_run(tmp_path / "run", (60.0,), epochs=3),), tmp_path / "results", (page,)))
+    assert "<!-- numbers: ../results/report.json -->" in page.read_text()
+
+
 def test_what_cannot_be_reported_is_an_error_and_nothing_is_written(tmp_path):
     run = write_run(tmp_path / "run", (60.0,), epochs=3)
     for message, runs, page in (

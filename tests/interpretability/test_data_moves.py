@@ -119,7 +119,7 @@ FOLLOWED = {
 }  # fmt: skip
 # Some or all elements have no place, because they come from several, from constants, or by an order of the values.
 PARTLY_FOLLOWED = {
-    "take of a part": lambda x: torch.cat([zeros(N, C, H, 1), x], 3),
+    "cat with a constant": lambda x: torch.cat([zeros(N, C, H, 1), x], 3),
     "pad": lambda x: F.pad(x, (1, 2, 0, 1)),
     "F.unfold with padding": lambda x: F.unfold(x, 3, padding=1),
     "writing into a part of a constant": write(lambda y, x: y.__setitem__((..., slice(1, 6)), x[..., :5]), constant),

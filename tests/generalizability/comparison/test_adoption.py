@@ -6,6 +6,7 @@ import pytest
 from run_folders import write_run
 
 from comparison.budget_report import RECORDED
+from comparison.jobs import Job
 from s3net_common.errors import InputError
 from same_budget import Args, main
 
@@ -93,6 +94,12 @@ def test_what_does_not_fit_is_left_out_of_a_folder_and_refused_by_name(elsewhere
             adopt(tmp_path, run)
 
 
+def test_a_flag_that_the_run_of_an_earlier_version_lacks_is_named_with_its_default(tmp_path):
+    config = {"dataset": "cifar100", "model": "s3net_cifar", "epochs": 3}
+    job = Job(tmp_path, config | {"nesterov": True})
+    assert job.differences(config) == ["--nesterov False instead of True"]
+
+
 def test_runs_of_two_versions_of_pytorch_are_not_mixed(elsewhere, tmp_path):
     adopt(tmp_path, elsewhere)
     run = write(tmp_path / "s0", "s3net_cifar", 33.0, 0.4, seed=0)
@@ -106,7 +113,7 @@ def test_errors_of_paths(elsewhere, tmp_path):
     with pytest.raises(InputError, match="holds no run of"):
         adopt(tmp_path, tmp_path / "out")
     write(elsewhere / "twice", "s3net_cifar", 40.0, 0.4)
-    with pytest.raises(InputError, match="are the same run: leave one of them out"):
+    with pytest.raises(InputError, match="have the same flags: leave one of them out"):
         adopt(tmp_path, elsewhere)
     with pytest.raises(InputError, match="there is no finished run with these flags to report on"):
         adopt(tmp_path / "new", elsewhere, hold_out=4000)

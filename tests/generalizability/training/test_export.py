@@ -12,6 +12,7 @@ from s3net_common.checkpoints import load_weights, read_metadata
 from s3net_common.errors import InputError
 from s3net_networks import create_network
 from train_s3net import Args
+from training.export import trained_line
 from training.run_folder import Run
 
 TINY = {"dataset": "digits", "growth_rate": 4, "depth": 7, "device": "cpu", "limit_train": 64, "limit_val": 40}
@@ -101,6 +102,11 @@ def test_a_run_of_an_earlier_version(finished, tmp_path):
     torch.save(state, old / "last.pt")
     record, card = export(old, tmp_path / "out")
     assert record["epoch"] == 3 and record["training_versions"] is None and "| trained with | 0.00" in card
+
+
+def test_a_long_training_is_printed_without_an_exponent():
+    record = {"training_versions": None, "training_hours": 123.4, "device": "cpu", "precision": None}
+    assert trained_line(record) == "cpu, 123.40 hours"
 
 
 def test_an_unfinished_run_is_exported_on_demand_only_and_its_card_says_so(interrupted, tmp_path):

@@ -1,7 +1,6 @@
 """Weight decay, Nesterov momentum, label smoothing, averaged weights and smaller images, and resuming with them."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -159,12 +158,10 @@ def test_an_interrupted_run_ends_with_the_same_bits(reference, tmp_path, monkeyp
 
 
 def test_the_averaged_weights_are_the_best_ones(tmp_path):
-    flags = TINY | ALL | {"average_epochs": 3}
-    assert train_s3net.main(Args(out=tmp_path, **flags | {"epochs": 3})) == 0
+    flags = TINY | ALL | {"epochs": 1, "average_epochs": 1}
+    assert train_s3net.main(Args(out=tmp_path, **flags)) == 0
     state, best = state_of(tmp_path), load_file(tmp_path / "best.safetensors")
-    history = state["progress"]["history"]
-    if min(history, key=lambda row: row["val_error"])["epoch"] == 3:
-        assert all(torch.equal(best[key], state["average"][f"module.{key}"]) for key in best)
+    assert all(torch.equal(best[key], state["average"][f"module.{key}"]) for key in best)
     assert any(not torch.equal(state["model"][key], state["average"][f"module.{key}"]) for key in best)
 
 
@@ -212,4 +209,3 @@ def test_a_setting_cannot_change_on_resuming(reference):
         InputError, match=r"--label-smoothing 0.2 changes the recipe of the run, which was started with 0.1"
     ):
         train_s3net.main(Args(out=reference, resume=True, label_smoothing=0.2))
-    assert replace(config(), label_smoothing=0.1) != config()
