@@ -79,8 +79,8 @@ def draw_training(results: dict[str, Any], curves: dict[str, Any]) -> plt.Figure
         for row in selected:
             if row["depth"] == shown:
                 steps = [int(step) for step in row["decades"]["outputs"]]
-                means = [point["mean"] for point in row["decades"]["outputs"].values()]
-                decades.plot(steps, means, color=colour, marker=marker, label=kind)
+                medians = [point["median"] for point in row["decades"]["outputs"].values()]
+                decades.plot(steps, medians, color=colour, marker=marker, label=kind)
     errors.axhline(90, color="0.4", ls=":", lw=1)
     errors.text(ends[0], 90.5, "chance", fontsize=9, color="0.35")
     errors.set(xscale="log", xticks=ends, xlabel="depth, number of layers", ylabel="test error, %", ylim=(0, 100))
@@ -89,7 +89,8 @@ def draw_training(results: dict[str, Any], curves: dict[str, Any]) -> plt.Figure
     errors.set_title(f"After {results['steps']} steps (dashes: single runs)")
     losses.set(xlabel="step", ylabel="training loss, mean of the runs", title=f"{shown} layers: training loss")
     decades.axhline(0, color="0.4", lw=0.8, ls=":")
-    decades.set(xlabel="step", ylabel="decades between first and last layer", title=f"{shown} layers: gradients")
+    decades.set(xlabel="step", ylabel="decades between first and last layer")
+    decades.set_title(f"{shown} layers: gradients, median")
     if max(map(abs, decades.get_ylim())) > 20:
         decades.set_ylim(-20, 20)  # a gradient that is exactly 0 lies far outside
     errors.legend(frameon=False)

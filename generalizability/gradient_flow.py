@@ -357,8 +357,9 @@ def summarise_training(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         best = min(runs, key=lambda peak: np.mean([last_loss(run) for run in runs[peak]]))
         decades = {
             name: {
-                str(step): mean_and_interval([run["decades"][name][step] for run in runs[best]])
+                str(step): mean_and_interval(values) | {"median": float(np.median(values))}
                 for step in recorded_steps(runs[best])
+                if (values := [run["decades"][name][step] for run in runs[best]])
             }
             for name in ("outputs", "weights")
         }

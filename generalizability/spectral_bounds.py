@@ -61,7 +61,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, sem, t
 from torch import Tensor, nn
 
 from data.batches import EvaluationBatches, TrainingBatches
@@ -77,6 +77,7 @@ from training.engine import Progress
 from training.optimization import make_trainer
 
 CPU = torch.device("cpu")
+MEANS = ("parameters", "train_error", "test_error", "gap", "margin", "log10_complexity", "log10_bound")
 
 
 def main(args: Args) -> None:
@@ -94,7 +95,7 @@ def main(args: Args) -> None:
         row = {"network": title, "seed": seed} | bound_and_gap(model, train, test, recipe.mean, recipe.std)
         rows.append(row)
         ProgressBar.write(line(row))
-    results = {"rows": rows, "rank_correlation": rank_correlation(rows)}
+    results = {"means": means(rows), "rows": rows, "rank_correlation": rank_correlation(rows)}
     if args.pretrained:
         results["pretrained"] = pretrained_row(args.data_dir)
         print(line(results["pretrained"]))
@@ -187,13 +188,27 @@ def margins_of(model: nn.Module, data: ImageSet, mean: tuple, std: tuple) -> tup
     return torch.cat(margins), math.sqrt(squares)
 
 
+def means(rows: list[dict]) -> list[dict]:
+    """Return for each kind of network the means over seeds, and with 2 or more seeds `..._ci95`, their 95% intervals.
+
+    The intervals are those of the t distribution, for the gap and the bound.
+    """
+    summaries = []
+    for title in NETWORKS:
+        selected = [row for row in rows if row["network"] == title]
+        summary: dict = {"network": title, "seeds": len(selected)}
+        summary |= {name: float(np.mean([row[name] for row in selected])) for name in MEANS}
+        for name in ("gap", "log10_bound") if len(selected) > 1 else ():
+            values = [row[name] for row in selected]
+            summary[f"{name}_ci95"] = list(t.interval(0.95, len(values) - 1, np.mean(values), sem(values)))
+        summaries.append(summary)
+    return summaries
+
+
 def rank_correlation(rows: list[dict]) -> dict[str, float]:
     """Return Kendall's tau between the bound and the gap of the kinds of network (means over seeds), and its p."""
-    means = [
-        [np.mean([row[name] for row in rows if row["network"] == title]) for title in NETWORKS]
-        for name in ("log10_bound", "gap")
-    ]
-    result = kendalltau(*means)
+    summaries = means(rows)
+    result = kendalltau(*([summary[name] for summary in summaries] for name in ("log10_bound", "gap")))
     return {"tau": float(result.statistic), "p": float(result.pvalue)}
 
 
