@@ -77,6 +77,7 @@ QUOTIENTS = named("div", "div_", "divide", "true_divide", "__truediv__", "__itru
 CONCATENATIONS = named("cat", "concat", "concatenate")
 JOINS = CONCATENATIONS | named("stack", "hstack", "vstack", "dstack", "column_stack", "row_stack")
 EXTREMA = named("max", "min", "maximum", "minimum")
+FUSED_SUMS = named("addcmul", "addcmul_", "addmm", "addmm_", "addbmm", "baddbmm", "addmv")
 FIRST_ARGUMENT_ONLY = named("grid_sample", "prelu")
 SYMMETRIC = named(
     "gelu", "silu", "hardswish", "hardsigmoid", "relu6", "hardtanh", "sigmoid", "tanh", "mish", "elu", "selu", "celu",
@@ -324,6 +325,13 @@ def extremum_bias(call: Call, output: Tensor) -> Bias:
     return None if all(tensors) else NotImplemented
 
 
+def fused_sum_bias(call: Call, output: Tensor) -> Bias:
+    """The value where what moves is 0 of summand + factor * factor, unless both factors move."""
+    if len(call.args) != 3 or {1, 2} <= set(call.moving):
+        return NotImplemented
+    return None if set(call.moving) in ({0, 1}, {0, 2}) else call.at_zero()
+
+
 def first_argument_bias(call: Call, output: Tensor) -> Bias:
     """Homogeneous of degree 1 in the first argument."""
     return None if call.moving == [0] else NotImplemented
@@ -356,6 +364,7 @@ RULES: dict[Callable, Callable[[Call, Tensor], Bias]] = {
     **dict.fromkeys(PRODUCTS, product_bias),
     **dict.fromkeys(QUOTIENTS, quotient_bias),
     **dict.fromkeys(EXTREMA, extremum_bias),
+    **dict.fromkeys(FUSED_SUMS, fused_sum_bias),
     **dict.fromkeys(FIRST_ARGUMENT_ONLY, first_argument_bias),
     **dict.fromkeys(SYMMETRIC, symmetric_bias),
 }
@@ -409,7 +418,9 @@ def differentiable_tensors(tree: object) -> list[Tensor]:
 
 def finite(tensor: Tensor) -> Tensor:
     """Set infinite elements (masks before a softmax, rims of a max pool) to 0: no gradient reaches them."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.isfinite().all():
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    if tensor.device.type == "cpu" and tensor.isfinite().all():  # elsewhere the host would wait for the device
         return tensor
     return torch.where(tensor.isfinite(), tensor, 0)
 

@@ -73,7 +73,7 @@ MOVING = RESHAPES | PERMUTATIONS | SELECTIONS | JOINS | WRITES | PAD
 ELEMENTWISE = ADDITIONS | SUBTRACTIONS | QUOTIENTS | COPIES | SYMMETRIC | {BATCH_NORM, LAYER_NORM} | named(
     "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", "relu", "relu_", "leaky_relu", "leaky_relu_", "prelu",
     "abs", "abs_", "neg", "__neg__", "where", "masked_fill", "masked_fill_", "dropout", "group_norm", "instance_norm",
-    "rms_norm", "log_softmax",
+    "rms_norm", "log_softmax", "addcmul", "addcmul_",
 )  # fmt: skip
 
 

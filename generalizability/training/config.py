@@ -159,8 +159,6 @@ def check_device(config: RunConfig, flags: Flags, ranks: Ranks) -> None:
     """
     if flags.get("graphs") and (ranks.device.type != "cuda" or ranks.world_size > 1):
         raise InputError("--graphs is for a single process on a CUDA GPU: leave it out")
-    if flags.get("graphs") and config.early_size:
-        raise InputError("--graphs is for images of one size: leave it out, or --early-size")
     if config.sync_bn and ranks.device.type != "cuda":
         raise InputError("--sync-bn is for CUDA GPUs: PyTorch has no BatchNorm over several processes on other devices")
     if config.decode != "cpu" and config.dataset != "imagenet":

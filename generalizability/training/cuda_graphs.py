@@ -19,7 +19,8 @@ WARM_UP_STEPS = 3
 class GraphedStep:
     """A training step that replays a CUDA graph; called as `step`, with the same results.
 
-    The first `WARM_UP_STEPS` full batches are computed without the graph, and so is every smaller batch.
+    The first `WARM_UP_STEPS` full batches are computed without the graph, and so is every smaller batch. If the images
+    of full batches change their size, this begins again.
 
     Args:
         step: forward, backward and update of the weights, without a read by the host.
@@ -28,16 +29,19 @@ class GraphedStep:
 
     def __init__(self, step: Step, batch_size: int) -> None:
         self.step, self.batch_size = step, batch_size
-        self.steps_before_capture = WARM_UP_STEPS
+        self.steps_before_capture = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, ...] = ()
         self.outputs: tuple[Tensor, ...] = ()
         self.stream: torch.cuda.Stream | None = None
+        self.shape: torch.Size | None = None
 
     def __call__(self, images: Tensor, labels: Tensor, weights: Tensor, whole_batch: int) -> tuple[Tensor, Tensor]:
         """Compute one step. The results are new tensors, which the next step does not overwrite."""
         if len(images) != self.batch_size:
             return self.step(images, labels, weights, whole_batch)
+        if images.shape != self.shape:
+            self._forget(images.shape)
         if self.steps_before_capture:
             self.steps_before_capture -= 1
             return self._beside(images, labels, weights, whole_batch)
@@ -47,6 +51,13 @@ class GraphedStep:
             fixed.copy_(new)
         self.graph.replay()
         return tuple(output.clone() for output in self.outputs)
+
+    def _forget(self, shape: torch.Size) -> None:
+        """Free the graph, and begin again with images of another shape."""
+        if self.graph is not None:
+            torch.cuda.synchronize()  # until its last replay has ended
+        self.shape, self.steps_before_capture = shape, WARM_UP_STEPS
+        self.graph, self.inputs, self.outputs = None, (), ()
 
     def _beside(self, *batch) -> tuple[Tensor, Tensor]:
         """Compute a step on another stream, as capturing requires of the steps before it."""

@@ -52,6 +52,7 @@ def test_operations_and_waits_of_a_training_step():
         # Nothing is copied between host and device. Losses are read every 2 seconds or so, and at an end.
         assert (result["batch"]["copies"], result["step"]["copies"], result["step"]["reads"]) == (0, 0, 0)
         assert (result["epoch"]["reads"], result["evaluation"]["reads"]) == (1, 1)
+        assert result["saliency"]["reads"] == 5  # of a map and a decomposition
 
 
 def test_a_step_in_parts_with_graphs_in_float16():

@@ -118,6 +118,11 @@ SAMPLES = {
     "pad": [call(X, (1, 1)), call(X, (1, 1), "constant", 2.0), call(X, (1, 1, 0, 1), "reflect")],
     **each(["max", "min"], [call(X, Y), call(X), call(X, 1)]),
     **each(["maximum", "minimum"], [call(X, Y)]),
+    **each(["addcmul", "addcmul_"], [call(X, Y, POSITIVE), call(X, Y, numbers(4), value=3)]),
+    **each(["addmm", "addmm_"], [call(numbers(4, 3), ROWS[0], numbers(6, 3), beta=beta) for beta in (1, 2)]),
+    "addmv": [call(numbers(4), ROWS[0], numbers(6), alpha=2)],
+    "addbmm": [call(numbers(4, 3), ROWS, numbers(2, 6, 3))],
+    "baddbmm": [call(numbers(2, 4, 3), ROWS, numbers(2, 6, 3), beta=0.5)],
     "grid_sample": [call(X, numbers(2, 3, 3, 2) / 3, align_corners=False)],
     "prelu": [call(X, numbers(4))],
     **each(["softmax", "_softmax"], [call(X, 1), call(X, -1)]),
@@ -218,3 +223,15 @@ def test_a_closed_form_equals_forward_mode_differentiation(func):
 def test_samples_are_numerous_and_cover_moving_weights():
     moving = [len(made.moving) for made, _ in calls(F.conv2d)]
     assert moving == [1, 1, 1, 2, 2, 2, 3, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "func", [F.silu, F.hardsigmoid, torch.softmax, torch.add, torch.addcmul, torch.cat], ids=identity
+)
+def test_a_closed_form_reads_no_value_from_the_device(func):
+    """The host would wait for a GPU. Tensors on "meta" have no values to read."""
+    x, constant = torch.empty(2, 4, 4, 4, device="meta").requires_grad_(), torch.empty(4, device="meta")
+    args = {torch.softmax: (x, 1), torch.add: (x, constant), torch.addcmul: (constant, x, constant)}
+    args = args.get(func, ([x, constant.expand(x.shape)],) if func is torch.cat else (x,))
+    bias = RULES[func](Call(func, args, {}), func(*args))
+    assert bias.device.type == "meta" and bias.shape == func(*args).shape

@@ -204,12 +204,13 @@ class RecordedGraph:
 
 
 def test_replayed_steps_train_like_steps_without_a_graph(monkeypatch):
-    """The logic around the graph on a CPU: warm-up, fixed inputs, learning rate, the smaller batch at the end."""
-    trainers = []
+    """The logic around the graph on a CPU: warm-up, fixed inputs, learning rate, smaller batches, smaller images."""
+    trainers, settings = [], config(schedule="step", milestones=[0.7], early_size=8, early_epochs=1)
     for graphs in (False, True):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3))
-        trainer = make_trainer(model, config(schedule="step", milestones=[0.7]), 6, False, Ranks(0, 1, CPU), graphs)
+        pool, classifier = torch.nn.AdaptiveAvgPool2d(6), torch.nn.Linear(4 * 36, 3)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), pool, torch.nn.Flatten(), classifier)
+        trainer = make_trainer(model, settings, 6, False, Ranks(0, 1, CPU), graphs)
         trainers.append(trainer)
     plain, graphed = trainers
     captures = []
@@ -219,16 +220,18 @@ def test_replayed_steps_train_like_steps_without_a_graph(monkeypatch):
         step.inputs, step.graph = tuple(torch.full_like(t, 7) for t in (images, labels, weights)), RecordedGraph()
         step.outputs = step.graph.outputs = (torch.zeros(()), torch.zeros(()))
         step.graph.step = lambda: step.step(*step.inputs, whole_batch)
-        captures.append(whole_batch)
+        captures.append(tuple(images.shape))
 
     monkeypatch.setattr(graphed.graphed, "_capture", capture)
     monkeypatch.setattr(graphed.graphed, "_beside", graphed._compute)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     generator = torch.Generator().manual_seed(1)
     sums = []
-    for size in [8] * 5 + [3] + [8] * 5 + [3]:
-        batch = (torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) % 3, torch.ones(size), size)
+    for step, size in enumerate([8] * 5 + [3] + [8] * 5 + [3]):
+        plain.small_images = graphed.small_images = step < 6
+        batch = (torch.randn(size, 3, 16, 16, generator=generator), torch.arange(size) % 3, torch.ones(size), size)
         sums.append((plain._step(*batch), graphed._step(*batch)))
-    assert captures == [8]
+    assert captures == [(8, 3, 8, 8), (8, 3, 16, 16)]
     assert all(torch.equal(a, b) for pair in sums for a, b in zip(*pair, strict=True))
     assert len({float(loss) for (loss, _), _ in sums}) == len(sums)
     for a, b in zip(plain.model.parameters(), graphed.model.parameters(), strict=True):
