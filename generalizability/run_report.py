@@ -15,7 +15,7 @@ ended is never compared with the paper's error.
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -52,11 +52,13 @@ class Args:
 if __name__ == "__main__":
     answer_flags(Args, __doc__)
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from comparison.intervals import interval_of_percent
 from comparison.paper_tables import PAPER_ROWS
-from comparison.runs import Run, read_json, read_run
+from comparison.runs import DEFAULTS, Run, read_json, read_run
+from recipes import RECIPES, recipe_for
 from training.config import config_from_json, shell_command_of
 
 FILES = ("report.json", "report.md", "curves.png")
@@ -153,7 +155,9 @@ def next_milestone(run: Run) -> int | None:
 
 
 def paper_error(run: Run) -> float | None:
-    """Return the error in the paper's row of this network and data set; None if it has none."""
+    """Return the error in the paper's row of this network and data set; None if it has none, or with another recipe."""
+    if not follows_recipe(run.config):
+        return None
     return next(
         (
             row.error
@@ -161,6 +165,20 @@ def paper_error(run: Run) -> float | None:
             if row.measured and row.dataset == run.config["dataset"] and row.code_parameters == run.size["parameters"]
         ),
         None,
+    )
+
+
+def follows_recipe(config: dict) -> bool:
+    """Return whether a run trains and validates on all images, with the recipe of its data set and network."""
+    recipe = asdict(recipe_for(config["dataset"], config["model"])) if config["dataset"] in RECIPES else {}
+    expected = DEFAULTS | {"limit_train": None, "limit_val": None} | recipe
+    free = {"accumulate", "sync_bn", "decode", "mean", "std"}  # they hardly change what is trained
+    return bool(recipe) and all(
+        np.array_equal(np.round(config[name], 9), np.round(value, 9))
+        if isinstance(value, (float, tuple))
+        else config[name] == value
+        for name, value in expected.items()
+        if name not in free
     )
 
 
@@ -247,7 +265,7 @@ def epochs_table(runs: list[Run]) -> str:
             chosen |= {epoch for end in ends for epoch in (end, end + 1)}
     titles = [f"`{run.config['model']}`: training error, % | test error, % | top-5 test error, %" for run in runs]
     lines = [f"| epoch | learning rate | {' | '.join(titles)} |", "|--:|--:|" + 3 * len(runs) * "--:|"]
-    for epoch in sorted(chosen):
+    for epoch in sorted(chosen - {0}):
         reached = [run.history[epoch - 1] if epoch <= len(run.history) else None for run in runs]
         if not any(reached):
             continue

@@ -137,7 +137,7 @@ def card_text(config: RunConfig, record: dict[str, Any]) -> str:
         "input": "RGB in `[0, 1]`, normalised with the mean and standard deviation in the file's metadata",
         "trained with": trained_line(record),
         "note": record["note"],
-        "licence": "MIT",
+        "licence": None if config.dataset == "folder" else "MIT",  # own images: the owner's decision
     }
     lines = [f"| {name} | {text} |" for name, text in rows.items() if text]
     return "\n".join(

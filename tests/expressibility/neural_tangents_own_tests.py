@@ -4,9 +4,10 @@
     pip download --no-deps --no-binary :all: neural-tangents==0.6.5 && tar -xzf neural_tangents-0.6.5.tar.gz
     python tests/expressibility/neural_tangents_own_tests.py neural_tangents-0.6.5 --out own_tests.json
 
-Each test file runs in a process of its own, in an order that is random but always the same, and begins with one case of
-each test. When `--seconds` CPU seconds are over, no new case begins. "Before" is an import that only restores the names
-which JAX has removed; it runs the cases that "after" has run. Subtests count as tests. pytest does not collect this file.
+Each test file runs in a process of its own, in an order that is random but always the same, and begins with one case
+of each test. When `--seconds` CPU seconds are over, no new case begins. "Before" is an import that only restores the
+names which JAX has removed; it runs the cases that "after" has run. Subtests count as tests. pytest does not collect
+this file.
 """
 
 import argparse
@@ -123,10 +124,14 @@ def run_file(file: str, seconds: float, limit: int | None, is_repaired: bool) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder of neural-tangents' unpacked source distribution")
-    parser.add_argument("files", nargs="*", default=FILES, help="test files below its tests/; all of them if none is named")
+    parser.add_argument(
+        "files", nargs="*", default=FILES, help="test files below its tests/; all of them if none is named"
+    )
     parser.add_argument("--seconds", type=float, default=300, help="CPU seconds after which no new case begins")
     parser.add_argument("--generated", type=int, default=2, help="cases of each test that has parameters")
-    parser.add_argument("--out", type=Path, default=Path("own_tests.json"), help="the JSON file; finished files are kept")
+    parser.add_argument(
+        "--out", type=Path, default=Path("own_tests.json"), help="the JSON file; finished files are kept"
+    )
     parser.add_argument("--one", choices=("before", "after"), help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()

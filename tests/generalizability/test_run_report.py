@@ -30,23 +30,28 @@ def report(tmp_path, *runs, page=PAGE):
 
 
 def test_a_run_that_has_not_ended_is_not_compared_with_the_paper(tmp_path):
-    run = write_run(tmp_path / "s3net", (60.0, 31.0, 32.0), epochs=8, environment={"data_dir": "/home/me/data"})
-    other = write_run(tmp_path / "resnet", (50.0, 40.0), epochs=8, model="resnet20_cifar", model_options={})
+    run = write_run(tmp_path / "s3net", (60.0, 31.0, 32.0), epochs=200, environment={"data_dir": "/home/me/data"})
+    other = write_run(tmp_path / "resnet", (50.0, 40.0), epochs=200, model="resnet20_cifar", model_options={})
     (run / "NOTE.txt").write_text("interrupted once")
     rows, page = report(tmp_path, run, other)
-    assert [(row["epochs_done"], row["epochs_left"], row["next_milestone"]) for row in rows] == [(3, 5, 4), (2, 6, 2)]
+    assert [(row["epochs_done"], row["epochs_left"], row["next_milestone"]) for row in rows] == [
+        (3, 197, 50),
+        (2, 198, 50),
+    ]
     assert (rows[0]["paper_error"], rows[1]["paper_error"], rows[0]["hours"]) == (29.8, None, 3.0)
     assert rows[0]["command"].endswith(
-        "train_s3net.py --dataset cifar100 --model s3net_cifar --epochs 8 --seed 0 --growth-rate 12 --num-classes 100"
+        "train_s3net.py --dataset cifar100 --model s3net_cifar --seed 0 --growth-rate 12 --num-classes 100"
     )
-    assert "| `s3net_cifar` | 272,836 | epoch 3 of 8 | 0.2 | 32.00 (31.09 to 32.92) |" in page
+    assert "| `s3net_cifar` | 272,836 | epoch 3 of 200 | 0.2 | 32.00 (31.09 to 32.92) |" in page
     assert "| 31.00 (epoch 2) | 3.0 |" in page and "consistent" not in page
     assert (
-        "- **`s3net_cifar` has not finished**: 5 of 8 epochs are left, and the learning rate is 0.2 until epoch 4"
+        "- **`s3net_cifar` has not finished**: 197 of 200 epochs are left, and the learning rate is 0.2 until epoch 50"
         in page
     )
     assert "says nothing yet about the paper's 29.80%." in page
-    assert "| a | <!-- report cell -->`s3net_cifar`, one run, not finished: 32.00% after 3 of 8 epochs, 31.00%" in page
+    assert (
+        "| a | <!-- report cell -->`s3net_cifar`, one run, not finished: 32.00% after 3 of 200 epochs, 31.00%" in page
+    )
     assert "| 3 | 0.2 | 31.00 | 32.00 | 8.00 |  | |  |" in page and "\nbetween\n" in page and "old" not in page
     assert "<!-- numbers: results/s3net/metrics.jsonl results/resnet/metrics.jsonl -->" in page
     copied = tmp_path / "results" / "s3net"
@@ -59,9 +64,27 @@ def test_a_run_that_has_not_ended_is_not_compared_with_the_paper(tmp_path):
 
 @pytest.mark.parametrize(("last", "word"), [(30.5, "is consistent"), (31.0, "is not consistent"), (28.8, "is not")])
 def test_a_finished_run_is_compared_with_the_paper(tmp_path, last, word):
-    _, page = report(tmp_path, write_run(tmp_path / "run", (60.0, last)))  # 10,000 images: about +-0.9
+    errors = 199 * (60.0,) + (last,)
+    _, page = report(tmp_path, write_run(tmp_path / "run", errors))  # 10,000 images: about +-0.9
     assert f"{word} " in page and "the interval covers the test images and not the seed" in page
-    assert "not finished" not in page and "`s3net_cifar`, one run of 2 epochs: " in page
+    assert "not finished" not in page and "`s3net_cifar`, one run of 200 epochs: " in page
+
+
+@pytest.mark.parametrize(
+    ("errors", "changes"),
+    [
+        ((60.0, 30.0), {}),
+        (200 * (30.0,), {"hold_out": 5000}),
+        (200 * (30.0,), {"limit_train": 10_000}),
+        (200 * (30.0,), {"lr": 0.4}),
+        (200 * (30.0,), {"augment": False}),
+        (200 * (30.0,), {"nesterov": True}),
+        (200 * (30.0,), {"milestones": [0.5, 0.75]}),
+    ],
+)
+def test_a_run_with_another_recipe_is_not_compared_with_the_paper(tmp_path, errors, changes):
+    rows, page = report(tmp_path, write_run(tmp_path / "run", errors, **changes))
+    assert rows[0]["paper_error"] is None and "consistent" not in page and "| 0 |" not in page
 
 
 def test_a_second_report_replaces_the_first(tmp_path):

@@ -104,6 +104,18 @@ def test_a_run_of_an_earlier_version(finished, tmp_path):
     assert record["epoch"] == 3 and record["training_versions"] is None and "| trained with | 0.00" in card
 
 
+def test_a_network_of_own_images_has_no_licence_yet(finished, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    config = json.loads((finished / "config.json").read_text()) | {"dataset": "folder"}
+    state = torch.load(finished / "last.pt", weights_only=True)
+    state["config"]["dataset"] = "folder"
+    (own / "config.json").write_text(json.dumps(config))
+    torch.save(state, own / "last.pt")
+    _, card = export(own, tmp_path / "out")
+    assert "licence" not in card and "| seed | 5; one run |" in card
+
+
 def test_a_long_training_is_printed_without_an_exponent():
     record = {"training_versions": None, "training_hours": 123.4, "device": "cpu", "precision": None}
     assert trained_line(record) == "cpu, 123.40 hours"
