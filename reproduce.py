@@ -69,10 +69,7 @@ def main(args: Args, steps: Sequence[Step] | None = None) -> int:
         KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, after the active step has ended and the page is written.
     """
     gpus = visible_gpus(torch.cuda.device_count())
-    if args.budget == "gpu" and not gpus:
-        raise InputError("--budget gpu needs a GPU, and PyTorch finds none: pass --budget cpu, or quick")
-    if not args.only:
-        raise InputError(f"--only needs one or more of {', '.join(EXPERIMENTS)}")
+    check_flags(args, gpus)
     out = (args.out or default_out(f"reproduce-{args.budget}")).resolve()
     if not args.overwrite:
         check_replaceable(out)
@@ -107,6 +104,14 @@ def main(args: Args, steps: Sequence[Step] | None = None) -> int:
         + (f"; {failed} of {len(selected)} steps failed" if failed else "")
     )
     return 1 if failed else 0
+
+
+def check_flags(args: Args, gpus: Sequence[str]) -> None:
+    """Raise an InputError if no experiment is selected, or if the GPU is missing that the budget needs."""
+    if args.budget == "gpu" and not gpus:
+        raise InputError("--budget gpu needs a GPU, and PyTorch finds none: pass --budget cpu, or quick")
+    if not args.only:
+        raise InputError(f"--only needs one or more of {', '.join(EXPERIMENTS)}")
 
 
 def check_replaceable(out: Path) -> None:

@@ -25,6 +25,7 @@ from s3net_networks import create_network, list_networks
 
 PAPER_NETWORKS = ("vgg19", "squeezenet1_0", "resnet50", "densenet169")  # beside S3-Net in the paper's figures
 REACH_SECONDS = 5.0
+OPTIONS_ADVICE = "; if the network has other options, pass --model-options"
 
 
 @dataclass
@@ -101,16 +102,22 @@ def load_network(
             fitting_weights(build().model, checkpoint)
     network = build()
     if checkpoint:
-        try:
-            load_weights(network.model, checkpoint, report=print)
-        except InputError as error:
-            if not in_repository or metadata or options:
-                raise
-            raise InputError(f"{error}; if the network has other options, pass --model-options") from error
+        advice = "" if not in_repository or metadata or options else OPTIONS_ADVICE
+        _load_checkpoint(network.model, checkpoint, advice)
     network.preparation = stored_preparation(metadata) or network.preparation
     network.classes = metadata.get("classes", network.classes)
     network.model.eval()
     return network
+
+
+def _load_checkpoint(model: nn.Module, checkpoint: Path, advice: str) -> None:
+    """Load weights. `advice` is added to the message of an error."""
+    try:
+        load_weights(model, checkpoint, report=print)
+    except InputError as error:
+        if not advice:
+            raise
+        raise InputError(f"{error}{advice}") from error
 
 
 def local_networks() -> list[str]:

@@ -118,10 +118,7 @@ def main(args: Args) -> None:
         "images": len(pictures),
         "largest_completeness_error": errors,
         **accuracy_of(networks[0], pictures, args),
-        "mean": {name: mean_scores(method_scores) for name, method_scores in scores.items()},
-        "interval": intervals(scores),
-        "difference": intervals(scores, networks[0].name),
-        "dice": {name: mean_dice(method_scores) for name, method_scores in scores.items()},
+        **summary_of(scores, networks[0].name),
     }
     write_json(args.out / "scores.json", run_record() | report)
     drawn = pictures if args.images else pictures[:FIGURE_SCENES]
@@ -136,6 +133,16 @@ def main(args: Args) -> None:
         draw_faithfulness(args.out / "faithfulness.png", faithfulness)
     print_table(report)
     print(f"written to {args.out}")
+
+
+def summary_of(scores: dict[str, Scores], reference: str) -> dict[str, Any]:
+    """Return the mean scores of each method, their intervals, and the differences from the method `reference`."""
+    return {
+        "mean": {name: mean_scores(method_scores) for name, method_scores in scores.items()},
+        "interval": intervals(scores),
+        "difference": intervals(scores, reference),
+        "dice": {name: mean_dice(method_scores) for name, method_scores in scores.items()},
+    }
 
 
 def column_name(network: Network, method: str, networks: list[Network]) -> str:

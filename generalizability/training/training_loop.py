@@ -73,20 +73,30 @@ def train(
             print(f"error: {message}", file=sys.stderr)
         return 1
     except Stopped:
-        command = resume_command(flags, run.folder)
-        ranks.on_main_rank(lambda: run.record_stop(command))  # a batch system may kill all ranks after the first end
-        if ranks.is_main:
-            print(f"stopped; resume with\n  {command}", flush=True)
+        record_stop(flags, run, ranks)
         return 128 + (stop.number or signal.SIGTERM)
     if ranks.is_main:
         run.finish(summarize(config, size, progress, trainer))
-        best, last = progress.best(), progress.history[-1]
-        print(
-            f"best error {best['val_error']:.2f}% at epoch {best['epoch']}, last {last['val_error']:.2f}%: "
-            f"weights, curves and metrics are in {relative(run.folder)}",
-            flush=True,
-        )
+        print_end(run, progress)
     return 0
+
+
+def record_stop(flags: Flags, run: Run, ranks: Ranks) -> None:
+    """Record that the run was stopped, and print the command that resumes it."""
+    command = resume_command(flags, run.folder)
+    ranks.on_main_rank(lambda: run.record_stop(command))  # a batch system may kill all ranks after the first end
+    if ranks.is_main:
+        print(f"stopped; resume with\n  {command}", flush=True)
+
+
+def print_end(run: Run, progress: Progress) -> None:
+    """Print the best and the last error of a finished run, and where its files are."""
+    best, last = progress.best(), progress.history[-1]
+    print(
+        f"best error {best['val_error']:.2f}% at epoch {best['epoch']}, last {last['val_error']:.2f}%: "
+        f"weights, curves and metrics are in {relative(run.folder)}",
+        flush=True,
+    )
 
 
 def train_and_evaluate(trainer: Trainer, batches: Batches, progress: Progress) -> None:

@@ -144,3 +144,18 @@ def test_the_study_writes_its_numbers_and_a_picture(tmp_path, monkeypatch, capsy
     assert "Kendall's tau between bound and gap" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"^give 1 or more --seeds"):
         spectral_bounds.main(Args(seeds=0, out=tmp_path))
+
+
+def test_means_over_seeds_have_intervals():
+    names = [name for name in spectral_bounds.MEANS if name not in ("gap", "log10_bound")]
+    rows = [
+        {"network": title, "seed": seed, "gap": float(gap), "log10_bound": float(gap)} | dict.fromkeys(names, 2.0)
+        for title in NETWORKS
+        for seed, gap in enumerate((1, 2, 3))
+    ]
+    summary = spectral_bounds.means(rows)[0]
+    assert (summary["network"], summary["seeds"], summary["gap"]) == (next(iter(NETWORKS)), 3, 2.0)
+    half_width = 4.302653 / math.sqrt(3)  # t distribution with 2 degrees of freedom
+    assert summary["gap_ci95"] == pytest.approx([2 - half_width, 2 + half_width])
+    [single] = [row for row in spectral_bounds.means(rows[::3]) if row["network"] == rows[0]["network"]]
+    assert "gap_ci95" not in single

@@ -5,7 +5,6 @@ import random
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from safetensors.torch import load_file
 
 import train_s3net
 from s3net_common import output_files
-from s3net_common.command_line import run_script
 from s3net_common.errors import InputError
 from s3net_networks import create_network
 from train_s3net import Args
@@ -388,31 +386,6 @@ def test_flags_that_cannot_be_parsed(monkeypatch, flags, message):
     done = run(command(*flags))
     assert done.returncode == 2 and done.stderr.startswith(message)
     assert done.stderr.endswith("; see --help\n") and len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize("path", ["/dev/full", None])
-def test_output_that_cannot_be_written(monkeypatch, capsys, path):
-    def main(args):
-        print("a line")
-        return 0
-
-    monkeypatch.setattr(sys, "argv", ["script"])
-    output = Path(path).open("w") if path else None  # noqa: SIM115
-    monkeypatch.setattr(sys, "stdout", output)
-    with pytest.raises(SystemExit) as ended:
-        run_script(main, NoArgs, "")
-    errors = capsys.readouterr().err
-    if path:
-        assert ended.value.code == 2
-        assert errors == "error: the output cannot be written (No space left on device): give it a reader or room\n"
-        output.close()  # what is left in it has somewhere to go
-    else:
-        assert ended.value.code == 0 and errors == ""
-
-
-@dataclass
-class NoArgs:
-    """No flags."""
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):

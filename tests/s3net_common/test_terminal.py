@@ -83,6 +83,26 @@ def run_main_to(stream):
     return subprocess.CompletedProcess([], process.returncode, "", errors)
 
 
+@pytest.mark.parametrize("path", ["/dev/full", None])
+def test_output_that_cannot_be_written(monkeypatch, capsys, path):
+    def main(args):
+        print("a line")
+        return 0
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    output = Path(path).open("w") if path else None  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", output)
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, NoFlags, "")
+    errors = capsys.readouterr().err
+    if path:
+        assert ended.value.code == 2
+        assert errors == "error: the output cannot be written (No space left on device): give it a reader or room\n"
+        output.close()  # what is left in it has somewhere to go
+    else:
+        assert ended.value.code == 0 and errors == ""
+
+
 def test_a_closed_stdout_and_stderr_do_not_matter():
     done = run_main("print(1); print(2, file=sys.stderr); sys.stdout.flush()", preexec_fn=close_output)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
