@@ -132,18 +132,20 @@ def test_the_share_of_a_batch(changes, rank, size):
     assert share_of_batch(config(**changes), Ranks(rank, 3, CPU)) == size
 
 
-def test_the_network_is_compiled_once_and_the_last_batch_is_not(monkeypatch):
+@pytest.mark.parametrize(("changes", "sizes"), [({}, [8]), ({"early_size": 6, "early_epochs": 1}, [6, 8])])
+def test_the_network_is_compiled_once_for_each_size_and_the_last_batch_is_not(changes, sizes, monkeypatch):
     graphs = []
     compile_model = torch.compile
 
     def backend(graph, inputs):
-        graphs.append([tuple(t.shape) for t in inputs if t.shape[2:] == (8, 8)])
+        graphs.append([tuple(t.shape) for t in inputs if len(t) == 8])
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: compile_model(model, dynamic=dynamic, backend=backend))
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3))
-    trainer = make_trainer(model, config(), 3, compiled=True, ranks=Ranks(0, 1, CPU))
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    model.append(torch.nn.Linear(4, 3))
+    trainer = make_trainer(model, config(**changes), 3, compiled=True, ranks=Ranks(0, 1, CPU))
     images, labels = torch.randn(19, 3, 8, 8), torch.arange(19) % 3
 
     class Batches:
@@ -160,7 +162,7 @@ def test_the_network_is_compiled_once_and_the_last_batch_is_not(monkeypatch):
         progress.finish_epoch(
             trainer.training_metrics(progress), {"val_loss": 1.0, "val_error": 1.0, "val_top5_error": 0.0}, 0.0
         )
-    assert graphs == [[(8, 3, 8, 8)]]
+    assert graphs == [[(8, 3, size, size)] for size in sizes]
 
 
 # -- CUDA graphs and SyncBatchNorm --
