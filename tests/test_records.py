@@ -21,7 +21,6 @@ EXCEPTIONS = {  # file in an experiment's results: the fields it may lack, and w
     "generalizability/cifar100_200_epochs/report.json": ({"seconds"}, "`hours` of each run"),
     "generalizability/gradient_flow/curves.json": ({"seconds"}, "the run of gradient_flow.json, which has them"),
     "interpretability/speed.json": ({"seconds"}, QUIET),
-    "interpretability/completeness.json": ({"seconds"}, "made before the field existed: 129 networks"),
     "interpretability/faithfulness.json": ({"seconds"}, "the run of scores.json, which has them"),
     "interpretability/photographs.json": ({"seconds"}, "made by the code in the README, which writes no record"),
 }

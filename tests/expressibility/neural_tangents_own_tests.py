@@ -1,6 +1,6 @@
 """Run neural-tangents' own tests with neural_tangents_compat, with and without its repairs, and record what passes.
 
-    pip install more-itertools  # which the tests use
+    pip install more-itertools flax  # which the tests use
     pip download --no-deps --no-binary :all: neural-tangents==0.6.5 && tar -xzf neural_tangents-0.6.5.tar.gz
     python tests/expressibility/neural_tangents_own_tests.py neural_tangents-0.6.5 --out own_tests.json
 
