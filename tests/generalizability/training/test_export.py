@@ -105,14 +105,14 @@ def test_a_run_of_an_earlier_version(finished, tmp_path):
 
 
 def test_a_network_of_own_images_has_no_licence_yet(finished, tmp_path):
-    own = tmp_path / "own"
-    own.mkdir()
+    folder = tmp_path / "own"
+    folder.mkdir()
     config = json.loads((finished / "config.json").read_text()) | {"dataset": "folder"}
     state = torch.load(finished / "last.pt", weights_only=True)
     state["config"]["dataset"] = "folder"
-    (own / "config.json").write_text(json.dumps(config))
-    torch.save(state, own / "last.pt")
-    _, card = export(own, tmp_path / "out")
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(state, folder / "last.pt")
+    _, card = export(folder, tmp_path / "out")
     assert "licence" not in card and "| seed | 5; one run |" in card
 
 
