@@ -258,8 +258,10 @@ def class_fields(script: Path, name: str) -> dict[str, str]:
 
 @cache
 def script_flags(script: Path) -> set[str]:
-    """Return the flags of a script: the fields of the dataclass that it passes to `run_script`."""
+    """Return a script's flags: the fields of the dataclass that it passes to `run_script`, or those of argparse."""
     calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    if added := [call.args[0] for call in calls if ast.unparse(call.func) == "parser.add_argument"]:
+        return {"--help", *(name.value for name in added)}
     [arguments] = [ast.unparse(call.args[1]) for call in calls if ast.unparse(call.func) == "run_script"]
     flags = {"--help"}
     for field, annotation in class_fields(script, arguments).items():

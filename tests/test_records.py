@@ -11,7 +11,6 @@ FIELDS = {"command": {"command"}, "versions": {"versions"}, "seconds": {"cpu_sec
 
 QUIET = "a measurement of speed, made before the field existed: another machine load would change its results"
 EXCEPTIONS = {  # file in an experiment's results: the fields it may lack, and why
-    "expressibility/neural_tangents_tests.json": ({"command", "seconds"}, "tests of another project; see `method`"),
     "expressibility/benchmark.json": ({"seconds"}, QUIET),
     "generalizability/benchmark.json": ({"seconds"}, QUIET),
     "generalizability/decoding_benchmark.json": ({"seconds"}, QUIET),
