@@ -2,7 +2,7 @@
 
 One process (a GPU if there is one, else the CPU):
     python train_s3net.py                                     # S3-Net k=12, depth=40 on CIFAR-100, as in the paper
-    python train_s3net.py --dataset digits                    # two minutes on a laptop, nothing to download
+    python train_s3net.py --dataset digits                    # a minute on 2 cores, nothing to download
     python train_s3net.py --dataset folder --data-dir my/images --image-size 64
     python train_s3net.py --resume                            # resume an interrupted run
     python train_s3net.py --init pretrained --lr 0.02 --dataset folder --data-dir my/images    # start from weights

@@ -38,8 +38,8 @@ def adopt_runs(runs: list[Run], jobs: list[Job]) -> list[Run]:
     A job that has finished keeps its own run.
 
     Raises:
-        InputError: two runs have the flags of one job, the runs have different minor versions of PyTorch, or a run
-            cannot be copied.
+        InputError: two runs have the flags of one job, the runs have different minor versions of PyTorch or number
+            formats, or a run cannot be copied.
     """
     chosen: dict[Path, Run] = {}
     rest = []
@@ -52,7 +52,7 @@ def adopt_runs(runs: list[Run], jobs: list[Job]) -> list[Run]:
         else:
             chosen[job.folder] = run
     known = {job.folder: read_run(job.folder) for job in jobs if job.finished()}
-    check_versions([*known.values(), *chosen.values()])
+    check_alike([*known.values(), *chosen.values()])
     for folder, run in chosen.items():
         if folder not in known:
             copy_run(run.path, folder)
@@ -78,12 +78,16 @@ def all_settings(run: Run) -> dict:
     return run.config | run.config["model_options"]
 
 
-def check_versions(runs: list[Run]) -> None:
-    """Raise an InputError if runs were made with different minor versions of PyTorch, which round differently."""
-    by_version = {torch_version(run.summary): run for run in runs}
-    if len(by_version) > 1:
-        places = ", ".join(f"{version} in {relative(run.path)}" for version, run in sorted(by_version.items()))
-        raise InputError(f"the runs have different versions of PyTorch ({places}): compare runs of one version")
+def check_alike(runs: list[Run]) -> None:
+    """Raise an InputError if minor versions of PyTorch or number formats, which round differently, are mixed."""
+    for what, value in (
+        ("versions of PyTorch", lambda run: torch_version(run.summary)),
+        ("number formats", lambda run: "mixed precision" if run.config.get("amp") else "float32"),
+    ):
+        by_value = {value(run): run for run in runs}
+        if len(by_value) > 1:
+            places = ", ".join(f"{name} in {relative(run.path)}" for name, run in sorted(by_value.items()))
+            raise InputError(f"the runs have different {what} ({places}): compare runs that have the same")
 
 
 def torch_version(summary: dict) -> str:

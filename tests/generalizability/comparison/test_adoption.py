@@ -109,6 +109,14 @@ def test_runs_of_two_versions_of_pytorch_are_not_mixed(elsewhere, tmp_path):
     assert not (tmp_path / "out" / "comparison").exists()
 
 
+def test_runs_of_two_number_formats_are_not_mixed(elsewhere, tmp_path):
+    run = write(tmp_path / "s0", "s3net_cifar", 33.0, 0.4, seed=0)
+    other = write(tmp_path / "s1", "s3net_cifar", 33.0, 0.4, seed=1, amp=False)
+    with pytest.raises(InputError, match=r"different number formats \(float32 in .*s1, mixed precision in .*s0\)"):
+        adopt(tmp_path, elsewhere, run, other)
+    assert not (tmp_path / "out" / "comparison").exists()
+
+
 def test_errors_of_paths(elsewhere, tmp_path):
     with pytest.raises(InputError, match="holds no run of"):
         adopt(tmp_path, tmp_path / "out")
