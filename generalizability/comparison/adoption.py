@@ -80,14 +80,14 @@ def all_settings(run: Run) -> dict:
 
 def check_alike(runs: list[Run]) -> None:
     """Raise an InputError if minor versions of PyTorch or number formats, which round differently, are mixed."""
-    for what, value in (
+    for kind, value in (
         ("versions of PyTorch", lambda run: torch_version(run.summary)),
         ("number formats", lambda run: "mixed precision" if run.config.get("amp") else "float32"),
     ):
         by_value = {value(run): run for run in runs}
         if len(by_value) > 1:
             places = ", ".join(f"{name} in {relative(run.path)}" for name, run in sorted(by_value.items()))
-            raise InputError(f"the runs have different {what} ({places}): compare runs that have the same")
+            raise InputError(f"the runs have different {kind} ({places}): compare runs that have the same")
 
 
 def torch_version(summary: dict) -> str:
