@@ -172,7 +172,7 @@ class SaliencySum(Total):
         """Return the share of eq. 1's absolute terms that has a place in the image, `(N,)`. The pixels have one."""
         pixels = (input_gradient * images).abs().sum((1, 2, 3), dtype=self.zeros.dtype)
         whole = pixels + self.absolute
-        return (pixels + self.drawn) / whole.clamp(min=torch.finfo(whole.dtype).tiny)
+        return ((pixels + self.drawn) / whole.clamp(min=torch.finfo(whole.dtype).tiny)).clamp(max=1)  # rounding
 
 
 def _only_channels_are_free(grid: Grid, term: BiasGradient) -> bool:

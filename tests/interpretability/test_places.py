@@ -131,7 +131,8 @@ def test_tokens_are_drawn_at_their_patches():
     explanation = FullGrad(Tokens().double()).explain(images(size=16), target=torch.zeros(2, dtype=torch.long))
     assert explanation.maps[:, 0, :4].amin() > 0
     assert (explanation.maps[:, 0, 11:] == 0).all()
-    assert (explanation.drawn == 1).all()
+    torch.testing.assert_close(explanation.drawn, torch.ones_like(explanation.drawn))
+    assert explanation.drawn.amax() <= 1
 
 
 def test_what_has_no_place_is_not_drawn():

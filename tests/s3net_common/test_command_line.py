@@ -60,10 +60,11 @@ def test_a_path_that_the_system_refuses_is_an_error_of_one_line(monkeypatch, cap
 
 
 FOLDERS = ("expressibility", "generalizability", "interpretability", "reproduction", "s3net_common", "s3net_networks")
-SCRIPTS = sorted(  # in the project's folders only: the others may hold an environment
+SCRIPTS = sorted(  # in the project's folders only: the others may hold an environment, and results hold records
     path
     for path in [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
-    if re.search(r"^if __name__ == .__main__.:", path.read_text(encoding="utf-8"), re.MULTILINE)
+    if "results" not in path.relative_to(ROOT).parts
+    and re.search(r"^if __name__ == .__main__.:", path.read_text(encoding="utf-8"), re.MULTILINE)
 )
 HELP_OF_ALL = """
 import contextlib, io, runpy, sys
