@@ -82,6 +82,7 @@ if __name__ == "__main__":
 from comparison.adoption import adopt_runs, report_rest, runs_below
 from comparison.budget_report import REPORT_FILES, write_report
 from comparison.jobs import Job, flag_name, run_jobs
+from comparison.runs import Run
 from s3net_networks.size import count_parameters
 
 
@@ -102,14 +103,15 @@ def main(args: Args) -> None:
     """Run the jobs that are not finished, then write the report on all finished ones.
 
     Raises:
-        InputError: a flag is out of range, a run fails, or the search is not finished.
+        InputError: a flag is out of range, a path of --adopt holds no run, a run fails, or the search is not finished.
     """
     check_flags(args)
+    named, contained = runs_below(args.adopt)
     claim_folder(args.out, *REPORT_FILES, overwrite=args.overwrite)
     networks = compared_networks(args)
     jobs = {"search": search_jobs(args, networks)}
     if args.adopt:
-        adopt_and_report(args, networks, jobs["search"])
+        adopt_and_report(args, networks, jobs["search"], named, contained)
         return
     if "search" in args.only:
         run_jobs(jobs["search"].values(), args.jobs, "search")
@@ -128,15 +130,16 @@ def main(args: Args) -> None:
     write_report(args.out, jobs, peaks)
 
 
-def adopt_and_report(args: Args, networks: list[Network], search: dict[tuple[str, float], Job]) -> None:
+def adopt_and_report(
+    args: Args, networks: list[Network], search: dict[tuple[str, float], Job], named: list[Run], contained: list[Run]
+) -> None:
     """Take the runs of --adopt into --out, and report on all finished runs. No network is trained.
 
     Runs of the search are taken first: they decide which peaks the runs of the comparison must have.
 
     Raises:
-        InputError: a path holds no run, a run that is named does not fit, or nothing has finished.
+        InputError: a run of `named` does not fit, two runs have the same flags, or nothing has finished.
     """
-    named, contained = runs_below(args.adopt)
     rest = adopt_runs([*named, *contained], [*search.values()])
     peaks = best_peaks(networks, search)
     jobs = {"search": search, "comparison": comparison_jobs(args, networks, peaks), "ablation": ablation_jobs(args)}

@@ -3,7 +3,7 @@
 import json
 import shlex
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import combinations, cycle
 from pathlib import Path
 
@@ -55,7 +55,8 @@ def write_report(out: Path, jobs: dict[str, dict[tuple, Job]], peaks: dict[str, 
     }
     unfinished = sum(not job.finished() for part_jobs in jobs.values() for job in part_jobs.values())
     facts = {"peaks": peaks, "peaks_to_add": peaks_to_add(rows["search"]), "unfinished_runs": unfinished}
-    facts |= {"differences": seed_differences(rows["comparison"]), "torch": versions_by_part(rows)}
+    facts |= {"differences": seed_differences(rows["comparison"]), "torch": values_by_part(rows, torch_version)}
+    facts["precision"] = values_by_part(rows, lambda run: run["precision"] or "unknown")
     write_json(out / "results.json", {"command": shell_command(), **facts, **rows})
     writers = {"search": search_table, "comparison": comparison_table, "ablation": ablation_table}
     tables = "\n".join(f"{HEADINGS[part]}\n\n{write(rows[part])}" for part, write in writers.items() if rows[part])
@@ -120,13 +121,13 @@ def seed_differences(comparison: list[dict]) -> list[dict]:
     return rows
 
 
-def versions_by_part(rows: dict[str, list[dict]]) -> dict[str, list[str]]:
-    """Return the minor versions of PyTorch with which the runs of each part were made."""
-    return {part: sorted({torch_version(run) for run in runs}) for part, runs in rows.items()}
+def values_by_part(rows: dict[str, list[dict]], value: Callable[[dict], str]) -> dict[str, list[str]]:
+    """Return the different values that the runs of each part have, in order."""
+    return {part: sorted(set(map(value, runs))) for part, runs in rows.items()}
 
 
 def notes(facts: dict) -> list[str]:
-    """Return lines under the tables: intervals of the differences, peaks to add, and mixed versions."""
+    """Return the lines under the tables: intervals of differences, peaks to add, mixed versions or number formats."""
     lines = [
         f"{row['first']} minus {row['second']}: {row['mean']:+.2f} points over {len(row['seeds'])} "
         f"seed{'s' if len(row['seeds']) > 1 else ''}"
@@ -138,9 +139,10 @@ def notes(facts: dict) -> list[str]:
         for name, peak in facts["peaks_to_add"].items()
     ]
     lines += [
-        f"The runs of the {part} have different versions of PyTorch: {', '.join(versions)}."
-        for part, versions in facts["torch"].items()
-        if len(versions) > 1
+        f"The runs of the {part} have different {kind}: {', '.join(values)}."
+        for kind, by_part in (("versions of PyTorch", facts["torch"]), ("number formats", facts["precision"]))
+        for part, values in by_part.items()
+        if len(values) > 1
     ]
     return lines
 

@@ -117,9 +117,20 @@ def test_runs_of_two_number_formats_are_not_mixed(elsewhere, tmp_path):
     assert not (tmp_path / "out" / "comparison").exists()
 
 
+def test_the_report_names_the_number_formats_of_runs_that_were_trained_on_different_processors(elsewhere, tmp_path):
+    for seed, precision in ((0, "bfloat16"), (1, "float32")):
+        run = write(elsewhere / f"s{seed}", "s3net_cifar", 33.0, 0.4, seed)
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"precision": precision}))
+    assert adopt(tmp_path, elsewhere)["precision"]["comparison"] == ["bfloat16", "float32"]
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    assert "The runs of the comparison have different number formats: bfloat16, float32." in tables
+
+
 def test_errors_of_paths(elsewhere, tmp_path):
     with pytest.raises(InputError, match="holds no run of"):
-        adopt(tmp_path, tmp_path / "out")
+        adopt(tmp_path, tmp_path / "missing")
+    assert not (tmp_path / "out").exists()
     write(elsewhere / "twice", "s3net_cifar", 40.0, 0.4)
     with pytest.raises(InputError, match="have the same flags: leave one of them out"):
         adopt(tmp_path, elsewhere)
