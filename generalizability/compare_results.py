@@ -24,8 +24,8 @@ from s3net_common.output_files import (
     default_out,
     figure_text,
     relative,
+    run_record,
     save_figure,
-    shell_command,
     write_atomically,
     write_json,
 )
@@ -79,7 +79,7 @@ def main(args: Args) -> None:
     markdown = "\n\n".join(markdown_section(dataset, rows) for dataset, rows in tables.items()) + "\n"
     every_row = [row for rows in tables.values() for row in rows]
     figure = draw_scatter({title(dataset): scatter_points(rows) for dataset, rows in tables.items()})
-    write_json(args.out / "comparison.json", {"command": shell_command(), "rows": [asdict(row) for row in every_row]})
+    write_json(args.out / "comparison.json", run_record() | {"rows": [asdict(row) for row in every_row]})
     write_atomically(args.out / "table.md", lambda path: path.write_text(markdown, encoding="utf-8"))
     write_atomically(args.out / "table.csv", lambda path: path.write_text(csv_text(every_row), encoding="utf-8"))
     save_figure(args.out / "scatter.png", figure, figure.dpi)

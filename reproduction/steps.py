@@ -264,7 +264,7 @@ WEIGHTS = Step(
     experiment="generalizability",
     title="Error of the trained weights in this repository",
     about="Evaluated on the 10,000 test images of CIFAR-100.",
-    command="generalizability/train_s3net.py --eval-only --checkpoint weights/s3net_cifar/best.safetensors",
+    command="generalizability/train_s3net.py --eval-only --checkpoint weights/s3net_cifar/last.safetensors",
     shows=(LOG,),
 )
 

@@ -23,6 +23,7 @@ from training.engine import Progress
 from training.run_folder import Run, evaluated_weights, weights_metadata
 
 FILES = ("last.safetensors", "last.json", "README.md")
+IMAGES = {"cifar100": "test"}  # data sets whose error is one on test images
 NOTE = "NOTE.txt"  # in a run's folder: what the reader of the weights should know, written by hand
 
 
@@ -136,7 +137,6 @@ def card_text(config: RunConfig, record: dict[str, Any]) -> str:
         "seed": f"{config.seed}; one run",
         "input": "RGB in `[0, 1]`, normalised with the mean and standard deviation in the file's metadata",
         "trained with": trained_line(record),
-        "note": record["note"],
         "licence": None if config.dataset == "folder" else "MIT",  # own images: the owner's decision
     }
     lines = [f"| {name} | {text} |" for name, text in rows.items() if text]
@@ -152,6 +152,7 @@ def card_text(config: RunConfig, record: dict[str, Any]) -> str:
             "|---|---|",
             *lines,
             "",
+            *([record["note"], ""] if record["note"] else []),
             "The file's metadata hold the class names by index, the network's options and the normalisation",
             "(`models.read_metadata`). No code from the file is run when it is loaded. The weights were trained with",
             "",
@@ -211,7 +212,7 @@ def error_line(config: RunConfig, record: dict[str, Any]) -> str:
     """Return the error with its interval."""
     errors = record.get("epoch_before", record)
     low, high = errors["val_error_interval"]
-    images = "held-out training" if config.hold_out else "validation"
+    images = "held-out training" if config.hold_out else IMAGES.get(config.dataset, "validation")
     text = (
         f"{errors['val_error']:.2f}% on {config.val_images:,} {images} images (95% interval over the images "
         f"{low:.2f}% to {high:.2f}%, which does not cover another seed); top-5 {errors['val_top5_error']:.2f}%, on the "

@@ -1,6 +1,7 @@
 """--export: the last epoch's weights, their record and their card."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from s3net_common.checkpoints import load_weights, read_metadata
 from s3net_common.errors import InputError
 from s3net_networks import create_network
 from train_s3net import Args
-from training.export import trained_line
+from training.export import error_line, trained_line
 from training.run_folder import Run
 
 TINY = {"dataset": "digits", "growth_rate": 4, "depth": 7, "device": "cpu", "limit_train": 64, "limit_val": 40}
@@ -82,6 +83,16 @@ def test_a_finished_run(finished, tmp_path):
     assert wrong_numbers(tmp_path / "README.md", card.replace("64 training", "65 training"))
 
 
+@pytest.mark.parametrize(
+    ("dataset", "hold_out", "images"),
+    [("cifar100", 0, "test"), ("imagenet", 0, "validation"), ("cifar100", 5, "held-out training")],
+)
+def test_the_card_names_the_images_of_the_error(finished, dataset, hold_out, images):
+    config = replace(Run(finished).read_config(), dataset=dataset, hold_out=hold_out)
+    errors = {"val_error": 50.0, "val_error_interval": (35.0, 65.0), "val_top5_error": 9.0, "train_error": 1.0}
+    assert f"50.00% on 40 {images} images (95% interval" in error_line(config, errors)
+
+
 def test_the_stated_error_is_that_of_the_exported_weights(finished, tmp_path):
     record, _ = export(finished, tmp_path / "export")
     flags = {"checkpoint": tmp_path / "export" / "last.safetensors", "limit_val": 40, "device": "cpu"}
@@ -137,7 +148,7 @@ def test_weights_within_an_epoch_have_no_error_of_their_own(interrupted, tmp_pat
     record, card = export(run, tmp_path / "out", unfinished=True)
     assert record["val_error"] is None and record["steps"] == 3
     assert "epoch 1 of 3 and 3 steps" in card and "not measured for these weights. After epoch 1: " in card
-    assert "| note | Interrupted once. |" in card
+    assert "\n\nInterrupted once.\n\n" in card
     assert wrong_numbers(tmp_path / "out" / "README.md", card) == []
 
 
