@@ -79,9 +79,9 @@ def test_a_checkpoint_whose_image_size_the_network_cannot_take(tmp_path):
 
 
 def test_a_baseline_without_a_checkpoint(tmp_path):
-    with pytest.raises(InputError, match="there are no trained weights for resnet20_cifar"):
-        load_network("resnet20_cifar")
-    network = load_network("resnet20_cifar", random_weights=True)
+    with pytest.raises(InputError, match="there are no trained weights for densenet_cifar"):
+        load_network("densenet_cifar")
+    network = load_network("densenet_cifar", random_weights=True)
     assert network.model(torch.zeros(1, 3, 32, 32)).shape == (1, 100)
     assert network.preparation == Preparation(32, 32, 32, CIFAR100_MEAN, CIFAR100_STD, "fit")
     assert network.classes is None

@@ -99,7 +99,7 @@ def test_a_run_continues_with_more_epochs_from_its_own_weights(start, images, tm
     [
         ({"growth_rate": 6}, r"has shape \(4, 24, 3, 3\) in the file and \(6, 24, 3, 3\) in the network"),
         ({"init": "absent.pt"}, "there is no checkpoint .*absent.pt"),
-        ({"init": "pretrained", "model": "resnet20_cifar"}, "there are no trained weights for resnet20_cifar"),
+        ({"init": "pretrained", "model": "densenet_cifar"}, "there are no trained weights for densenet_cifar"),
         ({"eval_only": True}, "--init is for training: to evaluate weights, pass them as --checkpoint FILE"),
     ],
 )
@@ -159,7 +159,7 @@ def test_pretrained_weights_of_the_repository(images, tmp_path, capsys):
     flags = {"init": "pretrained", "growth_rate": None, "depth": None, "image_size": 8}
     values = vars(args(images, "", tmp_path / "run")) | flags
     assert train_s3net.main(Args(**values)) == 0
-    assert "weights/s3net_cifar/best.safetensors: loaded all" in capsys.readouterr().out
+    assert "weights/s3net_cifar/last.safetensors: loaded all" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["init"] == "pretrained"
 
 
