@@ -23,7 +23,7 @@ from training.engine import Progress
 from training.run_folder import Run, evaluated_weights, weights_metadata
 
 FILES = ("last.safetensors", "last.json", "README.md")
-IMAGES = {"cifar100": "test"}  # data sets whose error is one on test images
+TEST_SETS = {"cifar100"}  # data sets with test images; the others have validation images
 NOTE = "NOTE.txt"  # in a run's folder: what the reader of the weights should know, written by hand
 
 
@@ -212,7 +212,8 @@ def error_line(config: RunConfig, record: dict[str, Any]) -> str:
     """Return the error with its interval."""
     errors = record.get("epoch_before", record)
     low, high = errors["val_error_interval"]
-    images = "held-out training" if config.hold_out else IMAGES.get(config.dataset, "validation")
+    evaluated = "test" if config.dataset in TEST_SETS else "validation"
+    images = "held-out training" if config.hold_out else evaluated
     text = (
         f"{errors['val_error']:.2f}% on {config.val_images:,} {images} images (95% interval over the images "
         f"{low:.2f}% to {high:.2f}%, which does not cover another seed); top-5 {errors['val_top5_error']:.2f}%, on the "
