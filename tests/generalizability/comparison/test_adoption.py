@@ -1,6 +1,7 @@
 """same_budget.py --adopt: finished runs from elsewhere, after a check of their flags."""
 
 import json
+from pathlib import Path
 
 import pytest
 from run_folders import write_run
@@ -10,6 +11,7 @@ from comparison.jobs import Job
 from s3net_common.errors import InputError
 from same_budget import Args, main
 
+COMMITTED = Path(__file__).resolve().parents[3] / "generalizability" / "results" / "full_search"
 NETWORKS = {
     "s3net_cifar": {"growth_rate": 12, "depth": 40},
     "resnet20_cifar": {},
@@ -136,3 +138,11 @@ def test_errors_of_paths(elsewhere, tmp_path):
         adopt(tmp_path, elsewhere)
     with pytest.raises(InputError, match="there is no finished run with these flags to report on"):
         adopt(tmp_path / "new", elsewhere, hold_out=4000)
+
+
+def test_the_committed_search_follows_from_its_runs(tmp_path):
+    main(Args(out=tmp_path, adopt=(COMMITTED / "runs",), search_epochs=30, search_images=None))
+    made, committed = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, COMMITTED))
+    del made["command"], committed["command"]
+    assert made == committed
+    assert (tmp_path / "tables.md").read_text() == (COMMITTED / "tables.md").read_text()
