@@ -227,7 +227,7 @@ def by_network(rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
 
 def draw_search(rows: list[dict]) -> Figure:
     """Draw the held-out error against the peak learning rate."""
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axes = figure.subplots()
     for (name, runs), marker in zip(by_network(rows), cycle(MARKERS), strict=False):
         runs = sorted(runs, key=lambda run: run["peak_lr"])
@@ -238,7 +238,7 @@ def draw_search(rows: list[dict]) -> Figure:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     return figure
 
 
