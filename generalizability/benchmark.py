@@ -7,9 +7,9 @@
     python generalizability/benchmark.py --compile --graphs    # on a GPU, also with steps replayed as CUDA graphs
 
 Each contender trains in a fresh process, the contenders take turns, and each number is the median over the rounds. A
-training step fetches and augments a batch of 64 images and runs the forward pass, the backward pass and the update. The
-published formulation is given its batch, so its time excludes fetching and augmentation. Prints tables and writes
-`benchmark.json`.
+training step fetches and augments a batch of images and runs the forward pass, the backward pass and the update. The
+published formulation is given its batch, so its time excludes fetching and augmentation. CPU time is the time of all
+threads, summed. Prints tables and writes `benchmark.json`.
 """
 
 import multiprocessing
@@ -28,12 +28,12 @@ from s3net_common.command_line import OVERWRITE, THREADS, answer_flags, flag, ru
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out, relative, run_record, write_json
 
-BATCH = 64
 NETWORKS = {  # measured networks by title: name and options
     "S3-Net k=12": ("s3net_cifar", {"growth_rate": 12}),
     "S3-Net k=64": ("s3net_cifar", {"growth_rate": 64}),
     "ResNet-20": ("resnet20_cifar", {}),
     "DenseNet k=12": ("densenet_cifar", {}),
+    "DenseNet k=12, depth=22": ("densenet_cifar", {"depth": 22}),  # of S3-Net's size
 }
 
 
@@ -43,6 +43,8 @@ class Args:
 
     only: Literal["all", "training", "data", "decoding"] = "all"
     """What to measure."""
+    batch_size: int = 64
+    """Images per training step."""
     rounds: int = 3
     """Number of runs of each contender."""
     seconds: float = 8.0
@@ -133,24 +135,35 @@ class PublishedFormulation(nn.Module):
 # ---- One contender, in its own process ----------------------------------------------------------------------------
 
 
-def measure_contender(contender: str, seconds: float, device: str | None) -> dict[str, float]:
-    """Train one contender for some seconds. Return images per second, the first step's seconds, and memory in MiB."""
+def measure_contender(contender: str, batch_size: int, seconds: float, device: str | None) -> dict[str, float]:
+    """Train one contender for some seconds.
+
+    Returns:
+        Images per second, CPU time in milliseconds per image, the first step's seconds, and memory in MiB.
+    """
     ranks = join_ranks(device)
     is_published = contender.startswith("published")
-    step = published_step(contender, ranks.device) if is_published else trainer_step(contender, ranks)
+    make_step = published_step if is_published else trainer_step
+    step = make_step(contender, batch_size, ranks)
     memory_before = peak_memory()
     started = time.perf_counter()
     step()
     first = time.perf_counter() - started
     step()
     times = []
+    cpu_before = time.process_time()
     while len(times) < 3 or sum(times) < seconds:
         started = time.perf_counter()
         step()
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    result = {"images_per_second": BATCH / statistics.median(times), "first_step_seconds": first}
+    cpu_seconds = time.process_time() - cpu_before
+    result = {
+        "images_per_second": batch_size / statistics.median(times),
+        "cpu_ms_per_image": 1000 * cpu_seconds / (len(times) * batch_size),
+        "first_step_seconds": first,
+    }
     if ranks.device.type == "cuda":
         return result | {"memory": torch.cuda.max_memory_allocated() / 2**20}
     if memory_before is None:
@@ -166,12 +179,13 @@ def peak_memory() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def published_step(contender: str, device: torch.device) -> Callable[[], None]:
+def published_step(contender: str, batch_size: int, ranks: Ranks) -> Callable[[], None]:
     """Return a training step of "published k=K" in float32, channels first, with PyTorch's default SGD."""
+    device = ranks.device
     torch.manual_seed(0)
     model = PublishedFormulation(growth_rate=int(contender.rpartition("=")[2])).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    images, labels = torch.randn(BATCH, 3, 32, 32, device=device), torch.randint(100, (BATCH,), device=device)
+    images, labels = torch.randn(batch_size, 3, 32, 32, device=device), torch.randint(100, (batch_size,), device=device)
 
     def step() -> None:
         loss = F.cross_entropy(model(images), labels)
@@ -182,7 +196,7 @@ def published_step(contender: str, device: torch.device) -> Callable[[], None]:
     return step
 
 
-def trainer_step(contender: str, ranks: Ranks) -> Callable[[], None]:
+def trainer_step(contender: str, batch_size: int, ranks: Ranks) -> Callable[[], None]:
     """Return a step of the trainer with its default settings, for "ours NAME", "compiled NAME" or "graphs NAME"."""
     kind, _, name = contender.partition(" ")
     keep_freed_memory()
@@ -194,7 +208,7 @@ def trainer_step(contender: str, ranks: Ranks) -> Callable[[], None]:
     trainer = Trainer(
         model=model,
         compiled=torch.compile(model, dynamic=False) if kind == "compiled" else None,
-        compiled_size=BATCH,
+        compiled_size=batch_size,
         learning_rate=torch.zeros((), device=ranks.device) if ranks.device.type == "cuda" else None,
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
@@ -202,8 +216,8 @@ def trainer_step(contender: str, ranks: Ranks) -> Callable[[], None]:
         ranks=ranks,
     )
     if kind == "graphs":
-        trainer.graphed = GraphedStep(trainer._compute, BATCH)
-    batches = cifar_like_batches(ranks.device)
+        trainer.graphed = GraphedStep(trainer._compute, batch_size)
+    batches = cifar_like_batches(batch_size, ranks.device)
 
     stream = chain.from_iterable(batches.epoch(epoch) for epoch in count())
 
@@ -214,13 +228,13 @@ def trainer_step(contender: str, ranks: Ranks) -> Callable[[], None]:
     return step
 
 
-def cifar_like_batches(device: torch.device) -> TrainingBatches:
-    """Return batches of 64 random images of CIFAR-100's shape, with its augmentation."""
+def cifar_like_batches(batch_size: int, device: torch.device) -> TrainingBatches:
+    """Return 100 batches of random images of CIFAR-100's shape, with its augmentation."""
     recipe, generator = RECIPES["cifar100"], torch.Generator().manual_seed(0)
-    images = torch.randint(256, (100 * BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    images = torch.randint(256, (100 * batch_size, 3, 32, 32), dtype=torch.uint8, generator=generator)
     data = ImageSet(images, torch.randint(100, (len(images),), generator=generator), [str(i) for i in range(100)])
     return TrainingBatches(
-        data, BATCH, device, recipe.mean, recipe.std, flip=recipe.flip, crop_padding=recipe.crop_padding, seed=0
+        data, batch_size, device, recipe.mean, recipe.std, flip=recipe.flip, crop_padding=recipe.crop_padding, seed=0
     )
 
 
@@ -264,7 +278,7 @@ def benchmark_training(args: Args) -> dict:
 def measure_in_new_process(contender: str, args: Args) -> dict[str, float]:
     """Return the measurements of one contender in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure_contender, contender, args.seconds, args.device).result()
+        return pool.submit(measure_contender, contender, args.batch_size, args.seconds, args.device).result()
 
 
 class PilImages(Dataset):
@@ -289,15 +303,15 @@ class PilImages(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def benchmark_data(rounds: int) -> dict:
-    """Measure images per second on the CPU over 6,400 images, for our batches and for PIL with 0 and 2 workers."""
+def benchmark_data(batch_size: int, rounds: int) -> dict:
+    """Measure images per second on the CPU over 100 batches, for our batches and for PIL with 0 and 2 workers."""
     keep_freed_memory()
-    batches = cifar_like_batches(torch.device("cpu"))
+    batches = cifar_like_batches(batch_size, torch.device("cpu"))
     pil = PilImages(ImageSet(batches.images, batches.labels, []))
     contenders = {
         "ours": lambda epoch: batches.epoch(epoch),
-        "PIL, DataLoader with 0 workers": lambda epoch: DataLoader(pil, BATCH, shuffle=True),
-        "PIL, DataLoader with 2 workers": lambda epoch: DataLoader(pil, BATCH, shuffle=True, num_workers=2),
+        "PIL, DataLoader with 0 workers": lambda epoch: DataLoader(pil, batch_size, shuffle=True),
+        "PIL, DataLoader with 2 workers": lambda epoch: DataLoader(pil, batch_size, shuffle=True, num_workers=2),
     }
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for epoch in ProgressBar(range(max(rounds, 5)), desc="data", unit="round"):
@@ -318,30 +332,33 @@ def print_training(results: dict) -> None:
     columns = [key for key in next(iter(results["medians"].values())) if key != "first_step_seconds"]
     titles = {
         "images_per_second": "images/s",
+        "cpu_ms_per_image": "CPU ms/image",
         "process_memory": "process MiB",
         "training_memory": "training MiB",
         "memory": "GPU MiB",
     }
-    print(f"\n{'':24}" + "".join(f"{titles[key]:>16}" for key in columns))
+    print(f"\n{'':30}" + "".join(f"{titles[key]:>16}" for key in columns))
     for contender, medians in results["medians"].items():
-        print(f"{contender:24}" + "".join(f"{medians[key]:16.0f}" for key in columns))
+        print(f"{contender:30}" + "".join(f"{medians[key]:16.0f}" for key in columns))
     print("\nratio to the published formulation")
     for contender, ratios in results["ratios_to_published"].items():
-        print(f"{contender:24}" + "".join(f"{ratios[key]:16.2f}" for key in columns))
+        print(f"{contender:30}" + "".join(f"{ratios[key]:16.2f}" for key in columns))
 
 
 def main(args: Args) -> None:
     """Run the measurements, then print and write them."""
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds} is too small: give 1 or more")
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size} is too small: give 1 or more")
     device = join_ranks(args.device).device  # raises an InputError if the device is missing
     if args.graphs and device.type != "cuda":
         raise InputError("--graphs needs a CUDA GPU: leave it out")
     claim_folder(args.out, "benchmark.json", overwrite=args.overwrite)
-    results = {"threads": torch.get_num_threads(), "batch_size": BATCH, "device": device_name(device)}
+    results = {"threads": torch.get_num_threads(), "batch_size": args.batch_size, "device": device_name(device)}
     results["precision"] = Precision(device, Precision.is_faster(device)).name
     if args.only in ("all", "data"):
-        results["data"] = benchmark_data(args.rounds)
+        results["data"] = benchmark_data(args.batch_size, args.rounds)
         for name, rate in results["data"]["images_per_second"].items():
             print(f"{name:34}{rate:12,.0f} images/s")
     if args.only in ("all", "decoding"):

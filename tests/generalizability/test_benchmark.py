@@ -27,11 +27,19 @@ def test_without_the_resource_module_memory_is_left_out(monkeypatch):
     benchmark = benchmark_module()
     assert benchmark.peak_memory() > 50
     monkeypatch.setattr(benchmark, "resource", None)
-    monkeypatch.setattr(benchmark, "trainer_step", lambda contender, ranks: lambda: None)
-    assert list(benchmark.measure_contender("ours S3-Net k=12", 0.0, "cpu")) == [
+    monkeypatch.setattr(benchmark, "trainer_step", lambda contender, batch_size, ranks: lambda: None)
+    assert list(benchmark.measure_contender("ours S3-Net k=12", 4, 0.0, "cpu")) == [
         "images_per_second",
+        "cpu_ms_per_image",
         "first_step_seconds",
     ]
+
+
+def test_both_formulations_train_and_are_timed():
+    benchmark = benchmark_module()
+    for contender in ("published k=2", "ours DenseNet k=12, depth=22"):
+        measured = benchmark.measure_contender(contender, 2, 0.0, "cpu")
+        assert measured["images_per_second"] > 0 and measured["cpu_ms_per_image"] > 0
 
 
 def test_the_published_formulation_computes_the_same_function():
@@ -51,8 +59,7 @@ def test_the_published_formulation_computes_the_same_function():
 
 def test_the_data_benchmark_writes_its_rates(tmp_path, monkeypatch, capsys):
     benchmark = benchmark_module()
-    monkeypatch.setattr(benchmark, "BATCH", 4)  # of 100 batches
-    benchmark.main(benchmark.Args(only="data", rounds=1, out=tmp_path))
+    benchmark.main(benchmark.Args(only="data", batch_size=4, rounds=1, out=tmp_path))
     rates = json.loads((tmp_path / "benchmark.json").read_text())["data"]["images_per_second"]
     assert len(rates) == 3 and all(rate > 0 for rate in rates.values())
     assert f"{rates['ours']:,.0f} images/s" in capsys.readouterr().out
