@@ -1,6 +1,6 @@
 """Measure S3-Net's training speed and memory against the published formulation and the baselines.
 
-    python generalizability/benchmark.py                   # everything: about 13 minutes on 2 cores
+    python generalizability/benchmark.py                   # everything: about 14 minutes on 2 cores
     python generalizability/benchmark.py --only data       # the augmentation against PIL with a DataLoader
     python generalizability/benchmark.py --only decoding   # LMDB against an image folder and the decoder
     python generalizability/benchmark.py --compile         # also S3-Net under torch.compile, and the time it compiles
@@ -43,6 +43,8 @@ class Args:
 
     only: Literal["all", "training", "data", "decoding"] = "all"
     """What to measure."""
+    networks: tuple[Literal[tuple(NETWORKS)], ...] = tuple(NETWORKS)
+    """Networks whose training is measured; an S3-Net is measured beside its published formulation."""
     batch_size: int = 64
     """Images per training step."""
     rounds: int = 3
@@ -243,11 +245,12 @@ def cifar_like_batches(batch_size: int, device: torch.device) -> TrainingBatches
 
 def benchmark_training(args: Args) -> dict:
     """Measure every contender in turn, `args.rounds` times. Return medians, ratios and all measurements."""
-    contenders = ["published k=12", "published k=64", *(f"ours {name}" for name in NETWORKS)]
+    s3nets = [name for name in args.networks if name.startswith("S3-Net")]
+    contenders = [f"published {name.split()[-1]}" for name in s3nets] + [f"ours {name}" for name in args.networks]
     if args.compile:
-        contenders += ["compiled S3-Net k=12", "compiled S3-Net k=64"]
+        contenders += [f"compiled {name}" for name in s3nets]
     if args.graphs:
-        contenders += ["graphs S3-Net k=12", "graphs S3-Net k=64"]
+        contenders += [f"graphs {name}" for name in s3nets]
     runs: dict[str, list[dict[str, float]]] = {contender: [] for contender in contenders}
     with ProgressBar(total=args.rounds * len(contenders), desc="training", unit="run") as bar:
         for _ in range(args.rounds):
@@ -339,8 +342,9 @@ def print_training(results: dict) -> None:
     }
     print(f"\n{'':30}" + "".join(f"{titles[key]:>16}" for key in columns))
     for contender, medians in results["medians"].items():
-        print(f"{contender:30}" + "".join(f"{medians[key]:16.0f}" for key in columns))
-    print("\nratio to the published formulation")
+        print(f"{contender:30}" + "".join(f"{medians[key]:16,.1f}" for key in columns))
+    if results["ratios_to_published"]:
+        print("\nratio to the published formulation")
     for contender, ratios in results["ratios_to_published"].items():
         print(f"{contender:30}" + "".join(f"{ratios[key]:16.2f}" for key in columns))
 
@@ -349,6 +353,8 @@ def main(args: Args) -> None:
     """Run the measurements, then print and write them."""
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds} is too small: give 1 or more")
+    if not args.networks:
+        raise InputError("--networks names no network: give one or more, or leave it out for all")
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size} is too small: give 1 or more")
     device = join_ranks(args.device).device  # raises an InputError if the device is missing

@@ -4,10 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from models import create_model
+from s3net_common.errors import InputError
 
 FOLDER = Path(__file__).parents[2] / "generalizability"
 
@@ -40,6 +42,25 @@ def test_both_formulations_train_and_are_timed():
     for contender in ("published k=2", "ours DenseNet k=12, depth=22"):
         measured = benchmark.measure_contender(contender, 2, 0.0, "cpu")
         assert measured["images_per_second"] > 0 and measured["cpu_ms_per_image"] > 0
+
+
+def test_only_the_chosen_networks_train(tmp_path, monkeypatch, capsys):
+    benchmark = benchmark_module()
+    speed = {"images_per_second": 2.0, "cpu_ms_per_image": 500.0}
+    monkeypatch.setattr(benchmark, "measure_in_new_process", lambda contender, args: speed)
+    benchmark.main(benchmark.Args(only="training", networks=("ResNet-20",), rounds=1, out=tmp_path))
+    assert "published" not in capsys.readouterr().out
+    benchmark.main(benchmark.Args(only="training", networks=("ResNet-20", "S3-Net k=12"), rounds=1, out=tmp_path))
+    medians = json.loads((tmp_path / "benchmark.json").read_text())["training"]["medians"]
+    assert list(medians) == ["published k=12", "ours ResNet-20", "ours S3-Net k=12"]
+    assert "ratio to the published formulation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [{"networks": ()}, {"batch_size": 0}, {"rounds": 0}])
+def test_nothing_to_measure_is_refused(tmp_path, wrong):
+    benchmark = benchmark_module()
+    with pytest.raises(InputError, match=f"--{next(iter(wrong)).replace('_', '-')} "):
+        benchmark.main(benchmark.Args(out=tmp_path, **wrong))
 
 
 def test_the_published_formulation_computes_the_same_function():
