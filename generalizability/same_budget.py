@@ -9,7 +9,8 @@ The three parts consist of runs of train_s3net.py. Interrupted runs are resumed 
 finished run with other flags in the same folder is an error. On Ctrl-C and SIGTERM the runs save themselves and end.
 
     search      One short run for each network and peak learning rate, on a part of the training images. The runs are
-                judged on held-out training images, so the test images have no influence on the choice.
+                judged on held-out training images, so the test images have no influence on the choice. On CIFAR-100
+                the short search chose poor peaks: --search-epochs 30 --search-images None searches at full length.
     comparison  Each network with its best peak. Images, augmentation, batch size, epochs and one-cycle schedule are
                 the same for all.
     ablation    S3-Net's layers with its shortcuts, with no shortcuts (a chain) and with dense connections, at the same
@@ -63,7 +64,7 @@ class Args:
     ablation_images: int | None = 10_000
     """Training images of each run of the ablation; None for all."""
     ablation_peaks: tuple[float, ...] = (0.2, 1.6)
-    """Peak learning rates of the ablation: the paper's learning rate, and S3-Net's best in the search on CIFAR-100."""
+    """Peak learning rates of the ablation: the paper's learning rate, and S3-Net's best in the short search."""
     jobs: int = 1
     """Runs at a time. If there are several, each computes with one thread on a CPU."""
     device: flag(str, "DEVICE", "a GPU if there is one") = None

@@ -39,6 +39,7 @@ HEADINGS = {
     "comparison": "#### Comparison, each network with its best peak: errors on the test images after the last epoch",
     "ablation": "#### Ablation of the shortcuts: errors on the test images after the last epoch",
 }
+DIFFERENCES = "#### Mean differences of the errors in the comparison, paired by seed, in percentage points"
 
 
 def write_report(out: Path, jobs: dict[str, dict[tuple, Job]], peaks: dict[str, float]) -> None:
@@ -60,6 +61,8 @@ def write_report(out: Path, jobs: dict[str, dict[tuple, Job]], peaks: dict[str, 
     write_json(out / "results.json", {"command": shell_command(), **facts, **rows})
     writers = {"search": search_table, "comparison": comparison_table, "ablation": ablation_table}
     tables = "\n".join(f"{HEADINGS[part]}\n\n{write(rows[part])}" for part, write in writers.items() if rows[part])
+    if facts["differences"]:
+        tables += f"\n{DIFFERENCES}\n\n{differences_table(facts['differences'])}"
     tables += "".join(f"\n{line}\n" for line in notes(facts))
     write_atomically(out / "tables.md", lambda path: path.write_text(tables, encoding="utf-8"))
     figures = {
@@ -106,18 +109,23 @@ def peaks_to_add(search: list[dict]) -> dict[str, float]:
 
 
 def seed_differences(comparison: list[dict]) -> list[dict]:
-    """Return the mean difference of the last errors of every two networks over their common seeds, in percent points.
+    """Return the mean difference of every two networks' last errors over their common seeds, in percentage points.
 
-    The 95% interval is Student's; it is None for a single seed.
+    The 95% interval is Student's; it is None for a single seed. The corrected one has Bonferroni's correction for the
+    number of differences.
     """
     errors = {name: {run["seed"]: run["last_val_error"] for run in runs} for name, runs in by_network(comparison)}
+    pairs = {
+        (first, second): seeds
+        for first, second in combinations(errors, 2)
+        if (seeds := sorted(errors[first].keys() & errors[second].keys()))
+    }
     rows = []
-    for first, second in combinations(errors, 2):
-        seeds = sorted(errors[first].keys() & errors[second].keys())
+    for (first, second), seeds in pairs.items():
         differences = [errors[first][seed] - errors[second][seed] for seed in seeds]
-        if differences:
-            pair = {"first": first, "second": second, "seeds": seeds, "mean": statistics.mean(differences)}
-            rows.append(pair | {"interval": mean_interval(differences)})
+        pair = {"first": first, "second": second, "seeds": seeds, "mean": statistics.mean(differences)}
+        pair["interval"] = mean_interval(differences)
+        rows.append(pair | {"corrected_interval": mean_interval(differences, means=len(pairs))})
     return rows
 
 
@@ -127,14 +135,8 @@ def values_by_part(rows: dict[str, list[dict]], value: Callable[[dict], str]) ->
 
 
 def notes(facts: dict) -> list[str]:
-    """Return the lines under the tables: intervals of differences, peaks to add, mixed versions or number formats."""
+    """Return the lines under the tables: peaks to add, mixed versions or number formats."""
     lines = [
-        f"{row['first']} minus {row['second']}: {row['mean']:+.2f} points over {len(row['seeds'])} "
-        f"seed{'s' if len(row['seeds']) > 1 else ''}"
-        + (" (95% interval {:+.2f} to {:+.2f})".format(*row["interval"]) if row["interval"] else " (no interval)")
-        for row in facts["differences"]
-    ]
-    lines += [
         f"{name}: the best peak is at the edge of those that were tried; add {peak:g}."
         for name, peak in facts["peaks_to_add"].items()
     ]
@@ -184,6 +186,18 @@ def comparison_table(rows: list[dict]) -> str:
             f"{mean_and_deviation(runs, 'last_val_top5_error')} | {' | '.join(size_cells(runs[0]))} | "
             f"{images_per_second:.0f} | {hours:.2f} | {undisturbed:.2f} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def differences_table(differences: list[dict]) -> str:
+    """Return a Markdown table of the rows of `seed_differences`, with their intervals."""
+    correction = f" with Bonferroni's correction for {len(differences)} differences |" if len(differences) > 1 else ""
+    lines = [f"| | seeds | mean difference | 95% interval |{correction}", table_rule(4 if correction else 3)]
+    for row in differences:
+        intervals = [row["interval"], row["corrected_interval"]] if correction else [row["interval"]]
+        cells = ["{:+.2f} to {:+.2f}".format(*interval) if interval else "–" for interval in intervals]
+        names = f"{row['first']} minus {row['second']}"
+        lines.append(f"| {names} | {len(row['seeds'])} | {row['mean']:+.2f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -20,10 +20,17 @@ def interval_of_percent(error: float, count: int) -> tuple[float, float]:
     return wilson_interval(round(error / 100 * count), count)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95% interval of a mean (Student's t, values taken as normal); None for fewer than two values."""
+def mean_interval(values: Sequence[float], means: int = 1) -> tuple[float, float] | None:
+    """Return the 95% interval of a mean (Student's t, values taken as normal); None for fewer than two values.
+
+    With Bonferroni's correction for several means, all their intervals together cover the true means in 95% of cases.
+
+    Args:
+        values: independent values, of any unit.
+        means: the number of means that the correction is for.
+    """
     if len(values) < 2:
         return None
-    margin = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    margin = float(t.ppf(1 - 0.025 / means, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     mean = statistics.mean(values)
     return mean - margin, mean + margin

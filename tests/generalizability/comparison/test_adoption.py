@@ -71,8 +71,21 @@ def test_the_comparison_is_paired_by_seed(elsewhere, tmp_path):
     margin = 12.7062 * 0.5  # Student, one degree of freedom; the standard error of 1 and 2 is 0.5
     assert row["mean"] == 1.5 and row["interval"] == pytest.approx([1.5 - margin, 1.5 + margin], abs=1e-3)
     tables = (tmp_path / "out" / "tables.md").read_text()
-    assert "S3-Net k=12, depth=40 minus ResNet-20: +1.50 points over 2 seeds (95% interval -4.85 to +7.85)" in tables
+    assert "| S3-Net k=12, depth=40 minus ResNet-20 | 2 | +1.50 | -4.85 to +7.85 |\n" in tables
     assert [run["fastest_epoch_seconds"] for run in results["comparison"]] == 4 * [3600.0]
+
+
+def test_several_differences_are_also_given_with_a_correction_for_their_number(elsewhere, tmp_path):
+    for seed, s3net, resnet, densenet in ((0, 33.0, 32.0, 31.0), (1, 34.0, 32.0, 31.0)):
+        write(elsewhere / f"s3net_s{seed}", "s3net_cifar", s3net, 0.4, seed)
+        write(elsewhere / f"resnet_s{seed}", "resnet20_cifar", resnet, 0.8, seed)
+        write(elsewhere / f"densenet_s{seed}", "densenet_cifar", densenet, 0.2, seed)
+    rows = adopt(tmp_path, elsewhere)["differences"]
+    margin = 38.1885 * 0.5  # Student at 1 - 0.05/6, one degree of freedom
+    assert len(rows) == 3 and rows[0]["corrected_interval"] == pytest.approx([1.5 - margin, 1.5 + margin], abs=1e-3)
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    assert "| S3-Net k=12, depth=40 minus ResNet-20 | 2 | +1.50 | -4.85 to +7.85 | -17.59 to +20.59 |\n" in tables
+    assert "with Bonferroni's correction for 3 differences |" in tables
 
 
 def test_networks_whose_search_has_not_begun_are_left_out(tmp_path):
