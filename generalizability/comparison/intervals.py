@@ -23,7 +23,7 @@ def interval_of_percent(error: float, count: int) -> tuple[float, float]:
 def mean_interval(values: Sequence[float], means: int = 1) -> tuple[float, float] | None:
     """Return the 95% interval of a mean (Student's t, values taken as normal); None for fewer than two values.
 
-    With Bonferroni's correction for several means, all their intervals together cover the true means in 95% of cases.
+    With Bonferroni's correction for several means, all their intervals cover the true means in at least 95% of cases.
 
     Args:
         values: independent values, of any unit.
