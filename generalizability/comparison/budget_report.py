@@ -283,9 +283,11 @@ def draw_comparison(
 
 def draw_ablation(rows: list[dict]) -> Figure:
     """Draw the error of each kind of connections, at its best peak: by epoch, and the last one against parameters."""
+    peaks = {row["peak_lr"] for row in rows}
     rows = [min(runs, key=lambda run: run["last_val_error"]) for _, runs in by_network(rows)]
     figure = Figure(figsize=(10, 3.9), layout="constrained")
-    figure.suptitle("Ablation of the shortcuts, each with its best peak learning rate")
+    choice = "each with its best peak learning rate" if len(peaks) > 1 else f"peak learning rate {min(peaks):g}"
+    figure.suptitle(f"Ablation of the shortcuts, {choice}")
     curves, sizes = figure.subplots(1, 2, sharey=True)
     draw_curves(curves, by_network(rows), "val_error")
     curves.set(xlabel="epoch", ylabel="top-1 error on test images (%)")

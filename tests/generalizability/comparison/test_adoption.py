@@ -153,8 +153,10 @@ def test_errors_of_paths(elsewhere, tmp_path):
         adopt(tmp_path / "new", elsewhere, hold_out=4000)
 
 
-def test_the_committed_search_follows_from_its_runs(tmp_path):
-    main(Args(out=tmp_path, adopt=(COMMITTED / "runs",), search_epochs=30, search_images=None))
+def test_the_committed_results_follow_from_their_runs(tmp_path):
+    searched = {"search_epochs": 30, "search_images": None}
+    ablated = {"ablation_images": None, "ablation_peaks": (0.4,)}
+    main(Args(out=tmp_path, adopt=(COMMITTED / "runs",), **searched, **ablated))
     made, committed = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, COMMITTED))
     del made["command"], committed["command"]
     assert made == committed
