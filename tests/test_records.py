@@ -16,6 +16,7 @@ EXCEPTIONS = {  # file in an experiment's results: the fields it may lack, and w
     "generalizability/decoding_benchmark.json": ({"seconds"}, QUIET),
     "generalizability/benchmark_k12_repeat.json": ({"command", "versions", "seconds"}, "see `how`"),
     "generalizability/fake_device.json": ({"seconds"}, "made before the field existed; counts, not times"),
+    "generalizability/fast_recipes/results.json": ({"versions", "seconds"}, "each run has its own"),
     "generalizability/full_search/results.json": ({"versions", "seconds"}, "each run has its own"),
     "generalizability/same_budget/results.json": ({"command", "versions", "seconds"}, "each run has its own"),
     "generalizability/cifar100_200_epochs/report.json": ({"seconds"}, "`hours` of each run"),

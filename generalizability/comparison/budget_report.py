@@ -88,10 +88,16 @@ def result_row(network: str, job: Job) -> dict:
         **{name: summary[name] for name in RECORDED},
         "images_per_second": round(statistics.median(line["images_per_second"] for line in history), 1),
         "command": shlex.join(command),
-        "fastest_epoch_seconds": round(min(line["seconds"] for line in history), 2),
+        "undisturbed_seconds": round(undisturbed_seconds(history, job.settings.get("early_epochs", 0)), 2),
         "val_error": [round(line["val_error"], 3) for line in history],
         "train_error": [round(line["train_error"], 3) for line in history],
     }
+
+
+def undisturbed_seconds(history: list[dict], early_epochs: int) -> float:
+    """Return the seconds of a run if all epochs with images of one size had taken as long as the fastest of them."""
+    parts = [line["seconds"] for line in history[:early_epochs]], [line["seconds"] for line in history[early_epochs:]]
+    return sum(len(part) * min(part) for part in parts if part)
 
 
 # ---- What follows from the runs -----------------------------------------------------------------------------------
@@ -180,7 +186,7 @@ def comparison_table(rows: list[dict]) -> str:
     for name, runs in by_network(rows):
         images_per_second = statistics.median(run["images_per_second"] for run in runs)
         hours = statistics.median(run["total_seconds"] for run in runs) / 3600
-        undisturbed = statistics.median(run["epochs"] * run["fastest_epoch_seconds"] for run in runs) / 3600
+        undisturbed = statistics.median(run["undisturbed_seconds"] for run in runs) / 3600
         lines.append(
             f"| {name} | {runs[0]['peak_lr']:g} | {len(runs)} | {mean_and_deviation(runs, 'last_val_error')} | "
             f"{mean_and_deviation(runs, 'last_val_top5_error')} | {' | '.join(size_cells(runs[0]))} | "

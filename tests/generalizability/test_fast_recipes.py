@@ -2,15 +2,18 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from run_folders import write_run
 
-from comparison.budget_report import RECORDED
+from comparison.budget_report import RECORDED, undisturbed_seconds
 from fast_recipes import Args, main, recipe_jobs
 from s3net_common.errors import InputError
 from train_s3net import Args as TrainerArgs
+
+COMMITTED = Path(__file__).resolve().parents[2] / "generalizability" / "results" / "fast_recipes"
 
 
 def write_runs(args, errors):
@@ -64,7 +67,22 @@ def test_a_recipe_wins_with_a_point_and_an_interval_below_zero(tmp_path, capsys,
     assert json.loads((adopted / "results.json").read_text())["differences"] == results["differences"]
 
 
+def test_the_undisturbed_time_has_the_fastest_epoch_of_each_image_size():
+    history = [{"seconds": seconds} for seconds in (5.0, 4.0, 9.0, 7.0, 8.0)]
+    assert undisturbed_seconds(history, 2) == 2 * 4.0 + 3 * 7.0
+    assert undisturbed_seconds(history, 0) == 5 * 4.0
+    assert undisturbed_seconds(history, 5) == 5 * 4.0
+
+
 def test_flags_out_of_range_are_errors(tmp_path):
     with pytest.raises(InputError, match="--seeds 0 is not possible"):
         main(Args(out=tmp_path / "new", seeds=0))
     assert not (tmp_path / "new").exists()
+
+
+def test_the_committed_results_follow_from_their_runs(tmp_path):
+    main(Args(out=tmp_path, adopt=(COMMITTED / "runs",)))
+    made, committed = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, COMMITTED))
+    del made["command"], committed["command"]
+    assert made == committed
+    assert (tmp_path / "tables.md").read_text() == (COMMITTED / "tables.md").read_text()
