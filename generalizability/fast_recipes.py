@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from recipes import FAST, RECIPES, fast_settings
 from s3net_common.command_line import OVERWRITE, THREADS, answer_flags, flag, run_script
 from s3net_common.errors import InputError
 from s3net_common.output_files import claim_folder, default_out
@@ -37,13 +38,13 @@ class Args:
     """Growth rate of S3-Net."""
     depth: int = 40
     """Depth of S3-Net."""
-    epochs: int = 15
+    epochs: int = FAST["epochs"]
     """Epochs of each run: a complete schedule."""
     seeds: int = 3
     """Runs of each recipe, with seeds 0, 1, ..."""
-    lr: float = 0.4
+    lr: float = FAST["lr"]
     """Peak learning rate of all recipes."""
-    batch_size: int = 128
+    batch_size: int = FAST["batch_size"]
     """Images per step."""
     hold_out: int = 5_000
     """Training images that are held out and validated on."""
@@ -67,7 +68,6 @@ if __name__ == "__main__":
 from comparison.adoption import adopt_runs, report_rest, runs_below
 from comparison.budget_report import comparison_table, draw_comparison, result_row, seed_differences
 from comparison.jobs import Job, flag_name, run_jobs
-from recipes import RECIPES
 from s3net_common.output_files import relative, save_figure, shell_command, write_atomically, write_json
 
 FILES = ("results.json", "tables.md", "curves.png")
@@ -98,7 +98,7 @@ def main(args: Args) -> None:
 def recipe_jobs(args: Args) -> dict[tuple[str, int], Job]:
     """Return the run of every recipe and seed. All recipes of a seed come together."""
     common = {"dataset": args.dataset, "model": "s3net_cifar", "growth_rate": args.growth_rate, "depth": args.depth}
-    common |= {"schedule": "onecycle", "lr": args.lr, "batch_size": args.batch_size, "epochs": args.epochs}
+    common |= {"schedule": FAST["schedule"], "lr": args.lr, "batch_size": args.batch_size, "epochs": args.epochs}
     common |= {"hold_out": args.hold_out, "limit_train": args.limit_train}
     common |= {"data_dir": args.data_dir, "device": args.device}
     return {
@@ -110,10 +110,9 @@ def recipe_jobs(args: Args) -> dict[tuple[str, int], Job]:
 
 def combined_recipes(dataset: str, epochs: int) -> dict[str, dict]:
     """Return the settings of each recipe, which are added to the common ones."""
-    regularised = {"weight_decay": 5e-4, "norm_decay": False, "label_smoothing": 0.1, "nesterov": True}
-    regularised |= {"average_epochs": max(1, epochs // 5)}
-    smaller = {"early_size": RECIPES[dataset].image_size * 3 // 4, "early_epochs": max(1, epochs // 2)}
-    return {PLAIN: {}, "regularised": regularised, "progressive": regularised | smaller}
+    progressive = fast_settings(epochs, RECIPES[dataset].image_size)
+    regularised = {name: value for name, value in progressive.items() if not name.startswith("early_")}
+    return {PLAIN: {}, "regularised": regularised, "progressive": progressive}
 
 
 def write_report(out: Path, jobs: dict[tuple[str, int], Job]) -> None:
@@ -121,14 +120,14 @@ def write_report(out: Path, jobs: dict[tuple[str, int], Job]) -> None:
     rows = [result_row(name, job) for (name, _), job in jobs.items() if job.finished()]
     if not rows:
         raise InputError(f"{relative(out)} has no finished run to report on")
-    differences = [gain(row) for row in seed_differences(rows) if row["first"] == PLAIN]
+    differences = [gain(row) for row in seed_differences(rows, PLAIN)]
     unfinished = sum(not job.finished() for job in jobs.values())
     facts = {"command": shell_command(), "unfinished_runs": unfinished, "differences": differences, "runs": rows}
     write_json(out / "results.json", facts)
     lines = [
         f"- {row['recipe']}: {row['mean']:+.2f} points against {PLAIN} over {len(row['seeds'])} "
         f"seed{'s' if len(row['seeds']) > 1 else ''}"
-        + (" (95% interval {:+.2f} to {:+.2f})".format(*row["interval"]) if row["interval"] else " (no interval)")
+        + (interval_text(row, len(differences)) if row["interval"] else " (no interval)")
         + (": it wins" if row["wins"] else ": no claim")
         for row in differences
     ]
@@ -141,12 +140,21 @@ def write_report(out: Path, jobs: dict[tuple[str, int], Job]) -> None:
     print(f"written to {relative(out)}" + (f"; {unfinished} runs are not finished" if unfinished else ""))
 
 
+def interval_text(row: dict, count: int) -> str:
+    """Return the interval of a difference, and the one with Bonferroni's correction for `count` differences."""
+    corrected = "; with Bonferroni's correction for {} differences {:+.2f} to {:+.2f}"
+    return " (95% interval {:+.2f} to {:+.2f}".format(*row["interval"]) + (
+        corrected.format(count, *row["corrected_interval"]) + ")" if count > 1 else ")"
+    )
+
+
 def gain(row: dict) -> dict:
     """Return a difference as a recipe's error minus the plain one's, and whether the recipe wins."""
-    low, high = row["interval"] or (None, None)
-    interval = None if low is None else (-high, -low)
-    wins = interval is not None and interval[1] < 0 and row["mean"] >= CLAIM
-    return {"recipe": row["second"], "seeds": row["seeds"], "mean": -row["mean"], "interval": interval, "wins": wins}
+    gain = {"recipe": row["second"], "seeds": row["seeds"], "mean": -row["mean"]}
+    for name in ("interval", "corrected_interval"):
+        gain[name] = row[name] and (-row[name][1], -row[name][0])
+    wins = gain["interval"] is not None and gain["interval"][1] < 0 and row["mean"] >= CLAIM
+    return gain | {"wins": wins}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ DEFAULT_DATASET = "cifar100"
 SCHEDULES = ("step", "onecycle", "cosine")
 CONNECTIONS = ("sparse", "chain", "dense", "residual")
 DECODERS = ("cpu", "draft", "gpu")
+NAMED_RECIPES = {"paper": ("cifar100", "tinyimagenet", "imagenet"), "fast": ("cifar100",)}  # with their data sets
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,28 @@ def recipe_for(dataset: str, model: str | None = None) -> Recipe:
     model = model or recipe.model
     changes = TINY_IMAGENET_NETWORKS.get(model, {}) if dataset == "tinyimagenet" else {}
     return replace(recipe, model=model, **changes)
+
+
+# `--recipe fast`: found with S3-Net k=12, depth 40, on CIFAR-100 by fast_recipes.py. Not in the paper.
+FAST = {"epochs": 15, "batch_size": 128, "lr": 0.4, "schedule": "onecycle"}
+
+
+def fast_settings(epochs: int, image_size: int) -> dict[str, int | float | bool]:
+    """Return what `--recipe fast` adds to the one-cycle schedule: settings of `RunConfig` that the paper does not use.
+
+    Args:
+        epochs: of the run. The first half of them train on smaller images; the weights of the last fifth are averaged.
+        image_size: height and width in pixels of the images of the second half.
+    """
+    return {
+        "weight_decay": 5e-4,
+        "norm_decay": False,
+        "label_smoothing": 0.1,
+        "nesterov": True,
+        "average_epochs": max(1, epochs // 5),
+        "early_size": max(4, image_size * 3 // 4),  # --early-size begins at 4
+        "early_epochs": max(1, epochs // 2),
+    }
 
 
 @dataclass

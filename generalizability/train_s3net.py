@@ -4,6 +4,7 @@ One process (a GPU if there is one, else the CPU):
     python train_s3net.py                                     # S3-Net k=12, depth=40 on CIFAR-100, as in the paper
     python train_s3net.py --dataset digits                    # a minute on 2 cores, nothing to download
     python train_s3net.py --dataset folder --data-dir my/images --image-size 64
+    python train_s3net.py --recipe fast                       # CIFAR-100 in 15 epochs, not as in the paper
     python train_s3net.py --resume                            # resume an interrupted run
     python train_s3net.py --init pretrained --lr 0.02 --dataset folder --data-dir my/images    # start from weights
 
@@ -27,13 +28,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from recipes import CONNECTIONS, DECODERS, DEFAULT_DATASET, RECIPES, SCHEDULES, RunConfig
+from recipes import CONNECTIONS, DECODERS, DEFAULT_DATASET, NAMED_RECIPES, RECIPES, SCHEDULES, RunConfig
 from s3net_common.command_line import THREADS, answer_flags, flag, given_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.images import MAX_PIXELS, limit_pixels
 from s3net_common.output_files import ROOT, default_out, relative
 
-RECIPE, NETWORK = "the data set's recipe", "the network's own"  # what --help says about a default
+RECIPE, DATASET, NETWORK = "the recipe's", "the data set's", "the network's own"  # what --help says about a default
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Args:
     val/<class>/* (or test/<class>/*), or, with --hold-out, <class>/*."""
     download: bool = False
     """Download Tiny ImageNet (237 MiB) if it is missing. CIFAR-100 is downloaded without this flag."""
-    model: flag(str, "NAME", RECIPE) = None
+    model: flag(str, "NAME", DATASET) = None
     """Network to train; --list-models names them."""
     growth_rate: flag(int, "INT", NETWORK) = None
     """Output channels of each layer (k)."""
@@ -63,6 +64,8 @@ class Args:
     """Start from the weights of a file, or from the network's published ones. The file's network, image size and
     normalisation become the defaults. The classifier keeps the rows of classes with the same names."""
 
+    recipe: flag(str, f"{{{','.join(NAMED_RECIPES)}}}", "the data set's, which is the paper's if it has one") = None
+    """Recipe that gives the defaults of the flags below. fast: 15 epochs, for CIFAR-100."""
     epochs: flag(int, "INT", RECIPE) = None
     """Passes over the training images."""
     batch_size: flag(int, "INT", RECIPE) = None
@@ -91,7 +94,7 @@ class Args:
     """Epochs that train on images of --early-size."""
     schedule: flag(str, f"{{{','.join(SCHEDULES)}}}", RECIPE) = None
     """Learning-rate schedule: step (divide by 10 at each milestone), onecycle or cosine."""
-    image_size: flag(int, "INT", RECIPE) = None
+    image_size: flag(int, "INT", DATASET) = None
     """Height and width in pixels of the images that the network reads."""
     augment: bool = True
     """Crop the training images at random, and flip them if the data set's recipe does so."""

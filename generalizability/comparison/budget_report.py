@@ -114,17 +114,17 @@ def peaks_to_add(search: list[dict]) -> dict[str, float]:
     return following
 
 
-def seed_differences(comparison: list[dict]) -> list[dict]:
+def seed_differences(comparison: list[dict], reference: str | None = None) -> list[dict]:
     """Return the mean difference of every two networks' last errors over their common seeds, in percentage points.
 
     The 95% interval is Student's; it is None for a single seed. The corrected one has Bonferroni's correction for the
-    number of differences.
+    number of differences. With `reference`, only this network's error minus that of each other one is returned.
     """
     errors = {name: {run["seed"]: run["last_val_error"] for run in runs} for name, runs in by_network(comparison)}
     pairs = {
         (first, second): seeds
         for first, second in combinations(errors, 2)
-        if (seeds := sorted(errors[first].keys() & errors[second].keys()))
+        if reference in (None, first) and (seeds := sorted(errors[first].keys() & errors[second].keys()))
     }
     rows = []
     for (first, second), seeds in pairs.items():

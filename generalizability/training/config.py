@@ -14,7 +14,7 @@ import torchvision
 from data.datasets import DATASETS
 from data.image_sets import Halves
 from distributed import Ranks
-from recipes import DECODERS, DEFAULT_DATASET, RunConfig, recipe_for
+from recipes import DECODERS, DEFAULT_DATASET, FAST, NAMED_RECIPES, RunConfig, fast_settings, recipe_for
 from s3net_common.checkpoints import check_metadata, is_number
 from s3net_common.class_names import match_classes
 from s3net_common.errors import InputError, nearest_names, shown
@@ -55,9 +55,13 @@ def check_flags(flags: Flags) -> None:
         ("network", flags.get("model"), list_networks()),
         ("schedule", flags.get("schedule"), SCHEDULES),
         ("decoder", flags.get("decode"), DECODERS),
+        ("recipe", flags.get("recipe"), NAMED_RECIPES),
     ):
         if name is not None and name not in known:
             raise InputError(f"there is no {kind} {name!r}: {nearest_names(name, known)}")
+    if "recipe" in flags and flags.get("dataset", DEFAULT_DATASET) not in NAMED_RECIPES[flags["recipe"]]:
+        known = " or ".join(f"--dataset {dataset}" for dataset in NAMED_RECIPES[flags["recipe"]])
+        raise InputError(f"--recipe {flags['recipe']} is for {known}: leave it out, to train with the data set's own")
     for name, minimum in MINIMUM.items():
         value = flags.get(name, minimum)
         if not minimum <= value < math.inf:
@@ -85,6 +89,25 @@ def check_flags(flags: Flags) -> None:
         raise InputError("--init is for training: to evaluate weights, pass them as --checkpoint FILE")
 
 
+def recipe_flags(flags: Flags) -> Flags:
+    """Return the settings of the recipe that `--recipe` names, by flag; {} without it. Given flags replace them.
+
+    `--epochs`, `--image-size` and `--early-epochs 0` change other settings of the fast recipe.
+    """
+    if "recipe" not in flags:
+        return {}
+    recipe = asdict(recipe_for(flags.get("dataset", DEFAULT_DATASET), flags.get("model")))
+    settings = {name: recipe[name] for name in ("epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule")}
+    settings |= {field.name: field.default for field in fields(RunConfig) if field.name in TRAINING_FLAGS}
+    if flags["recipe"] == "fast":
+        settings |= FAST
+        image_size = flags.get("image_size", recipe["image_size"])
+        settings |= fast_settings(flags.get("epochs", settings["epochs"]), image_size)
+        if flags.get("early_epochs") == 0:
+            settings["early_size"] = None
+    return settings
+
+
 def resolve_config(flags: Flags, data: Halves, device: torch.device, start: dict[str, Any]) -> RunConfig:
     """Return the configuration of a new run: the flags, completed by the weights of --init and the data set's recipe.
 
@@ -94,6 +117,7 @@ def resolve_config(flags: Flags, data: Halves, device: torch.device, start: dict
         InputError: a value is out of its range, or does not fit the data.
     """
     train, val = data
+    flags = recipe_flags(flags) | flags
     dataset = flags.get("dataset", DEFAULT_DATASET)
     recipe = asdict(recipe_for(dataset, flags.get("model")))
     recipe |= {name: start[name] for name in ("mean", "std") if name in start}
@@ -259,14 +283,18 @@ def check_same_recipe(flags: Flags, started: RunConfig, folder: Path) -> None:
         InputError: a flag differs; the message names it.
     """
     settings = asdict(started) | {name: started.model_options.get(name) for name in NETWORK_FLAGS}
+    images = {name: settings[name] for name in ("dataset", "model", "image_size")}
+    expected = recipe_flags(images | flags) | flags
     for name, value in settings.items():
-        if name in flags and flags[name] != value:
-            flag = "--" + name.replace("_", "-")
+        if name in expected and expected[name] != value:
+            flag, given = f"--{name.replace('_', '-')}", expected[name]
             default = "its default" if value is None else value
             weights = relative(folder / "best.safetensors")
             more = f", which may begin with the weights of this one: --init {weights}" if name == "epochs" else ""
+            if name not in flags:
+                flag, given, default = "--recipe", flags["recipe"], f"{name} {value}"
             raise InputError(
-                f"{flag} {flags[name]} changes the recipe of the run, which was started with {default}: "
+                f"{flag} {given} changes the recipe of the run, which was started with {default}: "
                 f"leave {flag} out to resume, or start a new run with another --out{more}"
             )
 

@@ -60,6 +60,9 @@ def test_a_recipe_wins_with_a_point_and_an_interval_below_zero(tmp_path, capsys,
     assert second["interval"] == [0.0, 0.0]
     printed = capsys.readouterr().out
     assert f"over 3 seeds (95% interval {first['interval'][0]:+.2f} to" in printed
+    low, high = first["corrected_interval"]  # Student's t with 2 degrees of freedom: 4.303 and, for 2 of them, 6.205
+    assert (high - low) / (first["interval"][1] - first["interval"][0]) == pytest.approx(6.2053 / 4.3027, rel=1e-4)
+    assert f"with Bonferroni's correction for 2 differences {low:+.2f} to {high:+.2f})" in printed
     assert printed.count(": it wins") == wins and "| regularised | 0.4 | 3 | " in printed
     assert Image.open(tmp_path / "curves.png").width > 500
     adopted = tmp_path / "adopted"
