@@ -141,20 +141,21 @@ def write_report(out: Path, jobs: dict[tuple[str, int], Job]) -> None:
 
 
 def interval_text(row: dict, count: int) -> str:
-    """Return the interval of a difference, and the one with Bonferroni's correction for `count` differences."""
-    corrected = "; with Bonferroni's correction for {} differences {:+.2f} to {:+.2f}"
-    return " (95% interval {:+.2f} to {:+.2f}".format(*row["interval"]) + (
-        corrected.format(count, *row["corrected_interval"]) + ")" if count > 1 else ")"
-    )
+    """Return the interval of a difference; for `count` > 1 differences also the one with Bonferroni's correction."""
+    text = "95% interval {:+.2f} to {:+.2f}".format(*row["interval"])
+    if count > 1:
+        low, high = row["corrected_interval"]
+        text += f"; with Bonferroni's correction for {count} differences {low:+.2f} to {high:+.2f}"
+    return f" ({text})"
 
 
 def gain(row: dict) -> dict:
     """Return a difference as a recipe's error minus the plain one's, and whether the recipe wins."""
-    gain = {"recipe": row["second"], "seeds": row["seeds"], "mean": -row["mean"]}
+    difference = {"recipe": row["second"], "seeds": row["seeds"], "mean": -row["mean"]}
     for name in ("interval", "corrected_interval"):
-        gain[name] = row[name] and (-row[name][1], -row[name][0])
-    wins = gain["interval"] is not None and gain["interval"][1] < 0 and row["mean"] >= CLAIM
-    return gain | {"wins": wins}
+        difference[name] = row[name] and (-row[name][1], -row[name][0])
+    interval = difference["interval"]
+    return difference | {"wins": interval is not None and interval[1] < 0 and row["mean"] >= CLAIM}
 
 
 if __name__ == "__main__":
