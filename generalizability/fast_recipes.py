@@ -11,6 +11,7 @@ wins if its error is smaller by at least a point and the 95% interval of the dif
     regularised   also a larger weight decay, which spares BatchNorm and biases, label smoothing, Nesterov momentum, and
                   the weights averaged over the last fifth of the epochs
     progressive   the same, and images at three quarters of their size in the first half of the epochs
+                  (train_s3net.py --recipe fast)
 
 Interrupted runs are resumed and finished runs are not repeated. Writes results.json, tables.md and curves.png to --out,
 next to the runs.

@@ -151,11 +151,12 @@ FAST = {"epochs": 15, "batch_size": 128, "lr": 0.4, "schedule": "onecycle"}
 
 
 def fast_settings(epochs: int, image_size: int) -> dict[str, int | float | bool]:
-    """Return what `--recipe fast` adds to the one-cycle schedule: settings of `RunConfig` that the paper does not use.
+    """Return what `--recipe fast` adds to the plain one-cycle schedule of `FAST`: settings of `RunConfig` by name.
 
     Args:
-        epochs: of the run. The first half of them train on smaller images; the weights of the last fifth are averaged.
-        image_size: height and width in pixels of the images of the second half.
+        epochs: of the run. The first half of them, rounded down, train on smaller images. The weights of the last
+            fifth are averaged.
+        image_size: height and width in pixels of the images of the other epochs.
     """
     return {
         "weight_decay": 5e-4,

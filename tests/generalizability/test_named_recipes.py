@@ -18,14 +18,15 @@ from training.config import check_flags, check_same_recipe, resolve_config, shel
 
 CPU = torch.device("cpu")
 RUNS = Path(__file__).resolve().parents[2] / "generalizability" / "results" / "fast_recipes" / "runs"
+FOUR_IMAGES = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4) % 2, ["a", "b"])
+DATA = (FOUR_IMAGES, FOUR_IMAGES)  # for training and validation
 SMALL = {"growth_rate": 4, "depth": 7, "device": "cpu"}
 
 
 def configuration(**flags):
     """Return the configuration of a new run on four images."""
-    data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4) % 2, ["a", "b"])
     check_flags(flags)
-    return asdict(resolve_config(flags, (data, data), CPU, {}))
+    return asdict(resolve_config(flags, DATA, CPU, {}))
 
 
 def run(**flags):
@@ -79,8 +80,7 @@ def test_the_papers_recipe_is_the_default():
 
 
 def test_the_recorded_command_has_every_setting():
-    data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4) % 2, ["a", "b"])
-    config = resolve_config({"recipe": "fast"}, (data, data), CPU, {})
+    config = resolve_config({"recipe": "fast"}, DATA, CPU, {})
     words = shell_command_of(config).split()
     assert "--recipe" not in words
     for flag, value in (("--epochs", "15"), ("--early-size", "24"), ("--label-smoothing", "0.1"), ("--lr", "0.4")):
@@ -121,8 +121,7 @@ def test_a_run_of_the_fast_recipe_is_resumed(images, tmp_path):
 
 
 def test_a_run_of_the_papers_recipe_is_not_resumed_with_the_fast_one(tmp_path):
-    data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4) % 2, ["a", "b"])
-    started = resolve_config({}, (data, data), CPU, {})
+    started = resolve_config({}, DATA, CPU, {})
     check_same_recipe({"recipe": "paper"}, started, tmp_path)
     with pytest.raises(InputError, match=r"--recipe fast changes the recipe .* started with epochs 200: "):
         check_same_recipe(given_flags(Args(recipe="fast")), started, tmp_path)
