@@ -150,12 +150,12 @@ def recipe_for(dataset: str, model: str | None = None) -> Recipe:
 FAST = {"epochs": 15, "batch_size": 128, "lr": 0.4, "schedule": "onecycle"}
 
 
-def fast_settings(epochs: int, image_size: int) -> dict[str, int | float | bool]:
+def fast_settings(epochs: int, image_size: int) -> dict[str, int | float | bool | None]:
     """Return what `--recipe fast` adds to the plain one-cycle schedule of `FAST`: settings of `RunConfig` by name.
 
     Args:
-        epochs: of the run. The first half of them, rounded down, train on smaller images. The weights of the last
-            fifth are averaged.
+        epochs: of the run. The first half of them, rounded down, train on smaller images: none of a single epoch. The
+            weights of the last fifth are averaged.
         image_size: height and width in pixels of the images of the other epochs.
     """
     return {
@@ -164,8 +164,8 @@ def fast_settings(epochs: int, image_size: int) -> dict[str, int | float | bool]
         "label_smoothing": 0.1,
         "nesterov": True,
         "average_epochs": max(1, epochs // 5),
-        "early_size": max(4, image_size * 3 // 4),  # --early-size begins at 4
-        "early_epochs": max(1, epochs // 2),
+        "early_size": max(4, image_size * 3 // 4) if epochs > 1 else None,  # --early-size begins at 4
+        "early_epochs": epochs // 2,
     }
 
 

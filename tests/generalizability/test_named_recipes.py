@@ -66,7 +66,7 @@ def test_given_flags_replace_those_of_the_recipe():
     longer = configuration(recipe="fast", epochs=30, image_size=64)
     assert [longer[name] for name in ("average_epochs", "early_epochs", "early_size")] == [6, 15, 48]
     one_epoch = configuration(recipe="fast", epochs=1)
-    assert [one_epoch[name] for name in ("average_epochs", "early_epochs")] == [1, 1]
+    assert [one_epoch[name] for name in ("average_epochs", "early_epochs", "early_size")] == [1, 0, None]
     one_size = configuration(recipe="fast", early_epochs=0)
     assert {name for name in plain if plain[name] != one_size[name]} == {"early_epochs", "early_size"}
     assert one_size["early_size"] is None
