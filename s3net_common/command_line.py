@@ -6,11 +6,13 @@ import io
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -19,6 +21,7 @@ from s3net_common import process_group
 from s3net_common.errors import InputError, LocalError, first_line, printable
 from s3net_common.launcher import is_distributed, is_first_rank
 from s3net_common.limits import check_numbers, limit_threads
+from s3net_common.output_files import ROOT
 from s3net_common.terminal import OutputError, discard_output, safe_output
 
 Args = TypeVar("Args")
@@ -59,13 +62,34 @@ def answer_flags(
     missing package and a variable JAX_... with an impossible value end the process without a traceback.
     """
     os.environ["MPLBACKEND"] = "agg"  # Jupyter exports a backend that may be missing here; pictures go to files
+
+    def parse() -> None:
+        check_copy()
+        parse_flags(arguments, description, is_positional)
+
     with safe_output():
-        code = _guarded(lambda: parse_flags(arguments, description, is_positional) and None)
+        code = _guarded(parse)
     if code:
         sys.exit(code)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_import)
     sys.excepthook = _report_import_error
+
+
+def check_copy() -> None:
+    """Check that the script and this package are in the same copy of the repository.
+
+    Raises:
+        InputError: the script is in another clone or worktree, and this package is the one that is installed. Changes
+            of that clone's models.py would have no effect.
+    """
+    script = Path(sys.argv[0]).resolve()
+    for folder in list(script.parents)[:2]:
+        if (folder / "s3net_common" / "command_line.py").is_file() and not folder.samefile(ROOT):
+            raise InputError(
+                f"{script} would use the modules of another copy of this repository, {ROOT}: install its own with "
+                f"pip install -e {shlex.quote(str(folder))}, or set PYTHONPATH={shlex.quote(str(folder))}"
+            )
 
 
 def _report_import_error(kind: type[BaseException], error: BaseException, trace: object) -> None:
@@ -112,6 +136,7 @@ def run_script(
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run() -> int | None:
+        check_copy()
         with sigterm_as_exit():
             code = main(parse_flags(arguments, description, is_positional))
         sys.stdout.flush()  # an error here is still reported below

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,22 @@ def test_help_fits_any_terminal():
     for columns in ("1", "0", "many"):
         done = run_python(script, "--help", env={"PYTHONPATH": str(ROOT), "COLUMNS": columns}, check=True)
         assert "--finite-width" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["generalizability/compare_results.py", "expressibility/one_neuron_approximation.py"])
+def test_a_script_does_not_use_the_modules_of_another_copy_of_the_repository(tmp_path, name):
+    """As in a second clone or worktree, with the environment that the first clone is installed in."""
+    copy = tmp_path / "second clone"
+    script = copy / name
+    script.parent.mkdir(parents=True)
+    shutil.copytree(ROOT / "s3net_common", copy / "s3net_common")
+    shutil.copyfile(ROOT / name, script)
+    done = run_python(script, "--help", env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"{script} would use the modules of another copy of this repository, {ROOT}: " in done.stderr
+    assert f"set PYTHONPATH='{copy}'" in done.stderr and done.stderr.count("\n") == 1
+    done = run_python(script, "--help", env={"PYTHONPATH": str(copy)}, check=True)
+    assert "--out" in done.stdout
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no safe path")
