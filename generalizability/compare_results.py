@@ -59,8 +59,9 @@ from comparison.comparison_table import (
 from comparison.error_scatter import Point, draw_scatter
 from comparison.intervals import interval_of_percent
 from comparison.paper_tables import AUGMENTED_ROWS, PAPER_ROWS, PaperRow
-from comparison.runs import Run, read_json, read_run
-from s3net_networks.own_models import models
+from comparison.runs import DEFAULTS, Run, read_json, read_run
+from recipes import FAST, NAMED_RECIPES, fast_settings
+from s3net_networks import complete_options
 
 
 def main(args: Args) -> None:
@@ -150,24 +151,47 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
 
 
 def network_setting(model: str, options: dict) -> list[str]:
-    """Return the network's options in the paper's terms, S3-Net's with their defaults. Lists are left out."""
-    defaults = models.NETWORKS.get(model, {})
-    options = {key: defaults[key] for key in ("growth_rate", "depth") if key in defaults} | options
-    names = {"growth_rate": "k"}
-    return [f"{names.get(key, key)}={value}" for key, value in options.items() if not isinstance(value, list | dict)]
+    """Return growth rate and depth of the network, and its options that have other values than the defaults.
+
+    Lists are left out.
+    """
+    defaults, options = complete_options(model, {}), complete_options(model, options)
+    texts = {"k": options.pop("growth_rate", None), "depth": options.pop("depth", None)}
+    texts |= {key: value for key, value in options.items() if key not in defaults or value != defaults[key]}
+    return [f"{key}={value}" for key, value in texts.items() if not isinstance(value, list | dict | None)]
 
 
 def differing_settings(run: Run, runs: list[Run]) -> list[str]:
-    """Return a run's limits, and its settings that differ between the runs of the same network and data set."""
+    """Return a run's limits, and its settings that differ between the runs of the same network and data set.
+
+    Settings with their default value are left out: the other runs' values tell the difference. `recipe=fast` stands
+    for three settings of that recipe or more.
+    """
     limits = {"limit_train": "training images", "limit_val": "validation images"}
     settings = [f"{run.config[key]} {name}" for key, name in limits.items() if run.config.get(key)]
     shared = ("dataset", "model", "model_options")
     others = [other.config for other in runs if all(other.config[key] == run.config[key] for key in shared)]
     shown_elsewhere = {"seed", "epochs", "classes", "train_images", "val_images", *limits}
-    for key, value in run.config.items():
-        if key not in shown_elsewhere and any(other.get(key) != value for other in others):
-            settings.append(f"{key}={value}")
-    return settings
+    shown_elsewhere |= {"flip", "crop_padding"}  # by `augment`, and otherwise the same for a data set
+    differing = [
+        key
+        for key, value in run.config.items()
+        if key not in shown_elsewhere and any(other.get(key) != value for other in others)
+    ]
+    fast = [key for key in differing if key in fast_recipe(run.config)]
+    if len(fast) > 2:
+        settings.append("recipe=fast")
+        differing = [key for key in differing if key not in fast]
+    values = {key: run.config[key] for key in differing}
+    return settings + [f"{key}={value}" for key, value in values.items() if value != DEFAULTS.get(key, [])]
+
+
+def fast_recipe(config: dict) -> dict:
+    """Return the settings of `--recipe fast` by name if the configuration has all of them, at any epochs, else {}."""
+    settings = FAST | fast_settings(config["epochs"], config["image_size"])
+    del settings["epochs"]
+    has_all = all(config.get(name) == value for name, value in settings.items())
+    return settings if has_all and config["dataset"] in NAMED_RECIPES["fast"] else {}
 
 
 def crop_rows(path: Path) -> list[Row]:

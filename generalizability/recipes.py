@@ -8,6 +8,7 @@ from s3net_common.normalisation import CIFAR100_MEAN, CIFAR100_STD, IMAGENET_MEA
 DEFAULT_DATASET = "cifar100"
 SCHEDULES = ("step", "onecycle", "cosine")
 CONNECTIONS = ("sparse", "chain", "dense", "residual")
+NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate", "connections")  # they set a network's options of the same names
 DECODERS = ("cpu", "draft", "gpu")
 NAMED_RECIPES = {"paper": ("cifar100", "tinyimagenet", "imagenet"), "fast": ("cifar100",)}  # with their data sets
 

@@ -28,7 +28,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from recipes import CONNECTIONS, DECODERS, DEFAULT_DATASET, NAMED_RECIPES, RECIPES, SCHEDULES, RunConfig
+from recipes import (
+    CONNECTIONS,
+    DECODERS,
+    DEFAULT_DATASET,
+    NAMED_RECIPES,
+    NETWORK_FLAGS,
+    RECIPES,
+    SCHEDULES,
+    RunConfig,
+)
 from s3net_common.command_line import THREADS, answer_flags, flag, given_flags, run_script
 from s3net_common.errors import InputError
 from s3net_common.images import MAX_PIXELS, limit_pixels
@@ -173,7 +182,6 @@ from s3net_networks import list_networks
 from s3net_networks.size import network_size
 from training.config import (
     DATA_FLAGS,
-    NETWORK_FLAGS,
     Flags,
     check_device,
     check_flags,

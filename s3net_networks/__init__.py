@@ -87,6 +87,24 @@ def fix_options(name: str, options: dict) -> dict:
     return options
 
 
+def complete_options(name: str, options: dict) -> dict:
+    """Return a network's options with the defaults of those that are not given, so that runs can be compared.
+
+    Tuples become lists, as in JSON. The options of an unknown network are returned as they are.
+    """
+    if name in models.NETWORKS:
+        build, preset = models.S3Net, models.NETWORKS[name] | {"connections": "sparse"}
+    elif name in BASELINES:
+        build, preset = _builder(name), {}
+    else:
+        return options
+    parameters = inspect.signature(build).parameters.values()
+    defaults = {option.name: option.default for option in parameters if option.default is not option.empty} | preset
+    left_out = {"num_classes", "block"} | ({"depth"} if "block_config" in options else set())
+    complete = {option: value for option, value in defaults.items() if option not in left_out} | options
+    return {option: list(value) if isinstance(value, tuple) else value for option, value in complete.items()}
+
+
 def published_file(name: str) -> tuple[Path, dict] | None:
     """Return file and metadata of the weights that torchvision publishes for one of its networks, else None.
 

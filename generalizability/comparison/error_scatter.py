@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,6 +25,7 @@ STYLES = {  # by `Point.kind`, which the legend shows
 }
 PANELS = {"parameters": "parameters", "multiply_adds": "multiply-adds for one image"}
 LABEL_SIZE = 8.5  # points
+LONGEST = 48  # characters of a label beside its point
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,28 @@ class Point:
 
 
 def draw_scatter(data_sets: dict[str, Sequence[Point]]) -> Figure:
-    """Draw the error against parameters and against multiply-adds, two panels for each data set (title -> points)."""
-    figure = Figure(figsize=(15, 6.4 * len(data_sets)), layout="constrained")
+    """Draw the error against parameters and against multiply-adds, two panels for each data set (title -> points).
+
+    Long labels stand below the left panel. Their points have letters.
+    """
+    below = sum(len(p.label) > LONGEST for points in data_sets.values() for p in points)
+    figure = Figure(figsize=(15, 6.4 * len(data_sets) + 0.2 * below), layout="constrained")
     FigureCanvasAgg(figure)  # measures the size of texts
     grid = figure.subplots(len(data_sets), 2, squeeze=False)
     panels = []
     for (title, points), row in zip(data_sets.items(), grid, strict=True):
+        long = dict.fromkeys(p.label for p in points if len(p.label) > LONGEST)
+        letters = {label: _letter(i) for i, label in enumerate(long)}
         for (quantity, name), axes in zip(PANELS.items(), row, strict=True):
             known = [p for p in points if getattr(p, quantity)]
-            unknown = ", ".join(p.label for p in points if p not in known)
+            unknown = ", ".join(letters.get(p.label, p.label) for p in points if p not in known)
             axes.set(title=title, ylabel="top-1 error (%)")
-            remark = textwrap.fill(f"(unknown for {unknown})", 92) if unknown else ""
-            axes.set_xlabel(f"{name}\n{remark}", fontsize="small")
+            remarks = [f"(unknown for {unknown})"] if unknown else []
+            if axes is row[0]:
+                remarks += [f"{letter}: {label}" for label, letter in letters.items()]
+            axes.set_xlabel("\n".join([name, *(textwrap.fill(remark, 92) for remark in remarks)]), fontsize="small")
             _draw_panel(axes, known, quantity)
-            panels.append((axes, [(getattr(p, quantity), p.error, p.label) for p in known]))
+            panels.append((axes, [(getattr(p, quantity), p.error, letters.get(p.label, p.label)) for p in known]))
     kinds = {point.kind for points in data_sets.values() for point in points}
     handles = [Line2D([], [], linestyle="", label=kind, **STYLES[kind]) for kind in STYLES if kind in kinds]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
@@ -60,6 +70,11 @@ def draw_scatter(data_sets: dict[str, Sequence[Point]]) -> Figure:
     for axes, labelled in panels:
         _place_labels(axes, labelled)
     return figure
+
+
+def _letter(number: int) -> str:
+    """Return A, B, ..., Z, A1, B1, ... for 0, 1, ..."""
+    return f"{ascii_uppercase[number % 26]}{number // 26 or ''}"
 
 
 def _draw_panel(axes: Axes, points: Sequence[Point], quantity: str) -> None:

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from comparison.runs import DEFAULTS
-from recipes import recipe_for
+from recipes import NETWORK_FLAGS, recipe_for
 from s3net_common.command_line import sigterm_as_exit
 from s3net_common.errors import InputError
 from s3net_common.output_files import ROOT
 from s3net_common.progress import ProgressBar
+from s3net_networks import complete_options
 
 TRAINER = ROOT / "generalizability" / "train_s3net.py"
 ENVIRONMENT_SETTINGS = {"data_dir", "device"}  # they do not change what a run computes
@@ -69,11 +70,14 @@ class Job:
         `config`: content of its `config.json` with the network's options at the top. Settings of this job that are not
         given have the values of the data set's recipe. Settings that `config` lacks have their defaults.
         """
-        config, expected = DEFAULTS | config, dict(DEFAULTS)
+        config = DEFAULTS | complete_options(config.get("model"), {}) | config
+        expected = dict(DEFAULTS)
         if "dataset" in self.settings:
             expected |= asdict(recipe_for(self.settings["dataset"], self.settings.get("model")))
-        expected |= dict.fromkeys(("limit_train", "limit_val", "growth_rate", "depth", "drop_rate", "connections"))
-        expected |= self.settings
+        expected |= dict.fromkeys(("limit_train", "limit_val"))
+        options = complete_options(self.settings.get("model", expected.get("model")), {})
+        expected |= {name: options.get(name) for name in NETWORK_FLAGS}
+        expected |= {name: value for name, value in self.settings.items() if value is not None or name not in options}
         compared = {name: value for name, value in expected.items() if name not in UNCOMPARED}
         actual = {name: config.get(name, None if name in self.settings else compared[name]) for name in compared}
         return [

@@ -7,6 +7,7 @@ from pathlib import Path
 from recipes import RunConfig
 from s3net_common.errors import InputError
 from s3net_common.output_files import relative
+from s3net_networks import complete_options
 from s3net_networks.size import network_size
 
 SIZES = ("parameters", "multiply_adds")
@@ -25,7 +26,8 @@ class Run:
 
     Attributes:
         path: the folder.
-        config: content of `config.json`, without the flags that are no part of the recipe, with every default.
+        config: content of `config.json`, without the flags that are no part of the recipe, with every default, also
+            of the network's options.
         history: metrics of the finished epochs, as in `metrics.jsonl`.
         size: `parameters` and `multiply_adds` of its network.
         summary: content of `summary.json`; {} before the run has ended.
@@ -79,6 +81,7 @@ def read_run(folder: Path) -> Run:
     size = summary = read_json(path) if path.is_file() else {}
     if not size.keys() >= set(SIZES):
         size = network_size(config["model"], config["num_classes"], config["model_options"], config["image_size"])
+    config["model_options"] = complete_options(config["model"], config["model_options"])
     return Run(folder, config, history, {name: size[name] for name in SIZES}, summary)
 
 

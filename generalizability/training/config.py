@@ -14,19 +14,27 @@ import torchvision
 from data.datasets import DATASETS
 from data.image_sets import Halves
 from distributed import Ranks
-from recipes import DECODERS, DEFAULT_DATASET, FAST, NAMED_RECIPES, RunConfig, fast_settings, recipe_for
+from recipes import (
+    DECODERS,
+    DEFAULT_DATASET,
+    FAST,
+    NAMED_RECIPES,
+    NETWORK_FLAGS,
+    RunConfig,
+    fast_settings,
+    recipe_for,
+)
 from s3net_common.checkpoints import check_metadata, is_number
 from s3net_common.class_names import match_classes
 from s3net_common.errors import InputError, nearest_names, shown
 from s3net_common.limits import check_numbers
 from s3net_common.output_files import relative
-from s3net_networks import fix_options, list_networks
+from s3net_networks import complete_options, fix_options, list_networks
 from training.engine import Precision
 from training.optimization import SCHEDULES
 
 Flags = dict[str, Any]  # the flags that the user gave, by name; see s3net_common.command_line.given_flags
 
-NETWORK_FLAGS = ("growth_rate", "depth", "drop_rate", "connections")
 # Flags that are no part of the recipe. The run's folder keeps them, and --resume uses them if they are not given again.
 ENVIRONMENT_FLAGS = {
     **dict.fromkeys(("data_dir", "device"), str),
@@ -282,7 +290,8 @@ def check_same_recipe(flags: Flags, started: RunConfig, folder: Path) -> None:
     Raises:
         InputError: a flag differs; the message names it.
     """
-    settings = asdict(started) | {name: started.model_options.get(name) for name in NETWORK_FLAGS}
+    options = complete_options(started.model, started.model_options)
+    settings = asdict(started) | {name: options.get(name) for name in NETWORK_FLAGS}
     images = {name: settings[name] for name in ("dataset", "model", "image_size")}
     expected = recipe_flags(images | flags) | flags
     for name, value in settings.items():

@@ -15,6 +15,7 @@ from compare_results import Args, run_row, scatter_points
 from comparison import error_scatter
 from comparison.paper_tables import AUGMENTED_ROWS, PAPER_ROWS
 from comparison.runs import read_run
+from recipes import FAST, fast_settings
 from s3net_common.errors import InputError
 from s3net_networks.size import network_size
 
@@ -126,6 +127,52 @@ def test_runs_of_earlier_versions_lack_settings_and_had_their_defaults(tmp_path)
     old = write_run(tmp_path / "old", (32.0,), seed=1)
     (row,), *_ = compare(tmp_path, new, old)
     assert (row["seeds"], row["last_error"], row["setting"]) == ("0 1", "31.0", "k=12, depth=40")
+
+
+def test_runs_of_the_same_network_with_and_without_its_default_options_are_seeds_of_one_row(tmp_path):
+    runs = [
+        write_run(tmp_path / "defaults", (30.0,), model_options={}),
+        write_run(tmp_path / "flags", (32.0,), seed=1, model_options={"depth": 40, "connections": "sparse"}),
+        write_run(tmp_path / "dropout", (34.0,), model_options={"drop_rate": 0.2}),
+        write_run(tmp_path / "densenet", (36.0,), model="densenet_cifar", model_options={}),
+    ]
+    rows, *_ = compare(tmp_path, *runs)
+    assert [(row["seeds"], row["setting"]) for row in rows] == [
+        ("0 1", "k=12, depth=40"),
+        ("0", "k=12, depth=40, drop_rate=0.2"),
+        ("0", "k=12, depth=40"),
+    ]
+
+
+def test_the_fast_recipe_has_a_name_and_settings_with_their_default_are_left_out(tmp_path):
+    fast = FAST | fast_settings(2, 32)
+    del fast["epochs"]
+    paper = write_run(tmp_path / "paper", (30.0, 29.0))
+    runs = [
+        write_run(tmp_path / "fast", (32.0, 31.0), **fast),
+        write_run(tmp_path / "momentum", (33.0, 32.0), **fast, momentum=0.8),
+        write_run(tmp_path / "almost", (34.0, 33.0), **fast | {"lr": 0.3}),
+    ]
+    rows, *_ = compare(tmp_path, paper, *runs[:2])
+    assert [row["setting"].removeprefix("k=12, depth=40, ") for row in rows] == [
+        "batch_size=64, lr=0.2, momentum=0.9, weight_decay=0.0001, schedule=step",
+        "recipe=fast, momentum=0.9",
+        "recipe=fast, momentum=0.8",
+    ]
+    *_, row = compare(tmp_path, paper, runs[2])[0]
+    assert "norm_decay=False, nesterov=True, label_smoothing=0.1" in row["setting"] and "recipe" not in row["setting"]
+    rows, *_ = compare(tmp_path, runs[0], runs[2])  # one setting tells them apart
+    assert [row["setting"] for row in rows] == ["k=12, depth=40, lr=0.4", "k=12, depth=40, lr=0.3"]
+
+
+def test_long_labels_stand_below_the_left_panel_and_their_points_have_letters():
+    labels = ["short", *(f"s3net_cifar k=12 d=40 batch_size=64 lr={i / 10} weight_decay=0.001" for i in range(28))]
+    points = [error_scatter.Point(label, 20.0 + i, 1e5 + i, 1e6, "quoted") for i, label in enumerate(labels)]
+    left, right = error_scatter.draw_scatter({"CIFAR-100": points}).axes
+    for axes in (left, right):
+        assert {"short", "A", "Z", "A1", "B1"} <= {text.get_text() for text in axes.texts}
+    assert f"\nA: {labels[1]}\n" in left.get_xlabel() and left.get_xlabel().endswith(f"\nB1: {labels[-1]}")
+    assert right.get_xlabel() == "multiply-adds for one image"
 
 
 def test_a_data_set_without_rows_in_the_paper(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from s3net_common.errors import InputError
-from s3net_networks import create_network, list_networks
+from s3net_networks import complete_options, create_network, list_networks
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,21 @@ def test_names_and_options():
         create_network("resnet20_cifar", 10, depth=40)
     with pytest.raises(InputError, match=r"depth 39 is not possible.*37 and 40"):
         create_network("densenet_cifar", 10, depth=39)
+
+
+@pytest.mark.parametrize("name", ["s3net_cifar", "s3net_imagenet_small", "densenet_cifar", "resnet20_cifar"])
+def test_complete_options_build_the_same_network(name):
+    options = complete_options(name, {})
+    with torch.device("meta"):
+        shapes = [
+            [(key, value.shape) for key, value in create_network(name, 10, **given).state_dict().items()]
+            for given in ({}, options)
+        ]
+    assert shapes[0] == shapes[1] and complete_options(name, options) == options
+
+
+def test_complete_options():
+    assert complete_options("densenet_cifar", {"depth": 22}) == {"growth_rate": 12, "depth": 22}
+    assert complete_options("s3net_cifar", {"growth_rate": 24})["growth_rate"] == 24
+    assert "depth" not in complete_options("s3net_cifar", {"block_config": [2, 2, 2]})
+    assert complete_options("a network of another version", {"width": 3}) == {"width": 3}

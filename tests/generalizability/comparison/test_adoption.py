@@ -61,6 +61,15 @@ def test_the_search_is_adopted_and_says_which_peaks_to_add(elsewhere, tmp_path, 
     assert adopt(tmp_path, elsewhere)["search"] == results["search"]  # again: nothing changes
 
 
+def test_a_run_with_default_options_has_the_flags_that_name_them(tmp_path):
+    run = write_run(tmp_path / "run", (40.0,), 1000, epochs=1, model_options={})
+    settings = {"dataset": "cifar100", "growth_rate": 12, "depth": 40, "seed": 1000, "epochs": 1}
+    assert Job(tmp_path / "run", settings).finished()
+    assert Job(tmp_path / "run", settings | {"growth_rate": None}).finished()
+    with pytest.raises(InputError, match="a finished run with --depth 40 instead of 22: pass another --out"):
+        Job(run, settings | {"depth": 22}).finished()
+
+
 def test_the_comparison_is_paired_by_seed(elsewhere, tmp_path):
     for seed, s3net, resnet in ((0, 33.0, 32.0), (1, 34.0, 32.0)):
         write(elsewhere / f"s3net_s{seed}", "s3net_cifar", s3net, 0.4, seed)
@@ -103,7 +112,7 @@ def test_what_does_not_fit_is_left_out_of_a_folder_and_refused_by_name(elsewhere
     different = "--augment False instead of True, --weight-decay 0.0005 instead of 0.0001"
     assert f"not adopted: other: {different}" in printed
     assert "not adopted: started: it has reached epoch 2 of 3" in printed
-    assert "not adopted: wide: --drop-rate 0.2 instead of None" in printed
+    assert "not adopted: wide: --drop-rate 0.2 instead of 0.0" in printed
     for run, message in ((other, different), (started, "it has reached epoch 2 of 3"), (wide, "--drop-rate 0.2")):
         with pytest.raises(InputError, match=f"{run} cannot be adopted: {message}"):
             adopt(tmp_path, run)
