@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from run_folders import write_run
 
+import compare_results
 from comparison.budget_report import RECORDED, undisturbed_seconds
 from fast_recipes import Args, main, recipe_jobs
 from s3net_common.errors import InputError
@@ -89,3 +90,11 @@ def test_the_committed_results_follow_from_their_runs(tmp_path):
     del made["command"], committed["command"]
     assert made == committed
     assert (tmp_path / "tables.md").read_text() == (COMMITTED / "tables.md").read_text()
+
+
+def test_the_committed_comparison_with_the_paper_follows_from_its_runs(tmp_path):
+    results = COMMITTED.parent
+    runs = sorted((results / "full_search" / "runs").glob("s3net_e30_s?"))
+    runs += [COMMITTED / "test_error" / "fast_recipe_s0", results / "cifar100_200_epochs" / "s3net_k12_paper_s0"]
+    compare_results.main(compare_results.Args(tuple(runs), tmp_path / "comparison"))
+    assert (tmp_path / "comparison" / "table.md").read_text() == (COMMITTED / "comparison" / "table.md").read_text()
