@@ -156,23 +156,24 @@ def network_setting(model: str, options: dict) -> list[str]:
     Lists are left out.
     """
     defaults, options = complete_options(model, {}), complete_options(model, options)
-    texts = {"k": options.pop("growth_rate", None), "depth": options.pop("depth", None)}
+    names = {"growth_rate": "k", "depth": "depth"}
+    texts = {name: options.pop(key) for key, name in names.items() if options.get(key) is not None}
     texts |= {key: value for key, value in options.items() if key not in defaults or value != defaults[key]}
-    return [f"{key}={value}" for key, value in texts.items() if not isinstance(value, list | dict | None)]
+    return [f"{key}={value}" for key, value in texts.items() if not isinstance(value, list | dict)]
 
 
 def differing_settings(run: Run, runs: list[Run]) -> list[str]:
     """Return a run's limits, and its settings that differ between the runs of the same network and data set.
 
-    Settings with their default value are left out: the other runs' values tell the difference. `recipe=fast` stands
-    for three settings of that recipe or more.
+    Settings with the trainer's default are left out, since the other runs show theirs. `recipe=fast` stands for three
+    or more settings of that recipe.
     """
     limits = {"limit_train": "training images", "limit_val": "validation images"}
     settings = [f"{run.config[key]} {name}" for key, name in limits.items() if run.config.get(key)]
     shared = ("dataset", "model", "model_options")
     others = [other.config for other in runs if all(other.config[key] == run.config[key] for key in shared)]
     shown_elsewhere = {"seed", "epochs", "classes", "train_images", "val_images", *limits}
-    shown_elsewhere |= {"flip", "crop_padding"}  # by `augment`, and otherwise the same for a data set
+    shown_elsewhere |= {"flip", "crop_padding"}  # `augment` shows them; else all runs of a data set share them
     differing = [
         key
         for key, value in run.config.items()
@@ -187,7 +188,10 @@ def differing_settings(run: Run, runs: list[Run]) -> list[str]:
 
 
 def fast_recipe(config: dict) -> dict:
-    """Return the settings of `--recipe fast` by name if the configuration has all of them, at any epochs, else {}."""
+    """Return the settings of `--recipe fast` by name if the configuration has all of them; else {}.
+
+    The number of epochs is none of them.
+    """
     settings = FAST | fast_settings(config["epochs"], config["image_size"])
     del settings["epochs"]
     has_all = all(config.get(name) == value for name, value in settings.items())

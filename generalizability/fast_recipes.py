@@ -85,6 +85,8 @@ def main(args: Args) -> None:
     for name in ("epochs", "seeds", "lr", "batch_size", "hold_out", "jobs"):
         if getattr(args, name) <= 0:
             raise InputError(f"{flag_name(name)} {getattr(args, name)} is not possible: give a number above 0")
+    if args.epochs < 2:
+        raise InputError("--epochs 1 is not possible: give 2 or more, of which progressive has half on smaller images")
     claim_folder(args.out, *FILES, overwrite=args.overwrite)
     jobs = recipe_jobs(args)
     if args.adopt:

@@ -155,8 +155,8 @@ def fast_settings(epochs: int, image_size: int) -> dict[str, int | float | bool 
     """Return what `--recipe fast` adds to the plain one-cycle schedule of `FAST`: settings of `RunConfig` by name.
 
     Args:
-        epochs: of the run. The first half of them, rounded down, train on smaller images: none of a single epoch. The
-            weights of the last fifth are averaged.
+        epochs: of the run. The first half of them, rounded down, train on smaller images. A run of one epoch has no
+            such half. The weights of the last fifth of the epochs are averaged.
         image_size: height and width in pixels of the images of the other epochs.
     """
     return {

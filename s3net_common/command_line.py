@@ -80,15 +80,16 @@ def check_copy() -> None:
     """Check that the script and this package are in the same copy of the repository.
 
     Raises:
-        InputError: the script is in another clone or worktree, and this package is the one that is installed. Changes
-            of that clone's models.py would have no effect.
+        InputError: the script is in another clone or worktree than this package, which Python found as an installed
+            package or on PYTHONPATH. Changes of the models.py beside the script would have no effect.
     """
     script = Path(sys.argv[0]).resolve()
     for folder in list(script.parents)[:2]:
         if (folder / "s3net_common" / "command_line.py").is_file() and not folder.samefile(ROOT):
             raise InputError(
-                f"{script} would use the modules of another copy of this repository, {ROOT}: install its own with "
-                f"pip install -e {shlex.quote(str(folder))}, or set PYTHONPATH={shlex.quote(str(folder))}"
+                f"{script} would use the modules of another copy of this repository, {ROOT}: install the "
+                f"script's own copy with pip install -e {shlex.quote(str(folder))}, or set "
+                f"PYTHONPATH={shlex.quote(str(folder))}"
             )
 
 

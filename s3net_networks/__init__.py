@@ -88,16 +88,16 @@ def fix_options(name: str, options: dict) -> dict:
 
 
 def complete_options(name: str, options: dict) -> dict:
-    """Return a network's options with the defaults of those that are not given, so that runs can be compared.
+    """Return a copy of a network's options with the defaults of those that are not given, so that runs can be compared.
 
-    Tuples become lists, as in JSON. The options of an unknown network are returned as they are.
+    Tuples become lists, as in JSON. The options of an unknown network are only copied.
     """
     if name in models.NETWORKS:
         build, preset = models.S3Net, models.NETWORKS[name] | {"connections": "sparse"}
     elif name in BASELINES:
         build, preset = _builder(name), {}
     else:
-        return options
+        return dict(options)
     parameters = inspect.signature(build).parameters.values()
     defaults = {option.name: option.default for option in parameters if option.default is not option.empty} | preset
     left_out = {"num_classes", "block"} | ({"depth"} if "block_config" in options else set())

@@ -68,14 +68,17 @@ class Job:
         """Return in which flags a run differs from this one, as "--lr 0.1 instead of 0.4".
 
         `config`: content of its `config.json` with the network's options at the top. Settings of this job that are not
-        given have the values of the data set's recipe. Settings that `config` lacks have their defaults.
+        given have the values of the data set's recipe, and the defaults of the network's options. Settings that
+        `config` lacks have their defaults.
         """
-        config = DEFAULTS | complete_options(config.get("model"), {}) | config
         expected = dict(DEFAULTS)
         if "dataset" in self.settings:
             expected |= asdict(recipe_for(self.settings["dataset"], self.settings.get("model")))
         expected |= dict.fromkeys(("limit_train", "limit_val"))
-        options = complete_options(self.settings.get("model", expected.get("model")), {})
+        model = self.settings.get("model", expected.get("model"))
+        blocks = {name: config[name] for name in ["block_config"] if name in config}  # they take the place of a depth
+        config = DEFAULTS | complete_options(model, blocks) | config
+        options = complete_options(model, {})
         expected |= {name: options.get(name) for name in NETWORK_FLAGS}
         expected |= {name: value for name, value in self.settings.items() if value is not None or name not in options}
         compared = {name: value for name, value in expected.items() if name not in UNCOMPARED}

@@ -144,6 +144,18 @@ def test_runs_of_the_same_network_with_and_without_its_default_options_are_seeds
     ]
 
 
+def test_networks_of_other_versions_keep_their_options(tmp_path):
+    network = {"model": "s3net_future", "model_options": {"growth_rate": 12, "width": 3}}
+    runs = [write_run(tmp_path / f"lr {lr}", (30.0,), lr=lr, **network) for lr in (0.1, 0.3)]
+    rows, *_ = compare(tmp_path, *runs)
+    assert [row["setting"] for row in rows] == ["k=12, width=3, lr=0.1", "k=12, width=3, lr=0.3"]
+    crops = crop_results() | {"model": "s3net_future", "model_options": None}
+    (tmp_path / "crops.json").write_text(json.dumps(crops))
+    with pytest.raises(InputError, match="is damaged: run validate_10crop"):
+        compare_results.main(Args((tmp_path / "crops.json",), tmp_path / "out"))
+    assert compare_results.network_setting("s3net_imagenet_small", {"bn_size": None}) == ["k=96", "bn_size=None"]
+
+
 def test_the_fast_recipe_has_a_name_and_settings_with_their_default_are_left_out(tmp_path):
     fast = FAST | fast_settings(2, 32)
     del fast["epochs"]

@@ -81,6 +81,8 @@ def test_the_undisturbed_time_has_the_fastest_epoch_of_each_image_size():
 def test_flags_out_of_range_are_errors(tmp_path):
     with pytest.raises(InputError, match="--seeds 0 is not possible"):
         main(Args(out=tmp_path / "new", seeds=0))
+    with pytest.raises(InputError, match="--epochs 1 is not possible: give 2 or more"):
+        main(Args(out=tmp_path / "new", epochs=1))
     assert not (tmp_path / "new").exists()
 
 

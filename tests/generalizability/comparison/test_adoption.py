@@ -68,6 +68,10 @@ def test_a_run_with_default_options_has_the_flags_that_name_them(tmp_path):
     assert Job(tmp_path / "run", settings | {"growth_rate": None}).finished()
     with pytest.raises(InputError, match="a finished run with --depth 40 instead of 22: pass another --out"):
         Job(run, settings | {"depth": 22}).finished()
+    assert Job(run, {"seed": 1000}).finished()  # with the run's data set, network and options, whatever they are
+    blocks = write_run(tmp_path / "blocks", (40.0,), 1000, epochs=1, model_options={"block_config": [2, 2, 2]})
+    with pytest.raises(InputError, match="a finished run with --depth None instead of 40: pass another --out"):
+        Job(blocks, settings).finished()
 
 
 def test_the_comparison_is_paired_by_seed(elsewhere, tmp_path):
