@@ -170,9 +170,9 @@ def differing_settings(run: Run, runs: list[Run]) -> list[str]:
     """
     limits = {"limit_train": "training images", "limit_val": "validation images"}
     settings = [f"{run.config[key]} {name}" for key, name in limits.items() if run.config.get(key)]
-    shared = ("dataset", "model", "model_options")
-    others = [other.config for other in runs if all(other.config[key] == run.config[key] for key in shared)]
-    shown_elsewhere = {"seed", "epochs", "classes", "train_images", "val_images", *limits}
+    shared = [other for other in runs if all(other.config[key] == run.config[key] for key in ("dataset", "model"))]
+    others = [other.config for other in shared if other.options == run.options]
+    shown_elsewhere = {"seed", "epochs", "classes", "train_images", "val_images", "model_options", *limits}
     shown_elsewhere |= {"flip", "crop_padding"}  # `augment` shows them; else all runs of a data set share them
     differing = [
         key

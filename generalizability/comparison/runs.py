@@ -26,8 +26,7 @@ class Run:
 
     Attributes:
         path: the folder.
-        config: content of `config.json`, without the flags that are no part of the recipe, with every default, also
-            of the network's options.
+        config: content of `config.json`, without the flags that are no part of the recipe, with every default.
         history: metrics of the finished epochs, as in `metrics.jsonl`.
         size: `parameters` and `multiply_adds` of its network.
         summary: content of `summary.json`; {} before the run has ended.
@@ -49,9 +48,15 @@ class Run:
         """The metrics of the epoch with the lowest validation error (the first, if several are equal)."""
         return min(self.history, key=lambda metrics: metrics["val_error"])
 
+    @property
+    def options(self) -> dict:
+        """The network's options, with the defaults of those that are not given."""
+        return complete_options(self.config["model"], self.config["model_options"])
+
     def recipe(self) -> str:
         """Return all settings except the seed as text, which is the same for runs that differ only in the seed."""
-        return json.dumps({key: value for key, value in self.config.items() if key != "seed"}, sort_keys=True)
+        settings = {key: value for key, value in self.config.items() if key != "seed"}
+        return json.dumps(settings | {"model_options": self.options}, sort_keys=True)
 
 
 def read_run(folder: Path) -> Run:
@@ -81,7 +86,6 @@ def read_run(folder: Path) -> Run:
     size = summary = read_json(path) if path.is_file() else {}
     if not size.keys() >= set(SIZES):
         size = network_size(config["model"], config["num_classes"], config["model_options"], config["image_size"])
-    config["model_options"] = complete_options(config["model"], config["model_options"])
     return Run(folder, config, history, {name: size[name] for name in SIZES}, summary)
 
 
