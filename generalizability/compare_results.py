@@ -179,12 +179,14 @@ def differing_settings(run: Run, runs: list[Run]) -> list[str]:
         for key, value in run.config.items()
         if key not in shown_elsewhere and any(other.get(key) != value for other in others)
     ]
-    fast = [key for key in differing if key in fast_recipe(run.config)]
+    fast = fast_recipe(run.config).keys() & differing
     if len(fast) > 2:
         settings.append("recipe=fast")
         differing = [key for key in differing if key not in fast]
     values = {key: run.config[key] for key in differing}
-    return settings + [f"{key}={value}" for key, value in values.items() if value != DEFAULTS.get(key, [])]
+    return settings + [
+        f"{key}={value}" for key, value in values.items() if key not in DEFAULTS or value != DEFAULTS[key]
+    ]
 
 
 def fast_recipe(config: dict) -> dict:

@@ -62,13 +62,8 @@ def answer_flags(
     missing package and a variable JAX_... with an impossible value end the process without a traceback.
     """
     os.environ["MPLBACKEND"] = "agg"  # Jupyter exports a backend that may be missing here; pictures go to files
-
-    def parse() -> None:
-        check_copy()
-        parse_flags(arguments, description, is_positional)
-
     with safe_output():
-        code = _guarded(parse)
+        code = _guarded(lambda: parse_flags(arguments, description, is_positional) and None)
     if code:
         sys.exit(code)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
@@ -137,7 +132,6 @@ def run_script(
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run() -> int | None:
-        check_copy()
         with sigterm_as_exit():
             code = main(parse_flags(arguments, description, is_positional))
         sys.stdout.flush()  # an error here is still reported below
@@ -232,9 +226,11 @@ def parse_flags(
     """Parse the command line into the dataclass `arguments`. `is_positional` is as in `positional_first`.
 
     Raises:
-        InputError: a flag is unknown, missing or has a value that cannot be parsed.
+        InputError: a flag is unknown, missing or has a value that cannot be parsed, or the script is in another copy
+            of the repository (see `check_copy`).
         SystemExit: after --help.
     """
+    check_copy()
     message, help_text = io.StringIO(), io.StringIO()
     if shutil.get_terminal_size().columns < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)  # tyro needs some room for its columns, else it never ends

@@ -44,24 +44,24 @@ def draw_scatter(data_sets: dict[str, Sequence[Point]]) -> Figure:
 
     Long labels stand below the left panel. Their points have letters.
     """
-    below = sum(len(p.label) > LONGEST for points in data_sets.values() for p in points)
-    figure = Figure(figsize=(15, 6.4 * len(data_sets) + 0.2 * below), layout="constrained")
+    letters = {title: _letters(points) for title, points in data_sets.items()}
+    height = 6.4 * len(data_sets) + 0.2 * sum(map(len, letters.values()))
+    figure = Figure(figsize=(15, height), layout="constrained")
     FigureCanvasAgg(figure)  # measures the size of texts
     grid = figure.subplots(len(data_sets), 2, squeeze=False)
     panels = []
     for (title, points), row in zip(data_sets.items(), grid, strict=True):
-        long = dict.fromkeys(p.label for p in points if len(p.label) > LONGEST)
-        letters = {label: _letter(i) for i, label in enumerate(long)}
+        short = {p.label: p.label for p in points} | letters[title]
         for (quantity, name), axes in zip(PANELS.items(), row, strict=True):
             known = [p for p in points if getattr(p, quantity)]
-            unknown = ", ".join(letters.get(p.label, p.label) for p in points if p not in known)
+            unknown = ", ".join(short[p.label] for p in points if p not in known)
             axes.set(title=title, ylabel="top-1 error (%)")
             remarks = [f"(unknown for {unknown})"] if unknown else []
             if axes is row[0]:
-                remarks += [f"{letter}: {label}" for label, letter in letters.items()]
+                remarks += [f"{letter}: {label}" for label, letter in letters[title].items()]
             axes.set_xlabel("\n".join([name, *(textwrap.fill(remark, 92) for remark in remarks)]), fontsize="small")
             _draw_panel(axes, known, quantity)
-            panels.append((axes, [(getattr(p, quantity), p.error, letters.get(p.label, p.label)) for p in known]))
+            panels.append((axes, [(getattr(p, quantity), p.error, short[p.label]) for p in known]))
     kinds = {point.kind for points in data_sets.values() for point in points}
     handles = [Line2D([], [], linestyle="", label=kind, **STYLES[kind]) for kind in STYLES if kind in kinds]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
@@ -72,9 +72,10 @@ def draw_scatter(data_sets: dict[str, Sequence[Point]]) -> Figure:
     return figure
 
 
-def _letter(number: int) -> str:
-    """Return A, B, ..., Z, A1, B1, ... for 0, 1, ..."""
-    return f"{ascii_uppercase[number % 26]}{number // 26 or ''}"
+def _letters(points: Sequence[Point]) -> dict[str, str]:
+    """Return A, B, ..., Z, A1, B1, ... for the long labels."""
+    long = dict.fromkeys(p.label for p in points if len(p.label) > LONGEST)
+    return {label: f"{ascii_uppercase[i % 26]}{i // 26 or ''}" for i, label in enumerate(long)}
 
 
 def _draw_panel(axes: Axes, points: Sequence[Point], quantity: str) -> None:

@@ -21,7 +21,6 @@ from s3net_common.errors import InputError
 from s3net_networks import create_network
 from train_s3net import Args
 from training import engine, optimization, run_folder
-from training.config import check_same_recipe, config_from_json
 from training.training_loop import resume_command
 
 SCRIPT = Path(__file__).parents[2] / "generalizability" / "train_s3net.py"
@@ -339,13 +338,6 @@ def test_a_run_is_never_overwritten_unasked(reference, tmp_path):
 def test_resuming_with_another_recipe_names_the_flag(reference, tmp_path, flags, flag):
     message = refusal(tmp_path, out=reference[0], resume=True, **flags)
     assert message.startswith(flag + "changes the recipe of the run, which was started with")
-
-
-def test_a_run_is_resumed_with_the_default_options_of_its_network(reference):
-    config = config_from_json(json.loads((reference[0] / "config.json").read_text()), reference[0] / "config.json")
-    check_same_recipe(config.model_options | {"connections": "sparse"}, config, reference[0])
-    with pytest.raises(InputError, match=r"--connections dense changes the recipe .* started with sparse: leave"):
-        check_same_recipe({"connections": "dense"}, config, reference[0])
 
 
 def test_resuming_on_other_data_is_refused(reference, tmp_path):
